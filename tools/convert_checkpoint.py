@@ -73,7 +73,7 @@ class ImportConfig:
     run."""
 
     tokenizer_type: TokenizerType | None = None
-    """With --format megatron: tokenizer of the model. Default: the one in the checkpoint's arguments, with its files."""
+    """With --format megatron: tokenizer of the model. Default: the one in the checkpoint's arguments."""
 
     tokenizer_model: str | None = None
     """With --format megatron: path of the tokenizer's file or directory, if it differs from the checkpoint's."""
@@ -91,7 +91,9 @@ class ImportConfig:
         check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by", "vocab_size")
         check_at_least(self, 0, "ckpt_step")
         if self.format == "megatron":
-            _refuse(self, ("make_vocab_size_divisible_by",), "the vocabulary keeps the rows that were trained")
+            _refuse(
+                self, ("make_vocab_size_divisible_by",), "the vocabulary keeps the rows that were trained"
+            )
         else:
             _refuse(self, (*_TOKENIZER, "ckpt_step", "with_optimizer"), "requires --format megatron")
 
@@ -187,8 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Convert a local Hugging Face model and its tokenizer, or a checkpoint of Megatron-LM, to a checkpoint; write the
-    model's flags to model.yaml."""
+    """Convert a Hugging Face model or a checkpoint of Megatron-LM to a checkpoint; write its flags to model.yaml."""
     if config.format == "megatron":
         _import_megatron(config)
         return
@@ -225,8 +226,7 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Convert a checkpoint's model to a Hugging Face directory with config.json, safetensors and tokenizer, or to a
-    checkpoint that Megatron-LM loads."""
+    """Convert a checkpoint's model to a Hugging Face directory, or to a checkpoint that Megatron-LM loads."""
     if config.format == "megatron":
         _export_megatron(config)
         return

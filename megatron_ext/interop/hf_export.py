@@ -259,7 +259,11 @@ def check_families(
             raise ValueError(
                 f"--load {load}: no {target} model can express the model family {name}; use --base-only to "
                 "export the frozen base without it"
-                + ("" if target == "Megatron-LM" else ", or --merge-adapters for a progressive model with adapters")
+                + (
+                    ""
+                    if target == "Megatron-LM"
+                    else ", or --merge-adapters for a progressive model with adapters"
+                )
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(

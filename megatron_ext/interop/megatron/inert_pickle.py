@@ -24,17 +24,20 @@ _CONTAINERS: dict[tuple[str, str], Any] = {
 class Inert:
     """Stands for an object of a foreign class."""
 
-    def __init__(self, *arguments: Any, **_: Any) -> None:
-        self.arguments = arguments
+    inert_state: Any = None
+    """What the object was pickled as, if the class does not pickle its attributes by name."""
 
-    def __call__(self, *arguments: Any, **_: Any) -> "Inert":
-        return Inert(*arguments)
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def __call__(self, *_: Any, **__: Any) -> "Inert":
+        return Inert()
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
-        for part in state if isinstance(state, tuple) else (state,):
-            if isinstance(part, dict):
-                self.__dict__.update(part)
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.inert_state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         return None

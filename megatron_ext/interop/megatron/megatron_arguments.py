@@ -78,6 +78,40 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 """Maps arguments that cannot be followed to the values with which they change nothing."""
 
+WITHOUT_EFFECT = {
+    # Initial values and training
+    "init_method", "output_layer_init_method", "embedding_init_method", "embedding_init_method_std",
+    "init_model_with_meta_device", "calculate_per_token_loss", "qk_clip_alpha", "qk_clip_threshold",
+    "log_max_attention_logit", "test_mode",
+    # Rounding and kernels
+    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection", "attention_backend",
+    "disable_bf16_reduced_precision_matmul", "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm",
+    "memory_efficient_layer_norm", "bias_dropout_fusion", "apply_rope_fusion", "use_fused_weighted_squared_relu",
+    "fused_single_qkv_rope", "activation_func_fp8_input_store", "use_te_activation_func", "batch_invariant_mode",
+    "transformer_impl", "symmetric_ar_type", "quant_recipe", "disable_parameter_transpose_cache",
+    "tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    "flash_attention_version", "fp8", "fp4", "use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp",
+    "use_grouped_gemm_for_shared_expert",
+    # Speed, memory and the parallel layout
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "distribute_saved_activations",
+    "cp_comm_type", "enable_cuda_graph", "external_cuda_graph", "clone_scatter_output_in_embedding",
+    "config_logger_dir", "flash_decode", "use_te_rng_tracker", "use_inference_optimized_layers",
+    "mlp_chunks_for_prefill", "mlp_chunks_for_training", "hetereogenous_dist_checkpoint",
+    "fine_grained_activation_offloading", "fine_grained_offloading_max_inflight_offloads", "offload_modules",
+    "min_offloaded_tensor_size", "activation_offload_fraction", "delay_offload_until_cuda_graph",
+    "delta_offload_bytes_across_pp_ranks", "high_priority_a2a_comm_stream", "nccl_all_reduce_for_prefill",
+    # Of another attention, which is refused
+    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "experimental_attention_variant_loss_scale_func", "use_mamba_mem_eff_path",
+}  # fmt: skip
+
+WITHOUT_EFFECT_BEGINNINGS = (
+    "fp8_", "fp4_", "use_kitchen", "kitchen_", "recompute_", "cuda_graph_", "inference_",
+    "moe_", "mamba_", "dsa_", "mup_", "mtp_",  # of other models, which are refused
+)  # fmt: skip
+"""Beginnings of further names that belong to `WITHOUT_EFFECT`; `HARMLESS` comes first."""
+
 ADVICE = {
     "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores it and other programs do not",
     "fp8_param": "weights in FP8 are not read; save them in bf16",
@@ -111,6 +145,12 @@ _ENGINE_ROPE_FACTOR = 8.0
 """Factor of `--use-rope-scaling` in Megatron-LM's GPT models, which do not read `--rope-scaling-factor`."""
 
 
+def is_known(name: str) -> bool:
+    """Returns whether an argument is in one of the tables."""
+    listed = name in TAKEN or name in HARMLESS or name in WITHOUT_EFFECT
+    return listed or name.startswith(WITHOUT_EFFECT_BEGINNINGS)
+
+
 def read_model(
     arguments: Mapping[str, Any], vocab_size: int, rows: int, source: str, *, seq_length: int | None = None
 ) -> tuple[ModelConfig, list[str]]:
@@ -132,7 +172,9 @@ def read_model(
     length = seq_length or given("seq_length")
     positions = given("max_position_embeddings", length)
     if seq_length is not None and seq_length > positions:
-        raise ValueError(f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}")
+        raise ValueError(
+            f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
+        )
     fields |= {"seq_length": length, "max_position_embeddings": max(positions, length)}
     fields["make_vocab_size_divisible_by"] = _divisor(given, vocab_size, rows)
     try:
@@ -152,14 +194,16 @@ class _Arguments:
         if value is None:
             value = default
         if value is None or isinstance(value, Inert):
-            raise ValueError(f"{self._source}: the argument {name} is missing; it is no checkpoint of pretrain_gpt.py")
+            raise ValueError(
+                f"{self._source}: the argument {name} is missing; it is no checkpoint of pretrain_gpt.py"
+            )
         return value
 
 
 def _check_harmless(arguments: Mapping[str, Any], source: str) -> None:
     for name, values in HARMLESS.items():
         value = arguments.get(name)
-        if value not in values and not (value is None):
+        if value not in values and value is not None:
             reason = ADVICE.get(name, "the model here cannot compute with it")
             raise ValueError(f"{source}: {flag_name(name)} {_shown(value)}: cannot be imported; {reason}")
 
@@ -259,4 +303,6 @@ def _check_expressible(model: ModelConfig) -> None:
         value = getattr(model, field.name)
         if field.name not in known and value != field.default:
             shown = "" if value is True else f" {value}"
-            raise ValueError(f"{flag_name(field.name)}{shown}: the model cannot be exported; Megatron-LM has no such model")
+            raise ValueError(
+                f"{flag_name(field.name)}{shown}: the model cannot be exported; Megatron-LM has no such model"
+            )

@@ -50,7 +50,9 @@ def _named(root: Path, ckpt_step: int | None) -> Path:
     if text == RELEASE:
         return root / RELEASE
     if not text.isdecimal():
-        raise ValueError(f"{tracker}: the file contains {text[:40]!r} instead of a step number; --ckpt-step selects one")
+        raise ValueError(
+            f"{tracker}: the file contains {text[:40]!r} instead of a step number; --ckpt-step selects one"
+        )
     return root / checkpoint_name(int(text))
 
 
@@ -82,7 +84,8 @@ def read_common(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
     arguments = common.get("args") if isinstance(common, dict) else None
     if arguments is None:
         raise ValueError(
-            f"{folder / COMMON}: has no args, from which the model's shape is read; it is no checkpoint of pretrain_gpt.py"
+            f"{folder / COMMON}: has no args, from which the model's shape is read; only pretrain_gpt.py's checkpoints "
+            "can be imported"
         )
     return common, arguments if isinstance(arguments, dict) else vars(arguments)
 

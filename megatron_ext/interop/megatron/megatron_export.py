@@ -189,4 +189,3 @@ def _extra_states(model: ModelConfig) -> dict[str, ShardedObject]:
     objects = [ShardedObject(key, None, (len(layers),), (layer,)) for key in keys for layer in layers]
     objects.append(ShardedObject("decoder.final_layernorm._extra_state", None, (1,), (0,)))
     return {f"{item.key}/{item.global_offset[0]}": item for item in objects}
-

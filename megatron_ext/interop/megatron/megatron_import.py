@@ -26,7 +26,13 @@ SECTION = "megatron_lm"
 """Section of `run_config` with the arguments of a Megatron-LM run on which its schedule depends."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
-_TOKENIZER_FIELDS = ("tokenizer_model", "vocab_file", "merge_file", "tokenizer_special_tokens", "tiktoken_pattern")
+_TOKENIZER_FIELDS = (
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "tokenizer_special_tokens",
+    "tiktoken_pattern",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,9 @@ def load_megatron(
     source = str(folder / COMMON)
     files = TorchDistFiles(folder)
     if _WORD_EMBEDDING not in files.tensors:
-        raise ValueError(f"{folder}: contains no tensor {_WORD_EMBEDDING}; it is no checkpoint of a GPT model")
+        raise ValueError(
+            f"{folder}: contains no tensor {_WORD_EMBEDDING}; it is no checkpoint of a GPT model"
+        )
     rows = files.tensors[_WORD_EMBEDDING].shape[0]
     config = _tokenizer_config(arguments, tokenizer or {}, source)
     built = _build_tokenizer(config, rows, folder)
@@ -144,7 +152,9 @@ def import_megatron(model_dir: str | Path, save: str | Path, **options: Any) -> 
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         with complete_directory(save, "--save") as folder:
-            (folder / FLAGS_FILE).write_text(model_flags(found.model, found.tokenizer_config), encoding="utf-8")
+            (folder / FLAGS_FILE).write_text(
+                model_flags(found.model, found.tokenizer_config), encoding="utf-8"
+            )
             write_checkpoint(folder, found.state, run_config, run_state)
     finally:
         process_groups.shutdown()
@@ -155,7 +165,9 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
     chosen = given.get("tokenizer_type")
     kind = chosen or arguments.get("tokenizer_type")
     if not isinstance(kind, str) or tokenizer_flags(kind) is None:
-        raise ValueError(f"{source}: tokenizer_type {kind}: is not known here; give --tokenizer-type and its files")
+        raise ValueError(
+            f"{source}: tokenizer_type {kind}: is not known here; give --tokenizer-type and its files"
+        )
     stored = {name: arguments.get(name) for name in _TOKENIZER_FIELDS}
     if kind in ("NullTokenizer", "TikTokenizer"):
         stored["vocab_size"] = arguments.get("vocab_size")

@@ -43,7 +43,9 @@ def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], sourc
     """
     kind = arguments.get("optimizer", "adam")
     if kind != "adam":
-        raise ValueError(f"{source}: --optimizer {kind}: only Adam's state can be imported; leave out --with-optimizer")
+        raise ValueError(
+            f"{source}: --optimizer {kind}: only Adam's state can be imported; leave out --with-optimizer"
+        )
     steps = set(_steps(common.get("optimizer")))
     schedule = common.get("opt_param_scheduler")
     if len(steps) != 1 or not isinstance(schedule, dict):

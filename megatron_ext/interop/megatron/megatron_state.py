@@ -112,7 +112,9 @@ def _from_blocks(blocks: torch.Tensor, shape: Shape) -> torch.Tensor:
 def _check(files: TorchDistFiles, tensor: Named, num_layers: int) -> None:
     stored = files.tensors[tensor.theirs]
     if stored.dtype not in _DTYPES:
-        raise ValueError(f"{files.folder}: tensor {tensor.theirs} is of type {stored.dtype}; save the model in bf16")
+        raise ValueError(
+            f"{files.folder}: tensor {tensor.theirs} is of type {stored.dtype}; save the model in bf16"
+        )
     expected = tensor.shape if tensor.layer is None else (num_layers, *tensor.shape)
     if stored.shape != expected:
         raise ValueError(
@@ -127,7 +129,9 @@ def check_optimizer_format(files: TorchDistFiles, sharding: str | None, folder: 
     if any(name.startswith(f"{PREFIX}{_MOMENTS[0]}.") for name in names):
         return
     if any(name.startswith("chained_") for name in names):
-        raise ValueError(f"{folder}: has several optimizers, which cannot be read; import without --with-optimizer")
+        raise ValueError(
+            f"{folder}: has several optimizers, which cannot be read; import without --with-optimizer"
+        )
     if sharding is not None or any(name.startswith("optimizer.distributed.") for name in names):
         raise ValueError(
             f"{folder}: the optimizer is saved in the format {sharding or 'of its buffers'}, which depends on the "
@@ -135,4 +139,3 @@ def check_optimizer_format(files: TorchDistFiles, sharding: str | None, folder: 
             "--dist-ckpt-optim-fully-reshardable, or import without --with-optimizer"
         )
     raise ValueError(f"{folder}: contains no optimizer state; import without --with-optimizer")
-

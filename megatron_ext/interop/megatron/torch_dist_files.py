@@ -52,7 +52,9 @@ class TorchDistFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / METADATA).is_file():
-            raise FileNotFoundError(f"{folder / METADATA}: the file is missing; copy the whole directory again")
+            raise FileNotFoundError(
+                f"{folder / METADATA}: the file is missing; copy the whole directory again"
+            )
         metadata = read_pickle(folder / METADATA)
         try:
             self.tensors = dict(_stored(metadata))
@@ -69,9 +71,7 @@ class TorchDistFiles:
                 raise ValueError(
                     f"{self.folder}: its tensors are compressed; save the checkpoint without compression"
                 )
-            needed[part.relative_path] = max(
-                needed.get(part.relative_path, 0), part.offset + part.length
-            )
+            needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
         for name, size in sorted(needed.items()):
             path = self.folder / name
             if "/" in name or not path.is_file():
@@ -152,15 +152,13 @@ def _stored(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
 
 def _dtype(properties: Any) -> torch.dtype:
     # torch's class pickles itself as a tuple that begins with the dtype.
-    dtype = properties.state[0]
+    dtype = properties.inert_state[0]
     if not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor has no dtype")
     return dtype
 
 
-def _overlap(
-    start: Shape, size: Shape, chunk: _Chunk
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+def _overlap(start: Shape, size: Shape, chunk: _Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Returns where a chunk's overlap with a region lies in the region and in the chunk; None without an overlap."""
     low = [max(pair) for pair in zip(start, chunk.offset, strict=True)]
     ends = zip(start, size, chunk.offset, chunk.size, strict=True)

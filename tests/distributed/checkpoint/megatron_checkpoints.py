@@ -17,7 +17,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -28,6 +27,10 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, synthetic_batches
 from megatron_ext.training.interface.family_interface import Batch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # the engine imports a deprecated module of its own
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 LENGTH = 16
 VOCABULARY = 97  # 96 numbers, and the end of a document
@@ -193,13 +196,22 @@ class Run:
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         state: dict[str, Any] = {
             "args": Namespace(
-                **self.arguments, **RATES, iteration=iteration, consumed_train_samples=iteration * GLOBAL_BATCH_SIZE,
-                global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1, bf16=self.case.bf16, fp16=False, optimizer="adam",
+                **self.arguments,
+                **RATES,
+                iteration=iteration,
+                consumed_train_samples=iteration * GLOBAL_BATCH_SIZE,
+                global_batch_size=GLOBAL_BATCH_SIZE,
+                micro_batch_size=1,
+                bf16=self.case.bf16,
+                fp16=False,
+                optimizer="adam",
                 tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
-                params_dtype=self.config.params_dtype, use_distributed_optimizer=self.sharding is not None,
-                weight_decay=0.1, lr_warmup_init=0.0,
-            ),  # fmt: skip
+                params_dtype=self.config.params_dtype,
+                use_distributed_optimizer=self.sharding is not None,
+                weight_decay=0.1,
+                lr_warmup_init=0.0,
+            ),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "model": self.chunks[0].module.sharded_state_dict(metadata={**metadata, **groups}),
@@ -213,6 +225,16 @@ class Run:
             name = "release" if self.case.release else str(iteration)
             (folder / "latest_checkpointed_iteration.txt").write_text(name)
         torch.distributed.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Loads the model of a checkpoint, with the engine's reader, as Megatron-LM does."""
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        content = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        model = self.chunks[0].module
+        state = {"model": model.sharded_state_dict(metadata={**content, **groups})}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
