@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures speed and memory of preprocessing, compared with Megatron-LM's documented single-process loop.
+"""Measures speed and memory of preprocessing, compared with Megatron-LM's documented loop and tool.
 
     python benchmarks/data.py                   measures speed on CPython's documentation and sources, repeated
     python benchmarks/data.py --memory-gb 2     measures also the peak memory, on a generated input of that size
@@ -8,7 +8,9 @@ Every round runs each variant once, in turn, so that changes in the machine's sp
 medians over the rounds. Our tool is timed as a user runs it: the whole command, from the start of Python to the
 manifest with its checksums. The loop follows Megatron-LM's public description (read a line, `json.loads`, tokenize,
 `builder.add_item`, `builder.end_document`) and is timed without its imports. It uses mcore's builder and the tokenizer
-of our tool, a byte-level BPE of 32k tokens. The outputs of loop and tool are compared byte for byte.
+of our tool, a byte-level BPE of 32k tokens. The tool is `peers/pool_tool.py`: Megatron-LM's documented algorithm with
+megatron-core's tokenizer and builder and a pool of workers, timed like ours as a whole command. The outputs are
+compared byte for byte.
 """
 
 import json
@@ -31,6 +33,8 @@ from rich.table import Table
 from megatron_ext.config.command_line.parse import parse, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOOP = "Megatron-LM's loop, 1 process"
+_POOL = "Megatron-LM's algorithm, pool"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +128,31 @@ def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
         begin, cpu = time.perf_counter(), _children_cpu()
         _quiet(files.preprocess(files.repeated, "ours", "--encoder", encoder, "--workers", workers))
         timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
-        for suffix in ("bin", "idx"):
-            mine, theirs = (
-                files.directory / f"ours_text_document.{suffix}",
-                files.directory / f"loop.{suffix}",
-            )
-            if mine.read_bytes() != theirs.read_bytes():
-                raise ValueError(f"{mine} differs from {theirs}")
+        _require_equal(files, "ours_text_document")
         return timing
 
     return timed
+
+
+def pool_tool(files: Files, workers: int) -> Callable[[], Timing]:
+    """Returns a function that runs and times the tool with a pool once, and compares its output with the loop's."""
+
+    def timed() -> Timing:
+        arguments = [files.repeated, files.directory / "pool", files.tokenizer, workers]
+        begin, cpu = time.perf_counter(), _children_cpu()
+        _quiet([sys.executable, str(ROOT / "benchmarks" / "peers" / "pool_tool.py"), *map(str, arguments)])
+        timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
+        _require_equal(files, "pool")
+        return timing
+
+    return timed
+
+
+def _require_equal(files: Files, output: str) -> None:
+    for suffix in ("bin", "idx"):
+        mine, theirs = (files.directory / f"{name}.{suffix}" for name in (output, "loop"))
+        if mine.read_bytes() != theirs.read_bytes():
+            raise ValueError(f"{mine} differs from {theirs}")
 
 
 def _children_cpu() -> float:
@@ -144,9 +163,8 @@ def _children_cpu() -> float:
 def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
     """Prints the table of speeds."""
     cores = len(os.sched_getaffinity(0))
-    variants: dict[str, Callable[[], Timing]] = {
-        "Megatron-LM's loop, 1 process": lambda: megatron_loop(files)
-    }
+    variants: dict[str, Callable[[], Timing]] = {_LOOP: lambda: megatron_loop(files)}
+    variants[f"{_POOL}, workers {cores}"] = pool_tool(files, cores)
     for encoder in ("reference", "gigatoken"):
         for workers in sorted({1, cores}):
             variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
@@ -154,8 +172,19 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
     for _ in range(config.rounds):
         for name, run in variants.items():
             timings[name].append(run())
+    _print_table(files, timings, console)
+    _print_pair(console, timings[f"{_POOL}, workers {cores}"], timings[f"ours, gigatoken, workers {cores}"])
+    for encoder in ("reference", "gigatoken") if cores > 1 else ():
+        one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
+        pairs = zip(one_worker, all_workers, strict=True)
+        scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
+        console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
+
+
+def _print_table(files: Files, timings: dict[str, list[Timing]], console: Console) -> None:
     megabytes = files.repeated.stat().st_size / 1e6
     tokens = (files.directory / "loop.bin").stat().st_size / 2
+    cores = len(os.sched_getaffinity(0))
     table = Table(title=f"{megabytes:.0f} MB of JSON lines, {tokens / 1e6:.1f} million tokens, {cores} cores")
     for column in (
         "variant",
@@ -167,7 +196,7 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
         "CPU seconds",
     ):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    loop = timings["Megatron-LM's loop, 1 process"]
+    loop = timings[_LOOP]
     for name, times in timings.items():
         median = statistics.median(timing.seconds for timing in times)
         ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(loop, times, strict=True)]
@@ -177,12 +206,18 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
             f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} .. {max(ratios):.1f}", f"{cpu:.2f}",
         )  # fmt: skip
     console.print(table)
-    if cores > 1:
-        for encoder in ("reference", "gigatoken"):
-            one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
-            pairs = zip(one_worker, all_workers, strict=True)
-            scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
-            console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
+
+
+def _print_pair(console: Console, theirs: list[Timing], mine: list[Timing]) -> None:
+    """Prints how much less time our tool takes than the tool with a pool, both as whole commands."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    for name, field in (("wall time", "seconds"), ("processor time", "cpu_seconds")):
+        pairs = zip(theirs, mine, strict=True)
+        ratios = [getattr(their, field) / getattr(our, field) for their, our in pairs]
+        console.print(
+            f"{_POOL} : ours, whole commands, {name}: {statistics.median(ratios):.1f} times "
+            f"({min(ratios):.1f} .. {max(ratios):.1f}; load of the machine {load})"
+        )
 
 
 def generate(path: Path, size: int) -> None:

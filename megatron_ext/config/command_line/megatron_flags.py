@@ -101,6 +101,8 @@ _INSTEAD = {
     "--vocab-extra-ids": "use --vocab-size, the minimum number of ids",
     "--padded-vocab-size": "use --make-vocab-size-divisible-by",
     "--tokenizer-metadata": "use --tokenizer-type and --tokenizer-model",
+    "--null-tokenizer-eod-id": "leave it out: id N of --vocab-size N ends a document",
+    "--null-tokenizer-pad-id": "leave it out: there is no padding",
     "--metadata-path": "use --tokenizer-type and --tokenizer-model",
     "--tokenizer-sentencepiece-legacy": "not supported: see --legacy-tokenizer",
     "--tokenizer-prompt-format": "not supported: there are no images",
