@@ -53,6 +53,9 @@ class BenchmarkConfig:
     memory_gb: float | None = None
     """Also measure peak memory, on a generated input of this many GB without repetition."""
 
+    pair_only: bool = False
+    """Measure only the tool with a pool and ours with gigatoken, on all cores: the two whole commands."""
+
     skip_speed: bool = False
     """Measure only memory."""
 
@@ -122,37 +125,36 @@ def megatron_loop(files: Files) -> Timing:
 
 
 def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
-    """Returns a function that runs and times our tool once, and compares its output with the loop's."""
+    """Returns a function that runs and times our tool once, and compares its output with the others'."""
 
     def timed() -> Timing:
         begin, cpu = time.perf_counter(), _children_cpu()
         _quiet(files.preprocess(files.repeated, "ours", "--encoder", encoder, "--workers", workers))
         timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
-        _require_equal(files, "ours_text_document")
+        _require_equal(files)
         return timing
 
     return timed
 
 
 def pool_tool(files: Files, workers: int) -> Callable[[], Timing]:
-    """Returns a function that runs and times the tool with a pool once, and compares its output with the loop's."""
+    """Returns a function that runs and times the tool with a pool once."""
 
     def timed() -> Timing:
         arguments = [files.repeated, files.directory / "pool", files.tokenizer, workers]
         begin, cpu = time.perf_counter(), _children_cpu()
         _quiet([sys.executable, str(ROOT / "benchmarks" / "peers" / "pool_tool.py"), *map(str, arguments)])
-        timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
-        _require_equal(files, "pool")
-        return timing
+        return Timing(time.perf_counter() - begin, _children_cpu() - cpu)
 
     return timed
 
 
-def _require_equal(files: Files, output: str) -> None:
+def _require_equal(files: Files) -> None:
     for suffix in ("bin", "idx"):
-        mine, theirs = (files.directory / f"{name}.{suffix}" for name in (output, "loop"))
-        if mine.read_bytes() != theirs.read_bytes():
-            raise ValueError(f"{mine} differs from {theirs}")
+        mine = files.directory / f"ours_text_document.{suffix}"
+        for theirs in (files.directory / f"{name}.{suffix}" for name in ("loop", "pool")):
+            if theirs.exists() and mine.read_bytes() != theirs.read_bytes():
+                raise ValueError(f"{mine} differs from {theirs}")
 
 
 def _children_cpu() -> float:
@@ -161,20 +163,24 @@ def _children_cpu() -> float:
 
 
 def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
-    """Prints the table of speeds."""
+    """Prints the table of speeds; ratios are to the first variant."""
     cores = len(os.sched_getaffinity(0))
-    variants: dict[str, Callable[[], Timing]] = {_LOOP: lambda: megatron_loop(files)}
-    variants[f"{_POOL}, workers {cores}"] = pool_tool(files, cores)
-    for encoder in ("reference", "gigatoken"):
-        for workers in sorted({1, cores}):
-            variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
+    pool, fastest = f"{_POOL}, workers {cores}", f"ours, gigatoken, workers {cores}"
+    variants: dict[str, Callable[[], Timing]] = {pool: pool_tool(files, cores)}
+    if config.pair_only:
+        variants[fastest] = ours(files, "gigatoken", cores)
+    else:
+        variants = {_LOOP: lambda: megatron_loop(files), **variants}
+        for encoder in ("reference", "gigatoken"):
+            for workers in sorted({1, cores}):
+                variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
     timings: dict[str, list[Timing]] = {name: [] for name in variants}
     for _ in range(config.rounds):
         for name, run in variants.items():
             timings[name].append(run())
     _print_table(files, timings, console)
-    _print_pair(console, timings[f"{_POOL}, workers {cores}"], timings[f"ours, gigatoken, workers {cores}"])
-    for encoder in ("reference", "gigatoken") if cores > 1 else ():
+    _print_pair(console, timings[pool], timings[fastest])
+    for encoder in ("reference", "gigatoken") if cores > 1 and not config.pair_only else ():
         one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
         pairs = zip(one_worker, all_workers, strict=True)
         scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
@@ -183,7 +189,7 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
 
 def _print_table(files: Files, timings: dict[str, list[Timing]], console: Console) -> None:
     megabytes = files.repeated.stat().st_size / 1e6
-    tokens = (files.directory / "loop.bin").stat().st_size / 2
+    tokens = (files.directory / "ours_text_document.bin").stat().st_size / 2
     cores = len(os.sched_getaffinity(0))
     table = Table(title=f"{megabytes:.0f} MB of JSON lines, {tokens / 1e6:.1f} million tokens, {cores} cores")
     for column in (
@@ -196,10 +202,10 @@ def _print_table(files: Files, timings: dict[str, list[Timing]], console: Consol
         "CPU seconds",
     ):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    loop = timings[_LOOP]
+    first = next(iter(timings.values()))
     for name, times in timings.items():
         median = statistics.median(timing.seconds for timing in times)
-        ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(loop, times, strict=True)]
+        ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(first, times, strict=True)]
         cpu = statistics.median(timing.cpu_seconds for timing in times)
         table.add_row(
             name, f"{median:.2f}", f"{megabytes / median:.1f}", f"{tokens / median / 1e6:.2f}",
