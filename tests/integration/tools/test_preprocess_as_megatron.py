@@ -74,7 +74,7 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class KeepingNewlines(punkt.PunktLanguageVars):  # type: ignore[misc]
+class KeepingNewlines(punkt.PunktLanguageVars):
     """White space belongs to the match, not to what must follow it."""
 
     _period_context_fmt = r"""
