@@ -184,7 +184,6 @@ REFUSED = {
     "--save-tokens-per-expert-interval": _MOE,
     # Run
     "--yaml-cfg": "use --config with this project's keys, which are the flags with underscores",
-    "--step-batch-size-schedule": "not supported: use --global-batch-size",
     "--decrease-batch-size-if-needed": "not supported: --global-batch-size must fit the number of model copies",
     "--full-validation": "use tools/evaluate.py",
     "--multiple-validation-sets": "use tools/evaluate.py for each",
