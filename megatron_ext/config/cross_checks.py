@@ -70,6 +70,7 @@ def validate(
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
+            _check_loss_scale(training, optimizer)
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -192,6 +193,22 @@ def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parall
             f"--global-batch-size {global_batch_size}: gives {micro_batches} micro-batches per step; "
             f"with virtual pipeline stages this must be a multiple of --pipeline-model-parallel-size {stages}"
         )
+
+
+def _check_loss_scale(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
+    """Rejects settings of the loss scale that would have no effect."""
+    names = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    fields = OptimizerSettings.__dataclass_fields__
+    for name in ("loss_scale", *names):
+        value = getattr(optimizer, name)
+        if value == fields[name].default:
+            continue
+        if not training.fp16:
+            raise ValueError(f"{flag_name(name)} {value:g}: has no effect; it requires --fp16")
+        if optimizer.loss_scale is not None and name != "loss_scale":
+            raise ValueError(
+                f"{flag_name(name)} {value:g}: has no effect with --loss-scale {optimizer.loss_scale:g}, which fixes it"
+            )
 
 
 def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_once: int) -> None:

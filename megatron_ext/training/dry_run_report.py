@@ -76,7 +76,7 @@ def _print(
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     console.print("Dry run: no model is built and nothing is trained.", highlight=False)
-    console.print(_describe(layout), highlight=False)
+    console.print(_describe(layout, training), highlight=False)
     if not training.has_constant_batch_size:
         console.print(_describe_ramp(layout, training), highlight=False)
     console.print(_parameter_table(costs))
@@ -84,7 +84,7 @@ def _print(
     console.print(_flops_table(layout, training, list(costs.values())))
 
 
-def _describe(layout: ParallelLayout) -> str:
+def _describe(layout: ParallelLayout, training: TrainingConfig) -> str:
     parallel, model = layout.parallel, layout.model
     processes = layout.data_parallel_size * parallel.model_parallel_size
     sizes = f"data {layout.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
@@ -96,7 +96,7 @@ def _describe(layout: ParallelLayout) -> str:
     batch = _global_batch_size(layout)
     micro_batches = f"{layout.num_microbatches} micro-batch{'es' if layout.num_microbatches > 1 else ''}"
     return (
-        f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
+        f"{processes} processes = {sizes}; {training.precision}\n"
         f"one step = {batch} sequences of {model.seq_length} tokens; {micro_batches} of "
         f"{layout.micro_batch_size} per data-parallel rank"
     )

@@ -228,6 +228,7 @@ def _build_model(
         vocab_size=run_config["vocab_size"],
         seed=config.training.seed,
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         extensions=[family.extension() for family in families],
         fuses_norms=True,
     )
@@ -248,8 +249,10 @@ def _build_stepper(
     global_batch_size: int,
 ) -> Stepper:
     parallel, training = config.parallel, config.training
-    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
-    optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, bf16=training.bf16)
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16, fp16=training.fp16)
+    optimizer = build_optimizer(
+        config.optimizer, parallel, wrapped, families, bf16=training.bf16, fp16=training.fp16
+    )
     if options.first_iteration:
         # Every run of a series has its own learning-rate schedule, although the step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
@@ -277,6 +280,7 @@ def _build_reporter(
         total_iterations=config.training.resolved_train_iters(global_batch_size),
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
         configuration=run_groups(config),

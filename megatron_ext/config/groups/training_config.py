@@ -66,8 +66,12 @@ class TrainingConfig:
     bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
     """Compute in bfloat16, with fp32 copies of the weights for the optimizer. Default: everything is fp32."""
 
+    fp16: bool = False
+    """Compute in fp16 with a scaled loss (--loss-scale), and with fp32 copies of the weights for the optimizer."""
+
     max_consecutive_nan_steps: int = 3
-    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped."""
+    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped.
+    With --fp16, overflows that only lower the loss scale do not count."""
 
     manual_gc: bool = False
     """Collect Python's garbage only every --manual-gc-interval steps, in the same step on every rank."""
@@ -105,6 +109,8 @@ class TrainingConfig:
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
 
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16: cannot be given together with --bf16")
         self._check_rampup()
         if self.step_batch_size_schedule is not None:
             self._check_schedule()
@@ -135,6 +141,11 @@ class TrainingConfig:
             raise ValueError(
                 f"{given}: --global-batch-size {final} must be START plus a multiple of INCREMENT, above START"
             )
+
+    @property
+    def precision(self) -> str:
+        """Precision of weights and activations: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def check_has_steps(self) -> None:
         """Checks that the run has at least one step.

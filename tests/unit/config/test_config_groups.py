@@ -180,6 +180,8 @@ BAD = [
         {"rampup_batch_size": (8, 2, 9), "global_batch_size": 8},
         ["--rampup-batch-size 8 2 9", "--global-batch-size 8", "above START"],
     ),
+    (TrainingConfig, {"fp16": True, "bf16": True}, ["--fp16", "--bf16"]),
+    (OptimizerSettings, {"min_loss_scale": 2.0**33}, ["--min-loss-scale", "--initial-loss-scale"]),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),
