@@ -178,17 +178,36 @@ def _check_resets(model: ModelConfig, data: DataConfig) -> None:
 
 def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parallel_size: int) -> None:
     global_batch_size = training.resolved_global_batch_size(data_parallel_size)
-    if training.train_samples is not None and training.train_samples < global_batch_size:
+    first = training.batch_sizes(global_batch_size).at(0)
+    if training.train_samples is not None and training.train_samples < first:
         raise ValueError(
-            f"--train-samples {training.train_samples}: must be at least {global_batch_size}, the global batch size"
+            f"--train-samples {training.train_samples}: must be at least {first}, the global batch size"
         )
-    micro_batches = global_batch_size // (training.micro_batch_size * data_parallel_size)
+    samples_at_once = training.micro_batch_size * data_parallel_size
+    _check_ramp(parallel, training, samples_at_once)
+    micro_batches = global_batch_size // samples_at_once
     stages = parallel.pipeline_model_parallel_size
     if parallel.num_layers_per_virtual_pipeline_stage is not None and micro_batches % stages:
         raise ValueError(
             f"--global-batch-size {global_batch_size}: gives {micro_batches} micro-batches per step; "
             f"with virtual pipeline stages this must be a multiple of --pipeline-model-parallel-size {stages}"
         )
+
+
+def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_once: int) -> None:
+    """Checks that every batch size of the ramp can be divided into micro-batches, and these among pipeline stages."""
+    if training.rampup_batch_size is None:
+        return
+    start, increment, samples = training.rampup_batch_size
+    unit, words = samples_at_once, "--micro-batch-size x data-parallel size"
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        unit *= parallel.pipeline_model_parallel_size
+        words += " x --pipeline-model-parallel-size, because of virtual pipeline stages"
+    for name, size in (("START", start), ("INCREMENT", increment)):
+        if size % unit:
+            raise ValueError(
+                f"--rampup-batch-size {start} {increment} {samples}: {name} must be divisible by {unit} ({words})"
+            )
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:

@@ -258,7 +258,7 @@ def _build_stepper(
         wrapped,
         families,
         optimizer,
-        build_scheduler(config.optimizer, training, optimizer, global_batch_size),
+        build_scheduler(config.optimizer, training, optimizer, global_batch_size, options.first_sample),
         global_batch_size=global_batch_size,
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
@@ -293,9 +293,11 @@ def _begin(
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
-    if config.optimizer.override_opt_param_scheduler and config.training.train_iters is not None:
+    training = config.training
+    in_steps = training.train_iters is not None and training.rampup_batch_size is None
+    if config.optimizer.override_opt_param_scheduler and in_steps:
         # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
-        # to the number of steps that are done.
+        # to the number of steps that are done. With a ramp the batch size follows from the samples.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress

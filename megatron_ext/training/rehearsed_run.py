@@ -33,6 +33,7 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
         exit_duration_in_mins=None,
         eval_interval=last,
         eval_iters=min(config.training.eval_iters, 1),
+        rampup_batch_size=None,  # the steps have the size after the ramp, which needs the most memory
     )
     logging = replace(
         config.logging,

@@ -2,7 +2,7 @@
 
 The sources, from the highest precedence to the lowest:
 
-    flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
+    flag  >  YAML file (--config)  >  values that the program finds  >  --defaults megatron  >  default of the field
 
 The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
 source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then

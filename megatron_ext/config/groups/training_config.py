@@ -14,6 +14,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag,
 )
+from megatron_ext.config.groups.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class TrainingConfig:
 
     gradient_accumulation_steps: int | None = None
     """Micro-batches per optimizer step on each model copy; use instead of --global-batch-size."""
+
+    rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
+    """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
+    is --global-batch-size."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
@@ -95,6 +100,23 @@ class TrainingConfig:
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
 
+        self._check_rampup()
+
+    def _check_rampup(self) -> None:
+        ramp, final = self.rampup_batch_size, self.global_batch_size
+        if ramp is None:
+            return
+        given = f"--rampup-batch-size {' '.join(map(str, ramp))}"
+        if len(ramp) != 3 or min(ramp) < 1:
+            raise ValueError(f"{given}: must be three numbers of at least 1: START INCREMENT SAMPLES")
+        if final is None:
+            raise ValueError(f"{given}: requires --global-batch-size, the size after the ramp")
+        start, increment, _ = ramp
+        if start >= final or (final - start) % increment:
+            raise ValueError(
+                f"{given}: --global-batch-size {final} must be START plus a multiple of INCREMENT, above START"
+            )
+
     def check_has_steps(self) -> None:
         """Checks that the run has at least one step.
 
@@ -125,6 +147,10 @@ class TrainingConfig:
             )
         return self.global_batch_size
 
+    def batch_sizes(self, global_batch_size: int) -> BatchSizes:
+        """Returns the batch sizes of the steps; `global_batch_size` is the resolved one."""
+        return BatchSizes(global_batch_size, self.rampup_batch_size)
+
     def resolved_train_iters(self, global_batch_size: int) -> int:
         """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.
 
@@ -133,7 +159,11 @@ class TrainingConfig:
         if self.train_iters is not None:
             return self.train_iters
         assert self.train_samples is not None
-        return self.train_samples // global_batch_size
+        return self.batch_sizes(global_batch_size).steps_in(self.train_samples)
+
+    def resolved_train_samples(self, global_batch_size: int) -> int:
+        """Returns the number of sequences in the optimizer steps of the whole run."""
+        return self.batch_sizes(global_batch_size).samples_in(self.resolved_train_iters(global_batch_size))
 
     def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
         """Returns a copy in which `num_epochs` is converted to `train_iters` (at least one step).
@@ -144,5 +174,6 @@ class TrainingConfig:
         """
         assert self.num_epochs is not None
         samples = int(self.num_epochs * epoch_samples)
-        steps = max(1, samples // self.resolved_global_batch_size(data_parallel_size))
+        sizes = self.batch_sizes(self.resolved_global_batch_size(data_parallel_size))
+        steps = max(1, sizes.steps_in(samples))
         return replace(self, train_iters=steps, num_epochs=None)

@@ -35,6 +35,7 @@ class Tokenizer(ABC):
             decide (`--prepend-bos` in preprocessing, generation, evaluation).
         reads_special_tokens: whether a special token spelled out in a text becomes that token's id; if not, it is
             tokenized like any other text.
+        text_frame: ids that preprocessing puts before and after every text, an empty one too; `tokenize` does not.
         reserved_ids: number of ids at the end of the vocabulary that no text produces; see `reserve`.
         files: the files that the tokenizer was read from, for messages.
     """
@@ -44,6 +45,7 @@ class Tokenizer(ABC):
     bos: int | None = None
     adds_bos: bool = False
     reads_special_tokens: bool = True
+    text_frame: tuple[list[int], list[int]] = ([], [])
     reserved_ids: int = 0
     files: tuple[str, ...] = ()
 

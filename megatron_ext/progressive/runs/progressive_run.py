@@ -115,7 +115,7 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
         config.progressive,
         training,
         config.optimizer,
-        global_batch_size=training.resolved_global_batch_size(copies),
+        sizes=training.batch_sizes(training.resolved_global_batch_size(copies)),
         sequence_length=config.model.seq_length,
     )
     check_phases(config, phases, world_size)
@@ -165,7 +165,7 @@ class Growth:
         self.started = time.monotonic()
         self.history = on_first_rank(lambda: check_history(self.save, phases))
         copies = parallel_state.get_data_parallel_world_size()
-        self.global_batch_size = config.training.resolved_global_batch_size(copies)
+        self.batch_sizes = config.training.batch_sizes(config.training.resolved_global_batch_size(copies))
 
     def run(self) -> int:
         """Trains the remaining phases; returns the exit code. Collective."""
@@ -217,7 +217,7 @@ class Growth:
             cache_identity=self.cache_identity,
             frozen=self.frozen,
             seed=config.training.seed,
-            tokens_per_step=self.global_batch_size * config.model.seq_length,
+            tokens_in=lambda steps: self.batch_sizes.samples_in(steps) * config.model.seq_length,
             statistics_interval=config.logging.log_interval,
         )
         # The first phase keeps the random streams of a plain run, so that --no-enabled equals plain pretraining.
@@ -230,7 +230,7 @@ class Growth:
             first_sample=before.consumed_samples if before is not None else 0,
             first_iteration=first,
             data=self.data,
-            samples=sum(each.steps for each in self.phases) * self.global_batch_size,
+            samples=self.batch_sizes.samples_in(sum(each.steps for each in self.phases)),
             epoch_samples=self.config.progressive.epoch_samples,
         )
         families: list[Family] = [*self.make_others(config, self.tokenizer), family]

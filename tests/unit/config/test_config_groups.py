@@ -156,6 +156,13 @@ BAD = [
         {"global_batch_size": 8, "gradient_accumulation_steps": 2},
         ["--gradient-accumulation-steps 2"],
     ),
+    (TrainingConfig, {"rampup_batch_size": (2, 2)}, ["--rampup-batch-size 2 2", "START INCREMENT SAMPLES"]),
+    (TrainingConfig, {"rampup_batch_size": (2, 2, 9)}, ["--rampup-batch-size 2 2 9", "--global-batch-size"]),
+    (
+        TrainingConfig,
+        {"rampup_batch_size": (8, 2, 9), "global_batch_size": 8},
+        ["--rampup-batch-size 8 2 9", "--global-batch-size 8", "above START"],
+    ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),

@@ -115,6 +115,16 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         "--train-samples 9: must be at least 10, the global",
     ),
     (
+        2,
+        {"global_batch_size": 8, "rampup_batch_size": (2, 3, 9)},
+        "--rampup-batch-size 2 3 9: INCREMENT must be divisible by 2 (--micro-batch-size x data-parallel size)",
+    ),
+    (
+        2,
+        {PP: 2, VP: 1, "global_batch_size": 8, "rampup_batch_size": (5, 1, 9)},
+        "--rampup-batch-size 5 1 9: START must be divisible by 2 (--micro-batch-size x data-parallel size x",
+    ),
+    (
         1,
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11},
         "--lr-wsd-decay-iters 11: must be at most the length of the schedule, 10",
