@@ -110,6 +110,8 @@ def test_bytes_and_numbers_give_mcores_ids() -> None:
         assert ours.detokenize(ours.tokenize(text)) == text
     ours = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=50))
     theirs = mcore.NullTokenizer(50)
+    if theirs.vocab_size == 50:  # from 0.18 the size contains the end-of-document token
+        theirs = mcore.NullTokenizer(51)
     assert ours.tokenize("3 49 0") == theirs.text_to_ids("3 49 0")
     assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod)
     with pytest.raises(ValueError, match="outside"):
