@@ -6,7 +6,6 @@ have another name, some are not supported. The list follows Megatron-LM's argume
 
 _ALWAYS_ON = [
     "--use-mcore-models",
-    "--accumulate-allreduce-grads-in-fp32",
     "--attention-softmax-in-fp32",
     "--log-batch-size-to-tensorboard",
     "--log-learning-rate-to-tensorboard",
@@ -34,7 +33,6 @@ _SPEED = [
     "--distribute-saved-activations",
     "--empty-unused-memory-level",
     "--fp16-lm-cross-entropy",
-    "--grad-reduce-in-bf16",
     "--lazy-mpu-init",
     "--local-rank",
     "--log-progress",
