@@ -5,7 +5,7 @@ needed. Runs in a single process use the caller's process.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -67,6 +67,9 @@ class Variant:
     bf16: bool = False
     fp16: bool = False
     settings: OptimizerSettings = CONSTANT
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of `ParallelConfig`, in every layout."""
+
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
@@ -151,6 +154,7 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
+    parallel = replace(parallel, **variant.parallel)
     trace = train_tiny(
         parallel,
         variant.steps,

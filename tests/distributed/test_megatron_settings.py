@@ -62,7 +62,20 @@ RELU = {
     )
     for name, make in {**FAMILIES, "NPT": npt_without_gate}.items()
 }
-RUNS = LayoutRuns({**EXACT, **FP16, **RELU}, (), {layout: [*FP16, *RELU] for layout in LAYOUTS})
+SUMS = {
+    **{
+        f"{name}, bf16, sums in bf16": replace(variant, bf16=True, parallel={"grad_reduce_in_bf16": True})
+        for name, variant in EXACT.items()
+    },
+    "PLE, fp16, sums in fp32": replace(
+        FP16["PLE, fp16"], parallel={"accumulate_allreduce_grads_in_fp32": True}
+    ),
+}
+"""Gradients are summed over micro-batches and ranks in another precision than is the default."""
+
+RUNS = LayoutRuns(
+    {**EXACT, **FP16, **RELU, **SUMS}, (), {layout: [*FP16, *RELU, *SUMS] for layout in LAYOUTS}
+)
 
 
 @pytest.mark.parametrize("variant", RELU)
@@ -82,3 +95,13 @@ def test_fp16_follows_fp32_and_the_single_process_within_its_rounding(layout: st
     assert runs[0].trace.losses[:2] == pytest.approx(exact.trace.losses, rel=1e-3)
     assert runs[0].trace.grad_norms[0] == pytest.approx(exact.trace.grad_norms[0], rel=5e-3)
     assert runs[0].trace.layer_losses[0] == pytest.approx(exact.trace.layer_losses[0], rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", SUMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_summed_in_another_precision_are_those_of_fp32_within_its_rounding(
+    layout: str, variant: str
+) -> None:
+    found, exact = RUNS.at(layout, variant)[0].trace, RUNS.single(variant.partition(",")[0]).trace
+    assert found.losses[:2] == pytest.approx(exact.losses, rel=1e-2)
+    assert found.grad_norms[0] == pytest.approx(exact.grad_norms[0], rel=1e-2)

@@ -199,6 +199,11 @@ BAD = [
         },
         ["--recompute-activations", "--recompute-granularity full"],
     ),
+    (
+        ParallelConfig,
+        {"grad_reduce_in_bf16": True, "accumulate_allreduce_grads_in_fp32": True},
+        ["--grad-reduce-in-bf16", "--accumulate-allreduce-grads-in-fp32"],
+    ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),

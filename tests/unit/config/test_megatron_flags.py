@@ -57,10 +57,7 @@ OLDER = {
 """Flags of versions before 0.16 that scripts still have, and of Megatron-LM's data tool."""
 
 BUILT_NEXT = {
-    "--accumulate-allreduce-grads-in-fp32",
-    "--cross-entropy-loss-fusion",
     "--empty-unused-memory-level",
-    "--grad-reduce-in-bf16",
     "--log-num-zeros-in-grad",
     "--memory-snapshot-path",
     "--no-overlap-p2p-communication",
