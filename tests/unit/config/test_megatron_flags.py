@@ -350,3 +350,12 @@ def test_key_value_heads_follow_megatrons_rules_with_its_defaults(capsys: pytest
 )
 def test_other_defaults_are_refused(given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of(f"{GIVEN} {given}", capsys) == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(("config_type", "offers"), [(RunConfig, True), (PreprocessConfig, False)])
+def test_only_the_help_of_a_training_run_offers_megatrons_defaults(
+    config_type: type, offers: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(config_type, ["--help"], prog="test")
+    assert ("--defaults {megatron}" in capsys.readouterr().out) == offers
