@@ -3,6 +3,8 @@
 No other module does this. The settings of model families are not part of `TransformerConfig`.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,6 +12,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform.process_groups import use_cuda
+
+_FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+
+NO_CUDA_GRAPHS: dict[str, list[str]] = {
+    # The engine's default, "full", is deprecated in every version; 0.18 renamed the field.
+    ("cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"): []
+}
+"""Arguments of `TransformerConfig` with which no CUDA graph is captured."""
 
 
 def build_transformer_config(
@@ -75,7 +85,7 @@ def build_transformer_config(
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
-        cuda_graph_scope=[],
+        **NO_CUDA_GRAPHS,
     )
     # This is not a field of the dataclass. If it is set, the engine sums over the stages the gradients of parameters
     # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.

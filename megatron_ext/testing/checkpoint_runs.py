@@ -1,6 +1,5 @@
 """A tiny training run that can be saved and loaded in any parallel layout, for tests of checkpoints."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.checkpoint.checkpoint_tensors import without_reader_warnings
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.data_parallel import wrap_model
 from megatron_ext.training.engine.lr_schedule import build_scheduler
@@ -125,7 +125,5 @@ class TinyRun:
 
 def read_plain(folder: str) -> dict[str, torch.Tensor]:
     """Reads all tensors of a checkpoint, unsharded, with megatron-core's own reader; needs a process group."""
-    with warnings.catch_warnings():
-        # mcore calls torch's loader by its deprecated name.
-        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+    with without_reader_warnings():
         return dist_checkpointing.load_plain_tensors(folder)

@@ -77,7 +77,7 @@ def _print(
         console.width = _PLAIN_WIDTH
     console.print("Dry run: no model is built and nothing is trained.", highlight=False)
     console.print(_describe(layout, training), highlight=False)
-    if training.rampup_batch_size is not None:
+    if not training.has_constant_batch_size:
         console.print(_describe_ramp(layout, training), highlight=False)
     console.print(_parameter_table(costs))
     console.print(_memory_table(memory))
@@ -103,12 +103,12 @@ def _describe(layout: ParallelLayout, training: TrainingConfig) -> str:
 
 
 def _describe_ramp(layout: ParallelLayout, training: TrainingConfig) -> str:
-    assert training.rampup_batch_size is not None
-    start, increment, _ = training.rampup_batch_size
-    steps = training.batch_sizes(_global_batch_size(layout)).steps_of_ramp()
+    sizes = training.batch_sizes(_global_batch_size(layout))
+    several = sizes.sizes()
+    shown = f"{several[0]} to {several[-1]} sequences, in {len(several)} sizes"
     return (
-        f"--rampup-batch-size: the first {steps} steps have {start} sequences or more, in steps of {increment}; memory "
-        "and FLOPs below are those of a step after them, except those of the whole run"
+        f"the first {sizes.steps_of_ramp()} steps have {shown}; memory and FLOPs below are those of a step after them, "
+        "except those of the whole run"
     )
 
 

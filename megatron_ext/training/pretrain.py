@@ -299,7 +299,7 @@ def _begin(
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     training = config.training
-    in_steps = training.train_iters is not None and training.rampup_batch_size is None
+    in_steps = training.train_iters is not None and training.has_constant_batch_size
     if config.optimizer.override_opt_param_scheduler and in_steps:
         # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
         # to the number of steps that are done. With a ramp the batch size follows from the samples.

@@ -2,7 +2,7 @@
 
 The sources, from the highest precedence to the lowest:
 
-    flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
+    flag  >  YAML file (--config)  >  values that the program finds  >  --defaults megatron  >  default of the field
 
 With --use-checkpoint-args the shape of the model in the checkpoint comes before the flags.
 

@@ -13,8 +13,9 @@ from megatron_ext.config.command_line.field_checks import (
     check_numbers,
     check_positive,
     flag,
+    flag_name,
 )
-from megatron_ext.config.groups.batch_sizes import BatchSizes
+from megatron_ext.config.groups.batch_sizes import BatchSizes, in_samples, read_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class TrainingConfig:
     rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
     """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
     is --global-batch-size."""
+
+    step_batch_size_schedule: Annotated[tuple[str, ...] | None, flag(metavar="TOKENS:SIZE ...")] = None
+    """Sequences per step, by the number of tokens before the step: 0:16 2.4B:320 12B:1536. Use instead of
+    --global-batch-size. K, M, B and T are thousands, millions and so on."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
@@ -111,6 +116,20 @@ class TrainingConfig:
         if self.bf16 and self.fp16:
             raise ValueError("--fp16: cannot be given together with --bf16")
         self._check_rampup()
+        if self.step_batch_size_schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        assert self.step_batch_size_schedule is not None
+        given = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}"
+        last = read_schedule(self.step_batch_size_schedule)[-1][1]
+        if self.global_batch_size not in (None, last):
+            raise ValueError(
+                f"{given}: --global-batch-size {self.global_batch_size} must be its last size, {last}"
+            )
+        for name in ("rampup_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{given}: cannot be given together with {flag_name(name)}")
 
     def _check_rampup(self) -> None:
         ramp, final = self.rampup_batch_size, self.global_batch_size
@@ -153,18 +172,41 @@ class TrainingConfig:
             ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
         """
         samples_at_once = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size is None:
+        if self.final_batch_size is None:
             return samples_at_once * (self.gradient_accumulation_steps or 1)
-        if self.global_batch_size % samples_at_once:
+        if self.final_batch_size % samples_at_once:
             raise ValueError(
-                f"--global-batch-size {self.global_batch_size}: must be divisible by --micro-batch-size "
+                f"--global-batch-size {self.final_batch_size}: must be divisible by --micro-batch-size "
                 f"{self.micro_batch_size} x data-parallel size {data_parallel_size}"
             )
+        return self.final_batch_size
+
+    @property
+    def final_batch_size(self) -> int | None:
+        """The given number of sequences per step at the end of the run; None if it follows from other flags."""
+        if self.step_batch_size_schedule is not None:
+            return read_schedule(self.step_batch_size_schedule)[-1][1]
         return self.global_batch_size
 
+    @property
+    def has_constant_batch_size(self) -> bool:
+        """Whether all steps have the same number of sequences."""
+        return self.rampup_batch_size is None and self.step_batch_size_schedule is None
+
     def batch_sizes(self, global_batch_size: int) -> BatchSizes:
-        """Returns the batch sizes of the steps; `global_batch_size` is the resolved one."""
-        return BatchSizes(global_batch_size, self.rampup_batch_size)
+        """Returns the batch sizes of the steps.
+
+        Args:
+            global_batch_size: the resolved one.
+        """
+        steps = read_schedule(self.step_batch_size_schedule) if self.step_batch_size_schedule else ()
+        return BatchSizes(global_batch_size, self.rampup_batch_size, steps)
+
+    def in_samples(self, seq_length: int) -> "TrainingConfig":
+        """Returns a copy with the thresholds of --step-batch-size-schedule in samples of `seq_length` tokens."""
+        if self.step_batch_size_schedule is None:
+            return self
+        return replace(self, step_batch_size_schedule=in_samples(self.step_batch_size_schedule, seq_length))
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
         """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.

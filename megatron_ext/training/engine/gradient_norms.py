@@ -21,14 +21,20 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per tensor where neither Transformer
     Engine nor Apex is installed.
     """
-    # Only the parts know which gradients count: not those of shared and of duplicated parameters.
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    gradients = [gradient for part in parts for gradient in _counted_gradients(part)]
     square = torch.zeros((), device=process_groups.device())
     if gradients:
         square = torch.stack(torch._foreach_norm(gradients)).norm().square()
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return square.double().sqrt()
+
+
+def _counted_gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """Returns the gradients that count: not those of shared and of duplicated parameters."""
+    # Only the engine knows which these are. 0.19 renamed its method.
+    name = "get_grads_for_grad_norm"
+    return getattr(part, name if hasattr(part, name) else "get_main_grads_for_grad_norm")()
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: float) -> None:

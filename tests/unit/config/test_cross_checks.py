@@ -123,6 +123,11 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     ),
     (
         2,
+        {"step_batch_size_schedule": ("0:2", "9samples:3", "19samples:4")},
+        "--step-batch-size-schedule 0:2 9samples:3 19samples:4: size 3 must be divisible by 2 (--micro-batch-size x",
+    ),
+    (
+        2,
         {"global_batch_size": 8, "rampup_batch_size": (2, 3, 9)},
         "--rampup-batch-size 2 3 9: INCREMENT must be divisible by 2 (--micro-batch-size x data-parallel size)",
     ),
