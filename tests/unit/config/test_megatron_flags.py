@@ -59,20 +59,8 @@ OLDER = {
 BUILT_NEXT = {
     "--empty-unused-memory-level",
     "--log-num-zeros-in-grad",
-    "--memory-snapshot-path",
     "--no-overlap-p2p-communication",
-    "--nvtx-ranges",
     "--overlap-p2p-communication-warmup-flush",
-    "--profile",
-    "--profile-ranks",
-    "--profile-step-end",
-    "--profile-step-start",
-    "--pytorch-profiler-collect-callstack",
-    "--pytorch-profiler-collect-chakra",
-    "--pytorch-profiler-collect-shapes",
-    "--record-memory-history",
-    "--record-shapes",
-    "--use-pytorch-profiler",
 }
 """Flags that are being built or put into a class on other branches; each may be in one class or none yet."""
 
