@@ -165,6 +165,7 @@ IGNORED = {
     "--sharp-enabled-group": _one(_TRAFFIC.reason),
     "--use-tp-pp-dp-mapping": _TRAFFIC,
     "--train-sync-interval": _one(_TRAFFIC.reason),
+    "--empty-unused-memory-level": _one("it changes how much memory torch keeps, not what is computed"),
     "--distribute-saved-activations": _MEMORY,
     "--no-clone-scatter-output-in-embedding": _MEMORY,
     "--disable-clone-scatter-output-in-embedding": _MEMORY,

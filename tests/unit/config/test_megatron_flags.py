@@ -57,7 +57,6 @@ OLDER = {
 """Flags of versions before 0.16 that scripts still have, and of Megatron-LM's data tool."""
 
 BUILT_NEXT = {
-    "--empty-unused-memory-level",
     "--log-num-zeros-in-grad",
     "--no-overlap-p2p-communication",
     "--overlap-p2p-communication-warmup-flush",
