@@ -70,6 +70,7 @@ def validate(
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
+            _check_loss_scale(training, optimizer)
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -194,20 +195,35 @@ def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parall
         )
 
 
+def _check_loss_scale(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
+    """Rejects settings of the loss scale that would have no effect."""
+    names = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    fields = OptimizerSettings.__dataclass_fields__
+    for name in ("loss_scale", *names):
+        value = getattr(optimizer, name)
+        if value == fields[name].default:
+            continue
+        if not training.fp16:
+            raise ValueError(f"{flag_name(name)} {value:g}: has no effect; it requires --fp16")
+        if optimizer.loss_scale is not None and name != "loss_scale":
+            raise ValueError(
+                f"{flag_name(name)} {value:g}: has no effect with --loss-scale {optimizer.loss_scale:g}, which fixes it"
+            )
+
+
 def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_once: int) -> None:
-    """Checks that every batch size of the ramp can be divided into micro-batches, and these among pipeline stages."""
-    if training.rampup_batch_size is None:
-        return
-    start, increment, samples = training.rampup_batch_size
+    """Checks that a batch size that grows can be divided into micro-batches, and these among pipeline stages."""
     unit, words = samples_at_once, "--micro-batch-size x data-parallel size"
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         unit *= parallel.pipeline_model_parallel_size
         words += " x --pipeline-model-parallel-size, because of virtual pipeline stages"
-    for name, size in (("START", start), ("INCREMENT", increment)):
+    ramp = dict(zip(("START", "INCREMENT"), training.rampup_batch_size or (), strict=False))
+    schedule = {f"size {size}": size for _, size in training.batch_sizes(0).steps}
+    for what, size in {**ramp, **schedule}.items():
         if size % unit:
-            raise ValueError(
-                f"--rampup-batch-size {start} {increment} {samples}: {name} must be divisible by {unit} ({words})"
-            )
+            name = "rampup_batch_size" if ramp else "step_batch_size_schedule"
+            given = f"{flag_name(name)} {' '.join(map(str, getattr(training, name)))}"
+            raise ValueError(f"{given}: {what} must be divisible by {unit} ({words})")
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:

@@ -23,7 +23,7 @@ NO_CUDA_GRAPHS: dict[str, list[str]] = {
 
 
 def build_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, fp16: bool = False
 ) -> TransformerConfig:
     """Returns megatron-core's configuration for the base model and its parallel layout.
 
@@ -31,8 +31,9 @@ def build_transformer_config(
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
         bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
+        fp16: whether they are in fp16 instead.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
     config = TransformerConfig(
         num_layers=model.num_layers,
@@ -63,6 +64,7 @@ def build_transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,
+        fp16=fp16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model.num_layers),

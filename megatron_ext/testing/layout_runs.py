@@ -63,6 +63,7 @@ class Variant:
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
+    fp16: bool = False
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
@@ -147,7 +148,9 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
-    trace = train_tiny(parallel, variant.steps, variant.make_families, variant.model, variant.bf16)
+    trace = train_tiny(
+        parallel, variant.steps, variant.make_families, variant.model, variant.bf16, variant.fp16
+    )
     extensions = [family.extension() for family in variant.make_families()]
     chunks = build_model(
         variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True

@@ -76,15 +76,15 @@ def _print(
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     console.print("Dry run: no model is built and nothing is trained.", highlight=False)
-    console.print(_describe(layout), highlight=False)
-    if training.rampup_batch_size is not None:
+    console.print(_describe(layout, training), highlight=False)
+    if not training.has_constant_batch_size:
         console.print(_describe_ramp(layout, training), highlight=False)
     console.print(_parameter_table(costs))
     console.print(_memory_table(memory))
     console.print(_flops_table(layout, training, list(costs.values())))
 
 
-def _describe(layout: ParallelLayout) -> str:
+def _describe(layout: ParallelLayout, training: TrainingConfig) -> str:
     parallel, model = layout.parallel, layout.model
     processes = layout.data_parallel_size * parallel.model_parallel_size
     sizes = f"data {layout.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
@@ -96,19 +96,19 @@ def _describe(layout: ParallelLayout) -> str:
     batch = _global_batch_size(layout)
     micro_batches = f"{layout.num_microbatches} micro-batch{'es' if layout.num_microbatches > 1 else ''}"
     return (
-        f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
+        f"{processes} processes = {sizes}; {training.precision}\n"
         f"one step = {batch} sequences of {model.seq_length} tokens; {micro_batches} of "
         f"{layout.micro_batch_size} per data-parallel rank"
     )
 
 
 def _describe_ramp(layout: ParallelLayout, training: TrainingConfig) -> str:
-    assert training.rampup_batch_size is not None
-    start, increment, _ = training.rampup_batch_size
-    steps = training.batch_sizes(_global_batch_size(layout)).steps_of_ramp()
+    sizes = training.batch_sizes(_global_batch_size(layout))
+    several = sizes.sizes()
+    shown = f"{several[0]} to {several[-1]} sequences, in {len(several)} sizes"
     return (
-        f"--rampup-batch-size: the first {steps} steps have {start} sequences or more, in steps of {increment}; memory "
-        "and FLOPs below are those of a step after them, except those of the whole run"
+        f"the first {sizes.steps_of_ramp()} steps have {shown}; memory and FLOPs below are those of a step after them, "
+        "except those of the whole run"
     )
 
 

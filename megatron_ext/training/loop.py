@@ -242,7 +242,8 @@ class Loop:
         began = time.perf_counter()
         result = self._last = step.read()
         seconds = step.seconds + time.perf_counter() - began
-        self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if result.skipped else 0
+        if not result.is_overflow:
+            self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if result.skipped else 0
         self._skipped_steps += int(result.skipped)
         progress = replace(step.progress, skipped_steps=self._skipped_steps)
         iteration = progress.iteration
@@ -309,6 +310,7 @@ class Loop:
             flops_per_token=step.flops_per_token,
             skipped=result.skipped,
             params_norm=result.params_norm,
+            loss_scale=result.loss_scale,
         )
 
     def _reason_to_stop(self, progress: TrainingProgress) -> tuple[str | None, int]:

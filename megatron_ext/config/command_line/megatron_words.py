@@ -54,7 +54,7 @@ def sort_megatron_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> Sort
             if ignored.allows(words):
                 found.ignored.append(given)
             else:
-                found.refused.append(f"{given} (only {' or '.join(ignored.harmless)} is supported)")
+                found.refused.append(f"{given} ({ignored.limits})")
         elif (why := why_refused(name)) is not None:
             found.refused.append(f"{given} ({why})")
         else:

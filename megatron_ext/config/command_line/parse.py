@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_ext.config.command_line.argument_words import read_arguments
 from megatron_ext.config.command_line.error_lines import exit_with_error, main_guard, run_main
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.flag_table import (
     CONFIG,
     DEFAULTS,
     HELP,
     SHOW_CONFIG,
+    Flag,
     flags_of,
     groups_of,
     is_training_run,
@@ -141,15 +143,31 @@ def _merge(
 
         merged.add(Source(path, is_yaml=True), read_yaml(path, groups, flags, sections))
     given = MappingProxyType(dict(merged.values))
-    found = list(find(given)) if find is not None else []
+    founds = list(find(given)) if find is not None else []
     if whose is not None:
-        found.insert(0, Found(f"Megatron-LM ({DEFAULTS} {whose})", megatron_defaults(given)))
-    for each in reversed(found):
-        merged.add(Source(each.source), each.values(flags))
+        founds.insert(0, Found(f"Megatron-LM ({DEFAULTS} {whose})", megatron_defaults(given)))
+    for found in reversed(founds):
+        if found.wins:
+            _replace_given(merged, found, flags)
+        else:
+            merged.add(Source(found.source), found.values(flags))
     missing = missing_flags(groups, flags, merged.values)
     if missing:
         raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
     return ignored
+
+
+def _replace_given(merged: Merged, found: Found, flags: Sequence[Flag]) -> None:
+    """Replaces values that the user has set, and prints which ones."""
+    fields = [field for values in found.sections.values() for field in values]
+    changed = merged.replace(Source(found.source), dict.fromkeys(fields) | found.values(flags))
+    if changed and int(os.environ.get("RANK") or 0) == 0:
+        told = [f"{flag_name(name)} {_told(new)}, not {_told(old)}" for name, (old, new) in changed.items()]
+        print(f"{found.source} has {'; '.join(told)} (--use-checkpoint-args)", flush=True)
+
+
+def _told(value: object) -> str:
+    return "its default" if value is None else str(value)
 
 
 def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:

@@ -37,7 +37,8 @@ _TAKES_SPECIAL_TOKENS = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokeniz
 
 
 def tokenizer_flags(kind: str) -> str | None:
-    """Returns the flags that choose a type of tokenizer, for a message; None if there is no such type."""
+    """Returns the flags that choose a tokenizer by the name of its class, for a message; None if there are none."""
+    kind = kind.removeprefix("Legacy")
     if kind not in get_args(TokenizerType):
         return None
     return " ".join(
@@ -106,6 +107,17 @@ class TokenizerConfig:
             )
         if len(set(self.tokenizer_special_tokens or ())) != len(self.tokenizer_special_tokens or ()):
             raise ValueError("--tokenizer-special-tokens: names a token twice")
+
+    def further_flags(self) -> str:
+        """Returns the flags beside type and files on which the ids of a text depend; "" if all have their defaults."""
+        flags = ["--legacy-tokenizer"] if self.legacy_tokenizer else []
+        if self.tokenizer_type == "TikTokenizer":
+            for name in ("tiktoken_pattern", "tiktoken_num_special_tokens"):
+                if getattr(self, name) != getattr(type(self), name):
+                    flags.append(f"{flag_name(name)} {getattr(self, name)}")
+        if self.tokenizer_special_tokens:
+            flags.append(f"--tokenizer-special-tokens {' '.join(self.tokenizer_special_tokens)}")
+        return " ".join(flags)
 
     def files(self) -> tuple[str, ...]:
         """Returns the paths of the tokenizer's files."""

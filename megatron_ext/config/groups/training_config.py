@@ -13,8 +13,9 @@ from megatron_ext.config.command_line.field_checks import (
     check_numbers,
     check_positive,
     flag,
+    flag_name,
 )
-from megatron_ext.config.groups.batch_sizes import BatchSizes
+from megatron_ext.config.groups.batch_sizes import BatchSizes, in_samples, read_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class TrainingConfig:
     rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
     """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
     is --global-batch-size."""
+
+    step_batch_size_schedule: Annotated[tuple[str, ...] | None, flag(metavar="TOKENS:SIZE ...")] = None
+    """Sequences per step, by the number of tokens before the step: 0:16 2.4B:320 12B:1536. Use instead of
+    --global-batch-size. K, M, B and T are thousands, millions and so on."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
@@ -61,8 +66,12 @@ class TrainingConfig:
     bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
     """Compute in bfloat16, with fp32 copies of the weights for the optimizer. Default: everything is fp32."""
 
+    fp16: bool = False
+    """Compute in fp16 with a scaled loss (--loss-scale), and with fp32 copies of the weights for the optimizer."""
+
     max_consecutive_nan_steps: int = 3
-    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped."""
+    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped.
+    With --fp16, overflows that only lower the loss scale do not count."""
 
     manual_gc: bool = False
     """Collect Python's garbage only every --manual-gc-interval steps, in the same step on every rank."""
@@ -100,7 +109,23 @@ class TrainingConfig:
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
 
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16: cannot be given together with --bf16")
         self._check_rampup()
+        if self.step_batch_size_schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        assert self.step_batch_size_schedule is not None
+        given = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}"
+        last = read_schedule(self.step_batch_size_schedule)[-1][1]
+        if self.global_batch_size not in (None, last):
+            raise ValueError(
+                f"{given}: --global-batch-size {self.global_batch_size} must be its last size, {last}"
+            )
+        for name in ("rampup_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{given}: cannot be given together with {flag_name(name)}")
 
     def _check_rampup(self) -> None:
         ramp, final = self.rampup_batch_size, self.global_batch_size
@@ -116,6 +141,11 @@ class TrainingConfig:
             raise ValueError(
                 f"{given}: --global-batch-size {final} must be START plus a multiple of INCREMENT, above START"
             )
+
+    @property
+    def precision(self) -> str:
+        """Precision of weights and activations: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def check_has_steps(self) -> None:
         """Checks that the run has at least one step.
@@ -138,18 +168,41 @@ class TrainingConfig:
             ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
         """
         samples_at_once = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size is None:
+        if self.final_batch_size is None:
             return samples_at_once * (self.gradient_accumulation_steps or 1)
-        if self.global_batch_size % samples_at_once:
+        if self.final_batch_size % samples_at_once:
             raise ValueError(
-                f"--global-batch-size {self.global_batch_size}: must be divisible by --micro-batch-size "
+                f"--global-batch-size {self.final_batch_size}: must be divisible by --micro-batch-size "
                 f"{self.micro_batch_size} x data-parallel size {data_parallel_size}"
             )
+        return self.final_batch_size
+
+    @property
+    def final_batch_size(self) -> int | None:
+        """The given number of sequences per step at the end of the run; None if it follows from other flags."""
+        if self.step_batch_size_schedule is not None:
+            return read_schedule(self.step_batch_size_schedule)[-1][1]
         return self.global_batch_size
 
+    @property
+    def has_constant_batch_size(self) -> bool:
+        """Whether all steps have the same number of sequences."""
+        return self.rampup_batch_size is None and self.step_batch_size_schedule is None
+
     def batch_sizes(self, global_batch_size: int) -> BatchSizes:
-        """Returns the batch sizes of the steps; `global_batch_size` is the resolved one."""
-        return BatchSizes(global_batch_size, self.rampup_batch_size)
+        """Returns the batch sizes of the steps.
+
+        Args:
+            global_batch_size: the resolved one.
+        """
+        steps = read_schedule(self.step_batch_size_schedule) if self.step_batch_size_schedule else ()
+        return BatchSizes(global_batch_size, self.rampup_batch_size, steps)
+
+    def in_samples(self, seq_length: int) -> "TrainingConfig":
+        """Returns a copy with the thresholds of --step-batch-size-schedule in samples of `seq_length` tokens."""
+        if self.step_batch_size_schedule is None:
+            return self
+        return replace(self, step_batch_size_schedule=in_samples(self.step_batch_size_schedule, seq_length))
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
         """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.

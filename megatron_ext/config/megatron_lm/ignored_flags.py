@@ -22,13 +22,22 @@ class Ignored:
     harmless: tuple[str, ...] = ()
     """The values that change nothing; empty if that is so for every value."""
 
+    otherwise: str = ""
+    """Why the other values are refused, or what to do instead; completes `only X is supported: ...`."""
+
+    @property
+    def limits(self) -> str:
+        """The reason why a value was refused."""
+        reason = f": {self.otherwise}" if self.otherwise else ""
+        return f"only {' or '.join(self.harmless)} is supported{reason}"
+
     def allows(self, words: Sequence[str]) -> bool:
         """Returns whether the flag changes nothing with these values."""
         return not self.harmless or set(words) <= set(self.harmless)
 
 
-def _one(reason: str, *harmless: str) -> Ignored:
-    return Ignored(reason, "one value", harmless)
+def _one(reason: str, *harmless: str, otherwise: str = "") -> Ignored:
+    return Ignored(reason, "one value", harmless, otherwise)
 
 
 def _many(reason: str, *harmless: str) -> Ignored:
@@ -44,6 +53,7 @@ _SIGNALS = Ignored("on SIGTERM, SIGINT and SIGUSR1 a run saves and exits anyway"
 _OUTPUT = Ignored("it asks for output that is not written here")
 _UNUSED = Ignored("Megatron-LM itself no longer reads it")
 _ALREADY = "this is so anyway"
+_CONVERT = "convert checkpoints with Megatron-LM's --ckpt-convert-format torch_dist"
 
 IGNORED = {
     # Model
@@ -55,7 +65,7 @@ IGNORED = {
     "--apply-query-key-layer-scaling": Ignored(
         "attention weights are computed in fp32, which cannot overflow"
     ),
-    "--no-query-key-layer-scaling": Ignored("attention weights are computed in fp32, which cannot overflow"),
+    "--no-query-key-layer-scaling": Ignored("attention scores are summed in fp32, which cannot overflow"),
     "--apply-layernorm-1p": Ignored(
         "a norm's weight begins at 1 and has no weight decay, which trains alike"
     ),
@@ -167,7 +177,11 @@ IGNORED = {
     "--lazy-mpu-init": _UNUSED,
     "--local-rank": _one("torchrun sets it in the environment"),
     # Data
-    "--dataloader-type": _one(_ALREADY, "single"),
+    "--dataloader-type": _one(
+        _ALREADY,
+        "single",
+        otherwise="samples are shuffled by --seed; cyclic would shuffle them again, by the number of model copies",
+    ),
     "--no-create-attention-mask-in-dataloader": Ignored("no mask is made where attention is causal"),
     "--no-mmap-bin-files": _INDEX,
     "--dataloader-defer-npy-index-mmap": _INDEX,
@@ -185,8 +199,8 @@ IGNORED = {
     "--tokenizer-hf-no-use-fast": Ignored("Hugging Face tokenizers are always the fast ones"),
     "--trust-remote-code": Ignored("a tokenizer's own code is never executed"),
     # Checkpoints
-    "--ckpt-format": _one("checkpoints are torch_dist", "torch_dist"),
-    "--dist-ckpt-format": _one("checkpoints are torch_dist", "torch_dist"),
+    "--ckpt-format": _one("checkpoints are torch_dist", "torch_dist", otherwise=_CONVERT),
+    "--dist-ckpt-format": _one("checkpoints are torch_dist", "torch_dist", otherwise=_CONVERT),
     "--use-dist-ckpt": Ignored("checkpoints are torch_dist"),
     "--use-distributed-checkpoint": Ignored("checkpoints are torch_dist"),
     "--auto-detect-ckpt-format": Ignored("checkpoints are torch_dist"),
@@ -243,9 +257,9 @@ IGNORED = {
     "--timing-log-option": _one(_OUTPUT.reason),
     "--log-timers-to-tensorboard": _OUTPUT,
     "--log-world-size-to-tensorboard": _OUTPUT,
-    "--log-loss-scale-to-tensorboard": _OUTPUT,
-    "--no-log-loss-scale-to-tensorboard": _OUTPUT,
-    "--disable-log-loss-scale-to-tensorboard": _OUTPUT,
+    "--log-loss-scale-to-tensorboard": Ignored("with --fp16 it is written anyway"),
+    "--no-log-loss-scale-to-tensorboard": Ignored("with --fp16 it is written anyway"),
+    "--disable-log-loss-scale-to-tensorboard": Ignored("with --fp16 it is written anyway"),
     "--log-device-memory-used": _OUTPUT,
     "--log-energy": _OUTPUT,
     "--log-memory-interval": _one(_OUTPUT.reason),

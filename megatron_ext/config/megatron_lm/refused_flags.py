@@ -124,6 +124,9 @@ REFUSED = {
     "--keep-fp8-transpose-cache": _FSDP,
     "--suggested-communication-unit-size": _FSDP,
     "--checkpoint-activations": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "--activations-checkpoint-granularity": "use --recompute-granularity",
+    "--activations-checkpoint-method": "use --recompute-granularity full with --recompute-method",
+    "--activations-checkpoint-num-layers": "use --recompute-granularity full with --recompute-num-layers",
     "--checkpoint-num-layers": "use --recompute-num-layers with --recompute-granularity full",
     "--fake-process-group": "use --rehearse, which runs one rank on a simulated GPU",
     "--distributed-timeout-seconds-after-init": "use --distributed-timeout-minutes",
@@ -184,7 +187,6 @@ REFUSED = {
     "--save-tokens-per-expert-interval": _MOE,
     # Run
     "--yaml-cfg": "use --config with this project's keys, which are the flags with underscores",
-    "--step-batch-size-schedule": "not supported: use --global-batch-size",
     "--decrease-batch-size-if-needed": "not supported: --global-batch-size must fit the number of model copies",
     "--full-validation": "use tools/evaluate.py",
     "--multiple-validation-sets": "use tools/evaluate.py for each",

@@ -149,10 +149,10 @@ class Preprocessor:
         if self._first_token() is not None or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
             return None
         bos = self.tokenizer.inv_vocab[self.tokenizer.bos]
-        return (
-            f"the tokenizer's own configuration puts {bos} before a text, but these documents have none "
-            "(--prepend-bos adds it)"
-        )
+        remedy = "--prepend-bos adds it"
+        if self.tokenizer_config.tokenizer_type == "HuggingFaceTokenizer":
+            remedy += "; Megatron-LM adds it by default, as --tokenizer-hf-include-special-tokens does here"
+        return f"the tokenizer's own configuration puts {bos} before a text, but these documents have none ({remedy})"
 
     def _first_token(self) -> int | None:
         """Returns the token that every document of the datasets begins with, if there is one."""

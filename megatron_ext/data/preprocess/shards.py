@@ -229,6 +229,8 @@ class ShardWriter:
 
 
 def _joined(arrays: list[Ids]) -> Ids:
+    if len(arrays) == 1:  # perhaps one huge document, which is not copied
+        return arrays[0]
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 

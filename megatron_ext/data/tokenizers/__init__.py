@@ -21,7 +21,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         FileNotFoundError, ValueError: the tokenizer cannot be built; the one-line message names the flag and the file.
     """
     tokenizer = _build(config)
-    tokenizer.files = config.files()
+    tokenizer.files, tokenizer.flags = config.files(), config.further_flags()
     if config.vocab_size is not None and config.tokenizer_type not in ("TikTokenizer", "NullTokenizer"):
         tokenizer.reserve(config.vocab_size)
     return tokenizer

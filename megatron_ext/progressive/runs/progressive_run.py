@@ -122,6 +122,10 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
     return phases
 
 
+_RUN_PRECISION = {"fp32": "full", "bf16": "bfloat16", "fp16": "half"}
+"""Maps the run's precision to that of a stack with the same one."""
+
+
 class Growth:
     """A progressive training run in its process group: runs the phases one after the other."""
 
@@ -172,10 +176,12 @@ class Growth:
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
             print_on_first_rank("training is already complete; to add stacks, increase --target-stacks")
-        if left and self.config.training.bf16 and any(s.precision == "full" for s in left[-1].rack.stacks):
+        run = _RUN_PRECISION[self.config.training.precision]
+        if left and run != "full" and any(s.precision == "full" for s in left[-1].rack.stacks):
+            name = self.config.training.precision
             print_on_first_rank(
-                "--bf16: stacks of precision full are stored and computed in fp32; "
-                "pass --new-stack-precision bfloat16 for bf16"
+                f"--{name}: stacks of precision full are stored and computed in fp32; "
+                f"pass --new-stack-precision {run} for {name}"
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
@@ -258,8 +264,8 @@ class Growth:
         """Prints the numbers of trained and frozen parameters; each stack's precision, training and bytes."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
-        run_precision = "bfloat16" if self.config.training.bf16 else "full"
-        found = stack_descriptions(phase.rack, family.plan, _cached_layers(family), run_precision)
+        precision = _RUN_PRECISION[self.config.training.precision]
+        found = stack_descriptions(phase.rack, family.plan, _cached_layers(family), precision)
         weights = ", ".join(
             f"stack {stack.index} ({found[stack.index]}) {compact(sizes[stack.index])}B"
             for stack in phase.rack.stacks

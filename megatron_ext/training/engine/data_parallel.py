@@ -22,14 +22,15 @@ from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 
 @in_phase(GRADIENTS)
 def wrap_model(
-    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
+    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool, fp16: bool = False
 ) -> list[DistributedDataParallel]:
-    """Converts the chunks to bf16 if `bf16` is set, and wraps them for data parallelism.
+    """Converts the chunks to bf16 or fp16 if that is set, and wraps them for data parallelism.
 
     Args:
         chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: the parallel layout, which specifies how gradients are reduced.
         bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
+        fp16: whether they are in fp16; gradients are then reduced in fp16.
     """
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
@@ -39,7 +40,7 @@ def wrap_model(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # it would abort the run; `Stepper` skips a non-finite step instead
     )
-    modules = [Float16Module(config, chunk) if bf16 else chunk for chunk in chunks]
+    modules = [Float16Module(config, chunk) if bf16 or fp16 else chunk for chunk in chunks]
     wrapped = [
         # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
         # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.

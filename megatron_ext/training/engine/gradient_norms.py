@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.platform import process_groups
 
 
@@ -75,7 +76,8 @@ def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Returns this rank's part of a gradient's squared norm; the sum over all data-parallel ranks is the squared norm.
 
     Args:
-        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter.
+        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter. With --fp16
+            its gradient is still scaled; the result is not.
 
     Returns:
         A scalar, float64.
@@ -85,6 +87,10 @@ def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=parameter.device)
     reduced = getattr(parameter, "reduced_range", None)
     if reduced is None:
-        copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        return gradient.float().square().sum(dtype=torch.float64) / copies
-    return gradient.flatten()[slice(*reduced)].float().square().sum(dtype=torch.float64)
+        divisor = float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+    else:
+        gradient, divisor = gradient.flatten()[slice(*reduced)], 1.0
+    unscaled = (
+        gradient.float() / LayerLosses.loss_scale if LayerLosses.loss_scale != 1.0 else gradient.float()
+    )
+    return unscaled.square().sum(dtype=torch.float64) / divisor

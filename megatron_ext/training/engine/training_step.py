@@ -31,6 +31,7 @@ from megatron_ext.platform.host_copy import HostCopy
 from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.engine.gradient_norms import clip_gradients, gradient_norm
+from megatron_ext.training.engine.loss_scale import can_fall, scaler_of
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
 from megatron_ext.training.engine.optimizer import update_if
 from megatron_ext.training.engine.step_values import LayerNames, StepValues
@@ -57,6 +58,12 @@ class StepResult:
 
     skipped: bool
     """Whether the update was skipped because the loss or gradient norm is not finite."""
+
+    is_overflow: bool = False
+    """Whether it was skipped only because a gradient is too large for fp16, which a lower loss scale may prevent."""
+
+    loss_scale: float | None = None
+    """Loss scale after this step; None without `--fp16`."""
 
     learning_rate: float
     """Learning rate of this step."""
@@ -108,6 +115,7 @@ class Stepper:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.global_batch_size = global_batch_size
+        self.scaler = scaler_of(optimizer)
         self.clip_grad = clip_grad
         self.log_params_norm = log_params_norm
         copies = parallel_state.get_data_parallel_world_size()
@@ -149,7 +157,7 @@ class Stepper:
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = [parameters_norm(self.models)] if self.log_params_norm else []
         norm, is_finite = self._update(values)
-        of_step = torch.stack((norm, is_finite.double(), *params_norm))
+        of_step = torch.stack((norm, is_finite.double(), *self._of_scaler(values), *params_norm))
         further = [shared()] if shared is not None else []
         self._read_last = cache(
             partial(
@@ -177,6 +185,7 @@ class Stepper:
         numbers: list[float] = copied.tolist()
         first_row = len(numbers) - values.rows.numel()
         norm, is_finite, *others = numbers[:first_row]
+        loss_scale, is_overflow = (others.pop(0), others.pop(0)) if self.scaler is not None else (None, 0.0)
         rows = [numbers[place : place + 2] for place in range(first_row, len(numbers), 2)]
         if is_finite:
             self.scheduler.step(increment=batch_size)
@@ -190,10 +199,22 @@ class Stepper:
             grad_norm=norm,
             params_norm=others.pop(0) if self.log_params_norm else None,
             skipped=not is_finite,
+            is_overflow=not is_finite and bool(is_overflow),
+            loss_scale=loss_scale,
             learning_rate=learning_rate,
             shared=others,
             statistics=statistics,
         )
+
+    def _of_scaler(self, values: StepValues) -> list[torch.Tensor]:
+        """Returns the loss scale, and whether a step that is not finite is an overflow; empty without fp16."""
+        if self.scaler is None:
+            return []
+        falls = can_fall(self.scaler)
+        overflows = (
+            values.are_finite() & falls if falls is not None else torch.zeros_like(self.scaler.scale[0])
+        )
+        return [self.scaler.scale.squeeze().double(), overflows.double()]
 
     @in_phase(FORWARD_BACKWARD)
     def forward_backward(self, batches: Iterator[Batch], batch_size: int | None = None) -> StepValues:
@@ -203,7 +224,8 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        LayerLosses.scale = 1.0 / num_microbatches
+        LayerLosses.loss_scale = self.scaler.scale.item() if self.scaler is not None else 1.0
+        LayerLosses.scale = LayerLosses.loss_scale / num_microbatches
         taken = self._take(batches, num_microbatches)
         apart = [family for family in self.families if family.trains_apart()]
         if apart:

@@ -156,6 +156,23 @@ BAD = [
         {"global_batch_size": 8, "gradient_accumulation_steps": 2},
         ["--gradient-accumulation-steps 2"],
     ),
+    (
+        TrainingConfig,
+        {"step_batch_size_schedule": ("0:2", "5x:3")},
+        ["0:2 5x:3: 5x:3 must be THRESHOLD:SIZE"],
+    ),
+    (TrainingConfig, {"step_batch_size_schedule": ("1:2",)}, ["must begin with 0 and rise"]),
+    (TrainingConfig, {"step_batch_size_schedule": ("0:2", "1K:4", "1000:6")}, ["must begin with 0 and rise"]),
+    (
+        TrainingConfig,
+        {"step_batch_size_schedule": ("0:2", "9:4"), "global_batch_size": 8},
+        ["--step-batch-size-schedule 0:2 9:4", "--global-batch-size 8 must be its last size, 4"],
+    ),
+    (
+        TrainingConfig,
+        {"step_batch_size_schedule": ("0:2",), "gradient_accumulation_steps": 2},
+        ["--gradient-accumulation-steps"],
+    ),
     (TrainingConfig, {"rampup_batch_size": (2, 2)}, ["--rampup-batch-size 2 2", "START INCREMENT SAMPLES"]),
     (TrainingConfig, {"rampup_batch_size": (2, 2, 9)}, ["--rampup-batch-size 2 2 9", "--global-batch-size"]),
     (
@@ -163,6 +180,8 @@ BAD = [
         {"rampup_batch_size": (8, 2, 9), "global_batch_size": 8},
         ["--rampup-batch-size 8 2 9", "--global-batch-size 8", "above START"],
     ),
+    (TrainingConfig, {"fp16": True, "bf16": True}, ["--fp16", "--bf16"]),
+    (OptimizerSettings, {"min_loss_scale": 2.0**33}, ["--min-loss-scale", "--initial-loss-scale"]),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),

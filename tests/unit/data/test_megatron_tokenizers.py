@@ -15,6 +15,7 @@ from tokenizers import processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.serialize import group_from_dict, group_to_dict
 from megatron_ext.data.preprocess.encoding import Encoder, choose_encoder
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.formats.tokenizer_conversion import to_library
@@ -194,3 +195,28 @@ def test_wrong_special_tokens_are_one_line(tiktoken_file: str, sentencepiece_mod
             tokenizer_model=sentencepiece_models["bpe"],
             tokenizer_special_tokens=("<n>",),
         )
+
+
+def test_flags_on_which_the_ids_depend_are_recorded(tiktoken_file: str, bpe_dir: Path) -> None:
+    def described(kind: str, **settings: Any) -> Any:
+        return build(kind, **settings).describe().get("flags")
+
+    assert described("GPT2BPETokenizer", **gpt2_files(bpe_dir)) is None
+    assert described("GPT2BPETokenizer", **gpt2_files(bpe_dir), legacy_tokenizer=True) == "--legacy-tokenizer"
+    tik = {"tokenizer_model": tiktoken_file, "tiktoken_pattern": "v1", "tiktoken_num_special_tokens": 8}
+    assert described("TikTokenizer", **tik, tokenizer_special_tokens=NAMES) == (
+        "--tiktoken-pattern v1 --tiktoken-num-special-tokens 8 "
+        "--tokenizer-special-tokens <pad> <unk> <s> </s> <mask> <cls> <sep> <new>"
+    )
+
+
+def test_the_flags_survive_a_run_configuration(tiktoken_file: str) -> None:
+    config = TokenizerConfig(
+        tokenizer_type="TikTokenizer",
+        tokenizer_model=tiktoken_file,
+        tokenizer_special_tokens=NAMES,
+        legacy_tokenizer=True,
+    )
+    assert (
+        group_from_dict(TokenizerConfig, json.loads(json.dumps(group_to_dict(config))), "tokenizer") == config
+    )

@@ -123,7 +123,7 @@ def test_the_layout_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_ramp_of_the_batch_size_shortens_the_run_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = replace(TRAINED, train_iters=None, train_samples=1536 * 1000, rampup_batch_size=(768, 768, 7680))
     text = dry_run(monkeypatch, training=ramp)
-    assert "the first 10 steps have 768 sequences or more, in steps of 768" in text
+    assert "the first 10 steps have 768 to 1536 sequences, in 2 sizes" in text
     plain = dry_run(monkeypatch)
     (step,), (plain_step,) = rows(text, "model (basis of MFU)"), rows(plain, "model (basis of MFU)")
     assert (
