@@ -41,7 +41,7 @@ def _as_one_of(processes: int) -> None:
 def ignored(stderr: str) -> list[str]:
     """The flags that the line on standard error names."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("flags of Megatron-LM without effect")]
-    return line.split(": ")[1].removesuffix(" (docs/megatron_lm.md says why)").split(", ")
+    return line.split(": ")[1].removesuffix(" (docs/megatron_lm_flags.md says why)").split(", ")
 
 
 @pytest.mark.parametrize(

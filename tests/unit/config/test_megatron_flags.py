@@ -164,7 +164,7 @@ def test_all_flags_without_effect_change_nothing_and_are_named_in_one_line(
     assert parsed(" ".join(given)) == parsed("")
     line = capsys.readouterr().err
     assert line == (
-        f"flags of Megatron-LM without effect here: {', '.join(given)} (docs/megatron_lm.md says why)\n"
+        f"flags of Megatron-LM without effect here: {', '.join(given)} (docs/megatron_lm_flags.md says why)\n"
     )
 
 
