@@ -56,7 +56,6 @@ OLDER = {
 BUILT_NEXT = {
     "--cross-entropy-loss-fusion",
     "--empty-unused-memory-level",
-    "--log-num-zeros-in-grad",
     "--memory-snapshot-path",
     "--no-overlap-p2p-communication",
     "--nvtx-ranges",
