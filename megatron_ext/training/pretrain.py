@@ -273,6 +273,7 @@ def _build_stepper(
         log_params_norm=config.logging.log_params_norm,
         log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
         per_token_loss=training.calculate_per_token_loss,
+        empty_memory_level=training.empty_unused_memory_level,
     )
 
 

@@ -107,6 +107,7 @@ class Stepper:
         log_params_norm: bool = False,
         log_num_zeros_in_grad: bool = False,
         per_token_loss: bool = True,
+        empty_memory_level: int = 0,
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
@@ -119,6 +120,7 @@ class Stepper:
         log_params_norm: whether to compute the norm of the parameters in every step.
         log_num_zeros_in_grad: whether to count the zeros of the gradient in every step.
         per_token_loss: whether gradients are those of the mean over tokens; see `run_microbatches`.
+        empty_memory_level: whether unused memory is given back before the update (1), or also after it (2).
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
@@ -131,6 +133,7 @@ class Stepper:
         self.log_params_norm = log_params_norm
         self.log_num_zeros_in_grad = log_num_zeros_in_grad
         self.per_token_loss = per_token_loss
+        self.empty_memory_level = empty_memory_level
         copies = parallel_state.get_data_parallel_world_size()
         self._samples_at_once = micro_batch_size * copies
         self.num_microbatches = global_batch_size // self._samples_at_once
@@ -307,6 +310,7 @@ class Stepper:
                         loss,
                         forward_only=True,
                     )
+                    self._empty_memory(1)
                     done(1)
         finally:
             LayerLosses.evaluating = False
@@ -329,6 +333,7 @@ class Stepper:
         Returns:
             The gradients' norm (float64) and whether loss and norm are finite: scalars on the device.
         """
+        self._empty_memory(1)
         self.optimizer.prepare_grads()
         norm = gradient_norm(self.optimizer)
         is_finite = values.are_finite() & norm.isfinite()
@@ -337,7 +342,13 @@ class Stepper:
         if self._read_last is not None:
             self._read_last()  # sets this step's learning rate
         update_if(is_finite, self.optimizer)
+        self._empty_memory(2)
         return norm, is_finite
+
+    def _empty_memory(self, level: int) -> None:
+        """Gives cached but unused memory back to the device if `--empty-unused-memory-level` is at least `level`."""
+        if self.empty_memory_level >= level:
+            torch.cuda.empty_cache()
 
 
 def parameters_norm(models: list[GPTModel]) -> torch.Tensor:

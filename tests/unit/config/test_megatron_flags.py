@@ -55,7 +55,6 @@ OLDER = {
 
 BUILT_NEXT = {
     "--cross-entropy-loss-fusion",
-    "--empty-unused-memory-level",
     "--memory-snapshot-path",
     "--no-overlap-p2p-communication",
     "--nvtx-ranges",
