@@ -315,6 +315,7 @@ class Loop:
             skipped=result.skipped,
             params_norm=result.params_norm,
             loss_scale=result.loss_scale,
+            num_zeros=result.num_zeros,
         )
 
     def _reason_to_stop(self, progress: TrainingProgress) -> tuple[str | None, int]:

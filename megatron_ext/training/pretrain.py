@@ -271,7 +271,9 @@ def _build_stepper(
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+        log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
         per_token_loss=training.calculate_per_token_loss,
+        empty_memory_level=training.empty_unused_memory_level,
     )
 
 

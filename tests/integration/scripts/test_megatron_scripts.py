@@ -83,7 +83,6 @@ LLAMA_IGNORED = [
     "--attention-backend fused",
     "--apply-layernorm-1p",
     "--cross-entropy-loss-fusion",
-    "--empty-unused-memory-level 1",
     "--fp8-param-gather",
     "--no-create-attention-mask-in-dataloader",
     "--no-mmap-bin-files",
