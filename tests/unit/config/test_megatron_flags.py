@@ -57,22 +57,8 @@ OLDER = {
 """Flags of versions before 0.16 that scripts still have, and of Megatron-LM's data tool."""
 
 BUILT_NEXT = {
-    "--empty-unused-memory-level",
-    "--log-num-zeros-in-grad",
-    "--memory-snapshot-path",
     "--no-overlap-p2p-communication",
-    "--nvtx-ranges",
     "--overlap-p2p-communication-warmup-flush",
-    "--profile",
-    "--profile-ranks",
-    "--profile-step-end",
-    "--profile-step-start",
-    "--pytorch-profiler-collect-callstack",
-    "--pytorch-profiler-collect-chakra",
-    "--pytorch-profiler-collect-shapes",
-    "--record-memory-history",
-    "--record-shapes",
-    "--use-pytorch-profiler",
 }
 """Flags that are being built or put into a class on other branches; each may be in one class or none yet."""
 
