@@ -27,7 +27,7 @@ from megatron_ext.testing.tiny_training import (
     WORLD_SIZES,
     TrainingTrace,
     assemble,
-    train_tiny,
+    train_and_keep,
     with_full_recompute,
 )
 from megatron_ext.training.interface.family_interface import Family
@@ -63,6 +63,10 @@ class Variant:
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
+    micro_batch_size: int | None = None
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages or overlapped
+    communication need several micro-batches on each rank to do all that they do, else 2, which takes half the time."""
+
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
@@ -147,13 +151,23 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
-    trace = train_tiny(parallel, variant.steps, variant.make_families, variant.model, variant.bf16)
+    needs_several = parallel.pipeline_model_parallel_size > 1 or parallel.overlap_grad_reduce
+    trace, chunks = train_and_keep(
+        parallel,
+        variant.steps,
+        variant.make_families,
+        variant.model,
+        variant.bf16,
+        variant.micro_batch_size or (1 if needs_several else 2),
+    )
+    saved = saved_tensors(chunks)
+    if variant.examine is None:
+        return Run(trace, saved)
     extensions = [family.extension() for family in variant.make_families()]
-    chunks = build_model(
+    untrained = build_model(
         variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True
     )
-    examined = variant.examine(chunks) if variant.examine else None
-    return Run(trace, saved_tensors(chunks), examined)
+    return Run(trace, saved, variant.examine(untrained))
 
 
 def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:

@@ -134,6 +134,18 @@ def train_tiny(
         model: configuration of the base model.
         bf16: train in bfloat16 instead of fp32.
     """
+    return train_and_keep(parallel, steps, make_families, model, bf16)[0]
+
+
+def train_and_keep(
+    parallel: ParallelConfig,
+    steps: int,
+    make_families: Callable[[], list[Family]],
+    model: ModelConfig,
+    bf16: bool,
+    micro_batch_size: int = 1,
+) -> tuple[TrainingTrace, list[GPTModel]]:
+    """Trains like `train_tiny`; also returns this rank's trained model chunks."""
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
@@ -158,10 +170,10 @@ def train_tiny(
         optimizer,
         scheduler,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         clip_grad=1.0,
     )
-    batches = synthetic_batches(model.seq_length)
+    batches = synthetic_batches(model.seq_length, micro_batch_size)
     trace = TrainingTrace()
     for iteration in range(1, steps + 1):
         result = stepper.train(batches, iteration)
@@ -171,7 +183,7 @@ def train_tiny(
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
-    return trace
+    return trace, chunks
 
 
 def local_gradients(
