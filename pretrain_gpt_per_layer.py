@@ -45,7 +45,7 @@ def _run(config: PerLayerRunConfig) -> int:
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
     """Returns defaults from the --load checkpoint: model, tokenizer and per-layer settings."""
-    if "load" not in given:
+    if not given.keys() & {"load", "use_checkpoint_args"}:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults
 

@@ -3,6 +3,8 @@
 No other module does this. The settings of model families are not part of `TransformerConfig`.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,9 +13,17 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform.process_groups import use_cuda
 
+_FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+
+NO_CUDA_GRAPHS: dict[str, list[str]] = {
+    # The engine's default, "full", is deprecated in every version; 0.18 renamed the field.
+    ("cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"): []
+}
+"""Arguments of `TransformerConfig` with which no CUDA graph is captured."""
+
 
 def build_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, fp16: bool = False
 ) -> TransformerConfig:
     """Returns megatron-core's configuration for the base model and its parallel layout.
 
@@ -21,8 +31,9 @@ def build_transformer_config(
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
         bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
+        fp16: whether they are in fp16 instead.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
     config = TransformerConfig(
         num_layers=model.num_layers,
@@ -53,6 +64,7 @@ def build_transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,
+        fp16=fp16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model.num_layers),
@@ -73,7 +85,7 @@ def build_transformer_config(
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
-        cuda_graph_scope=[],
+        **NO_CUDA_GRAPHS,
     )
     # This is not a field of the dataclass. If it is set, the engine sums over the stages the gradients of parameters
     # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.

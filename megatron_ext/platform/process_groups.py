@@ -7,6 +7,7 @@
 import os
 import signal
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,8 +121,22 @@ def _backend(requested: str) -> str:
 
 
 def _join(backend: str, timeout: timedelta) -> None:
+    # With its GPU, NCCL connects all processes now, so that a broken network is an error of the start.
+    gpu = device() if "nccl" in backend else None
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=gpu)
     else:
         # A single process needs no rendezvous: an in-memory store opens no port.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=gpu
+        )
+    if gpu is not None:
+        _split_no_groups()
+
+
+def _split_no_groups() -> None:
+    """Lets NCCL connect every further group when it is first used, as without `device_id`."""
+    # Otherwise torch splits each of them from the default group. Then all processes wait for every group of the run,
+    # one after the other, and hang at a gloo group, whose members do not take part in the split.
+    group: Any = dist.group.WORLD
+    group.bound_device_id = None

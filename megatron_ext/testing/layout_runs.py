@@ -63,6 +63,7 @@ class Variant:
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
+    fp16: bool = False
     micro_batch_size: int | None = None
     """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages or overlapped
     communication need several micro-batches on each rank to do all that they do, else 2, which takes half the time."""
@@ -158,6 +159,7 @@ def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
         variant.make_families,
         variant.model,
         variant.bf16,
+        variant.fp16,
         variant.micro_batch_size or (1 if needs_several else 2),
     )
     saved = saved_tensors(chunks)

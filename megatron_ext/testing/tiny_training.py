@@ -6,6 +6,7 @@ the real sampler would give it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +16,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -27,6 +29,9 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 
 VOCAB_SIZE = 96
 GLOBAL_BATCH_SIZE = 4
+
+FP16: dict[str, Any] = {"initial_loss_scale": 2.0**12, "loss_scale_window": 2, "hysteresis": 1}
+"""Settings of a loss scale that soon rises and overflows."""
 
 TINY = ModelConfig(
     num_layers=4,
@@ -124,6 +129,7 @@ def train_tiny(
     make_families: Callable[[], list[Family]] = list,
     model: ModelConfig = TINY,
     bf16: bool = False,
+    fp16: bool = False,
 ) -> TrainingTrace:
     """Trains `model` for `steps` steps; call it in every process of the layout.
 
@@ -133,8 +139,9 @@ def train_tiny(
         make_families: module-level function that returns the model families to build the model with.
         model: configuration of the base model.
         bf16: train in bfloat16 instead of fp32.
+        fp16: train in fp16 instead, with the loss scale of `FP16`.
     """
-    return train_and_keep(parallel, steps, make_families, model, bf16)[0]
+    return train_and_keep(parallel, steps, make_families, model, bf16, fp16)[0]
 
 
 def train_and_keep(
@@ -143,6 +150,7 @@ def train_and_keep(
     make_families: Callable[[], list[Family]],
     model: ModelConfig,
     bf16: bool,
+    fp16: bool,
     micro_batch_size: int = 1,
 ) -> tuple[TrainingTrace, list[GPTModel]]:
     """Trains like `train_tiny`; also returns this rank's trained model chunks."""
@@ -155,14 +163,15 @@ def train_and_keep(
         vocab_size=VOCAB_SIZE,
         seed=1,
         bf16=bf16,
+        fp16=fp16,
         extensions=extensions,
         fuses_norms=True,
     )
     for family in families:
         family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=bf16)
-    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
+    wrapped = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
+    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant", **FP16)
+    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16, fp16=fp16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
         wrapped,
@@ -196,7 +205,7 @@ def local_gradients(
         grad_norm: gradient norm of the step, before clipping.
         clip: largest gradient norm; larger gradients were scaled down to it.
     """
-    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of mcore's clipping coefficient
+    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of the clipping coefficient
     found = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
@@ -204,15 +213,17 @@ def local_gradients(
                 gradient = getattr(parameter, "main_grad", None)
                 if gradient is None:
                     continue
+                if gradient.dtype == torch.float32:
+                    gradient = gradient * undo
+                else:  # the optimizer has unscaled and clipped a copy
+                    gradient = gradient.float() / LayerLosses.loss_scale
                 pieces = (
                     gradient.split([s.data.shape[0] for s in shards], dim=0)
                     if len(shards) > 1
                     else [gradient]
                 )
                 for shard, piece in zip(shards, pieces, strict=True):
-                    found.append(
-                        (shard.key, shard.global_shape, shard.global_offset, piece.detach().clone() * undo)
-                    )
+                    found.append((shard.key, shard.global_shape, shard.global_offset, piece.detach().clone()))
     return found
 
 

@@ -228,6 +228,7 @@ def _build_model(
         vocab_size=run_config["vocab_size"],
         seed=config.training.seed,
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         extensions=[family.extension() for family in families],
         fuses_norms=True,
     )
@@ -248,8 +249,10 @@ def _build_stepper(
     global_batch_size: int,
 ) -> Stepper:
     parallel, training = config.parallel, config.training
-    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
-    optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, bf16=training.bf16)
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16, fp16=training.fp16)
+    optimizer = build_optimizer(
+        config.optimizer, parallel, wrapped, families, bf16=training.bf16, fp16=training.fp16
+    )
     if options.first_iteration:
         # Every run of a series has its own learning-rate schedule, although the step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
@@ -258,7 +261,7 @@ def _build_stepper(
         wrapped,
         families,
         optimizer,
-        build_scheduler(config.optimizer, training, optimizer, global_batch_size),
+        build_scheduler(config.optimizer, training, optimizer, global_batch_size, options.first_sample),
         global_batch_size=global_batch_size,
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
@@ -277,6 +280,7 @@ def _build_reporter(
         total_iterations=config.training.resolved_train_iters(global_batch_size),
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
         configuration=run_groups(config),
@@ -293,9 +297,11 @@ def _begin(
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
-    if config.optimizer.override_opt_param_scheduler and config.training.train_iters is not None:
+    training = config.training
+    in_steps = training.train_iters is not None and training.has_constant_batch_size
+    if config.optimizer.override_opt_param_scheduler and in_steps:
         # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
-        # to the number of steps that are done.
+        # to the number of steps that are done. With a ramp the batch size follows from the samples.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress

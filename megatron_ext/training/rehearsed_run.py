@@ -33,6 +33,10 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
         exit_duration_in_mins=None,
         eval_interval=last,
         eval_iters=min(config.training.eval_iters, 1),
+        # The steps have the size after the ramp, which needs the most memory.
+        global_batch_size=config.training.final_batch_size,
+        rampup_batch_size=None,
+        step_batch_size_schedule=None,
     )
     logging = replace(
         config.logging,

@@ -79,8 +79,13 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
             raise ValueError(f"{flag} {given}: weight {weight!r} must be a number above 0")
 
 
+def split_shares(split: str) -> list[str]:
+    """Returns the numbers in a value of --split, as text; drops quotes, which some of Megatron-LM's scripts pass on."""
+    return split.strip("'\"").split(",")
+
+
 def _check_split(split: str) -> None:
-    parts = split.split(",")
+    parts = split_shares(split)
     if not all(is_number(part) and float(part) >= 0 for part in parts) or not sum(map(float, parts)) > 0:
         raise ValueError(f"--split {split}: must be one to three numbers such as 969,30,1")
     if len(parts) > 3:

@@ -81,6 +81,21 @@ class OptimizerSettings:
     clip_grad: Annotated[float, flag(aliases=("--max_grad_norm",))] = 1.0
     """Scale the gradients down if their global norm exceeds this value; 0 turns clipping off."""
 
+    loss_scale: float | None = None
+    """With --fp16: a fixed loss scale. Default: a scale that falls after overflows and rises otherwise."""
+
+    initial_loss_scale: float = 2.0**32
+    """With --fp16: loss scale of the first step."""
+
+    min_loss_scale: float = 1.0
+    """With --fp16: lower limit of the loss scale."""
+
+    loss_scale_window: int = 1000
+    """With --fp16: consecutive steps without an overflow after which the loss scale is doubled."""
+
+    hysteresis: int = 2
+    """With --fp16: number of overflows before the loss scale is halved."""
+
     override_opt_param_scheduler: bool = False
     """With --load: use the learning-rate and weight-decay schedule given by the flags, not the checkpoint's."""
 
@@ -95,6 +110,13 @@ class OptimizerSettings:
         check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")
         check_at_least(self, 1, "lr_wsd_decay_iters", "lr_wsd_decay_samples")
         check_fraction(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        check_positive(self, "loss_scale", "initial_loss_scale", "min_loss_scale")
+        check_at_least(self, 1, "loss_scale_window", "hysteresis")
+        if self.min_loss_scale > self.initial_loss_scale:
+            raise ValueError(
+                f"--min-loss-scale {self.min_loss_scale:g}: must be at most --initial-loss-scale "
+                f"{self.initial_loss_scale:g}"
+            )
         self._check_learning_rate()
         self._check_weight_decay()
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:

@@ -73,7 +73,8 @@ class AlignedGPTDataset(GPTDataset):
         """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
         sample: dict[str, torch.Tensor] = super().__getitem__(idx)
         if self._per_layer is not None:
-            ids, _ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
+            # Before 0.19 the engine returns two values, from 0.19 three.
+            ids, *_ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
             sample["per_layer_ids"] = torch.from_numpy(ids[: sample["tokens"].numel()])
         return sample
 

@@ -5,6 +5,7 @@ Bytes per parameter, with D data-parallel ranks:
               parameters  gradients  AdamW            AdamW, distributed optimizer
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
+    fp16      2           2          4 + 8            (4 + 8) / D          (the same)
 
 Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a model
 family quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
@@ -67,6 +68,7 @@ class ParallelLayout:
 
     data_parallel_size: int
     bf16: bool = False
+    fp16: bool = False
 
     work: StepWork | None = None
     """Which parts of the base model a step runs and trains; None if everything trains."""
@@ -79,7 +81,17 @@ class ParallelLayout:
     @property
     def element_bytes(self) -> int:
         """Bytes of one activation value or parameter."""
-        return 2 if self.bf16 else 4
+        return 2 if self.is_half else 4
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights and activations are in bfloat16 or fp16."""
+        return self.bf16 or self.fp16
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one gradient."""
+        return 2 if self.fp16 else 4
 
     @property
     def padded_vocab(self) -> int:
@@ -142,8 +154,8 @@ def estimate_memory(
                 parameters=parameters,
                 trained_parameters=trained,
                 parameter_bytes=parameters * layout.element_bytes,
-                gradient_bytes=4.0 * trained,
-                optimizer_bytes=(12.0 if layout.bf16 else 8.0) * trained / shards,
+                gradient_bytes=float(layout.gradient_bytes * trained),
+                optimizer_bytes=(12.0 if layout.is_half else 8.0) * trained / shards,
                 activation_bytes=stage_activation_bytes(layout, stage),
             )
         )
@@ -209,7 +221,7 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
     keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
     attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
     a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d per token of its own). Unfused core
-    attention adds its scores (n s): in fp32, a second time in bf16 runs, and twice with dropout.
+    attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
     """
     model, parallel = layout.model, layout.parallel
     size, tensor = layout.element_bytes, parallel.tensor_model_parallel_size
@@ -262,7 +274,7 @@ def head_activation_bytes(layout: ParallelLayout) -> float:
 
 def _score_bytes(layout: ParallelLayout) -> float:
     model, size = layout.model, layout.element_bytes
-    for_each = 4 + size * layout.bf16 + (1 + size) * (model.attention_dropout > 0)
+    for_each = 4 + size * layout.is_half + (1 + size) * (model.attention_dropout > 0)
     return for_each * model.num_attention_heads * model.seq_length
 
 

@@ -280,12 +280,27 @@ def install(activity: Activity) -> None:
 def _patch_groups(activity: Activity, module: Any, inner: Any) -> None:
     start, make = module.init_process_group, module.new_group
 
-    def init_process_group(backend: Any = None, *, rank: int = -1, world_size: int = -1, **_: Any) -> None:
+    def init_process_group(
+        backend: Any = None,
+        *,
+        rank: int = -1,
+        world_size: int = -1,
+        device_id: torch.device | None = None,
+        **_: Any,
+    ) -> None:
         own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         start("fake", store=FakeStore(), rank=own[0], world_size=own[1])
+        # torch's own function does not accept the device: this build of torch has no CUDA.
+        inner._get_default_group().bound_device_id = device_id
 
     def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *_: Any, **more: Any) -> Any:
         activity.groups += 1
+        is_split = inner._get_default_group().bound_device_id is not None
+        if backend == "gloo" and is_split and len(ranks) < dist.get_world_size():
+            raise RuntimeError(
+                f"new_group: hangs, because the {len(ranks)} ranks of a gloo group do not take part in the split of the "
+                "default group for which the others wait (it was initialized with device_id)"
+            )
         kept = {name: more[name] for name in ("group_desc", "use_local_synchronization") if name in more}
         return make(ranks, backend="fake", **kept)
 

@@ -37,11 +37,15 @@ from megatron_ext.training.checkpoint.same_run_checks import check_same_model
 from megatron_ext.training.checkpoint.saving.running_save import Parts, RunningSave, run_parts
 from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostCopies, TensorWriter
 from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
+from megatron_ext.training.engine.loss_scale import loss_scale_state, restore_loss_scale
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
 Runs copy the section, so that a later export can restore them."""
+
+LOSS_SCALE = "loss_scale"
+"""Key of the loss scaler's state in state.json; only fp16 runs have it."""
 
 
 @dataclass(kw_only=True)
@@ -334,9 +338,14 @@ class Checkpointer:
             "progress": asdict(progress),
             "optimizer_step": optimizer_step,
             "scheduler": scheduler_state.scheduler_state_of(self.scheduler),
+            **self._loss_scale(),
             "families": {family.name: family.state_dict() for family in self.families},
             "cut": _cut(self.models),
         }
+
+    def _loss_scale(self) -> dict[str, Any]:
+        state = None if self.config.no_save_optim else loss_scale_state(self.optimizer)
+        return {LOSS_SCALE: state} if state is not None else {}
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
         tensors.read_into(
@@ -354,6 +363,7 @@ class Checkpointer:
             raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
         optimizer = OptimizerState(self.optimizer, tensors.model_state(self.models, self._keeps()))
         tensors.load_optimizer(optimizer, folder, step, same_vocabulary=same_vocabulary)
+        restore_loss_scale(self.optimizer, state.get(LOSS_SCALE))
 
     def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:

@@ -46,6 +46,10 @@ _MEANING = (
 """Fields of `ModelConfig` that a fine-tuning run may set differently."""
 
 
+SHAPE_FIELDS = ("num_layers", *_SHAPE, *_MEANING, "max_position_embeddings")
+"""Fields of `ModelConfig` that --use-checkpoint-args takes from the checkpoint."""
+
+
 def check_same_model(
     run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path, *, finetune: bool
 ) -> None:

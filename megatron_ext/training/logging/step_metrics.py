@@ -42,6 +42,9 @@ class StepMetrics:
     params_norm: float | None = None
     """Global norm of the parameters; None if it was not computed."""
 
+    loss_scale: float | None = None
+    """Loss scale after the step; None without `--fp16`."""
+
     @property
     def has_nan(self) -> bool:
         """Whether a loss or the gradient norm is not finite."""

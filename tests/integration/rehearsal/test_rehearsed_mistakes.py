@@ -80,6 +80,26 @@ def batches_not_pinned() -> None:
     module._moved = lambda value, device: value.to(device, non_blocking=True)
 
 
+def groups_split_from_the_default_group() -> None:
+    from megatron_ext.platform import process_groups
+
+    module: Any = process_groups
+    module._split_no_groups = lambda: None
+
+
+def test_gloo_groups_beside_groups_that_nccl_splits_are_an_error() -> None:
+    flags = (*FLAGS, "--distributed-backend", "nccl")
+    correct, split = (
+        rehearse("pretrain_gpt_per_layer.py", *flags, processes=8, before=mistake)
+        for mistake in (None, groups_split_from_the_default_group)
+    )
+    assert correct.error is None
+    assert split.error is not None
+    assert (
+        "new_group: hangs, because the 2 ranks of a gloo group do not take part in the split" in split.error
+    )
+
+
 def test_a_copy_from_memory_that_is_not_pinned_is_a_wait() -> None:
     (copies,) = (n for place, n in rehearsed_with(batches_not_pinned).waits().items() if "copy" in place)
     micro_batches, fields = 2, 5

@@ -120,6 +120,17 @@ def test_the_layout_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert "one step = 1536 sequences of 2048 tokens; 192 micro-batches of 1 per data-parallel rank" in text
 
 
+def test_a_ramp_of_the_batch_size_shortens_the_run_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = replace(TRAINED, train_iters=None, train_samples=1536 * 1000, rampup_batch_size=(768, 768, 7680))
+    text = dry_run(monkeypatch, training=ramp)
+    assert "the first 10 steps have 768 to 1536 sequences, in 2 sizes" in text
+    plain = dry_run(monkeypatch)
+    (step,), (plain_step,) = rows(text, "model (basis of MFU)"), rows(plain, "model (basis of MFU)")
+    assert (
+        step == plain_step
+    )  # 7680 samples in smaller steps, and the same number of samples in the whole run
+
+
 def test_flops_of_a_step_are_those_of_the_published_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     text = dry_run(monkeypatch)
     tokens, layers, hidden, vocab, sequence = 1536 * 2048, 96, 12288, 51200, 2048

@@ -1,0 +1,46 @@
+"""The loss scale of fp16 runs: the loss is multiplied by it, so that small gradients do not vanish in fp16.
+
+megatron-core's scaler divides the gradients by it before the update. A step whose gradients overflow is skipped; after
+--hysteresis of them the scale is halved, and after --loss-scale-window steps without one it is doubled.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
+
+
+def scaler_of(optimizer: MegatronOptimizer) -> MegatronGradScaler | None:
+    """Returns the optimizer's loss scaler; None without fp16."""
+    # The engine makes one optimizer for dense models; several would be for the experts of sparse ones.
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    scaler: MegatronGradScaler | None = getattr(part, "grad_scaler", None)
+    return scaler
+
+
+def can_fall(scaler: MegatronGradScaler | None) -> torch.Tensor | None:
+    """Returns whether overflows may still lower the scale, as a scalar on the device; None if they never do."""
+    if not isinstance(scaler, DynamicGradScaler):
+        return None
+    return (scaler.scale > scaler.min_scale).squeeze()
+
+
+def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, Any] | None:
+    """Returns the scale and the counts on which its next changes depend, as JSON values; None without fp16."""
+    scaler = scaler_of(optimizer)
+    if scaler is None:
+        return None
+    return {"scale": scaler.scale.item(), **{k: v for k, v in scaler.state_dict().items() if k != "scale"}}
+
+
+def restore_loss_scale(optimizer: MegatronOptimizer, state: dict[str, Any] | None) -> None:
+    """Restores what `loss_scale_state` returned; a fixed scale stays that of --loss-scale.
+
+    Args:
+        optimizer: the optimizer.
+        state: the state; None in checkpoints of runs without fp16, after which a new scale starts.
+    """
+    scaler = scaler_of(optimizer)
+    if isinstance(scaler, DynamicGradScaler) and state is not None and len(state) > 1:
+        scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]], dtype=torch.float32)})
