@@ -36,6 +36,9 @@ ifneq ($(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt
 test test-fast: export PYTEST_DEBUG_TEMPROOT := /dev/shm
 endif
 
+# The processes that tests start would otherwise compile the package's files anew where the environment forbids to keep them.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 # Each worker and each process that a test starts computes on one core.
 export OMP_NUM_THREADS ?= 1
 
