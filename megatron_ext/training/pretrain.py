@@ -144,8 +144,8 @@ def process_group(
 def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Tokenizer) -> None:
     paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
-    if not prefixes:
-        raise ValueError("no training data was given; pass --data-path or --train-data-path")
+    if not prefixes and not data.mock_data:
+        raise ValueError("no training data was given; pass --data-path or --train-data-path, or --mock-data")
     for prefix in prefixes:
         try:
             check_dataset(prefix, tokenizer)
@@ -266,6 +266,7 @@ def _build_stepper(
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+        per_token_loss=training.calculate_per_token_loss,
     )
 
 
@@ -326,5 +327,6 @@ def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 def run_groups(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns the config groups as JSON values, without `data` if the caller supplies the batches."""
-    left_out = {"rehearsal"} if config.data.trained_on else {"rehearsal", "data"}
+    has_data = config.data.trained_on or config.data.mock_data
+    left_out = {"rehearsal"} if has_data else {"rehearsal", "data"}
     return {name: group for name, group in config_to_dict(config).items() if name not in left_out}

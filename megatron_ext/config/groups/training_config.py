@@ -31,6 +31,10 @@ class TrainingConfig:
     gradient_accumulation_steps: int | None = None
     """Micro-batches per optimizer step on each model copy; use instead of --global-batch-size."""
 
+    calculate_per_token_loss: bool = True
+    """Weigh all counted tokens of the global batch equally in the gradient; with --no-calculate-per-token-loss, as
+    Megatron-LM without the flag, it is that of the mean over micro-batches of each one's mean."""
+
     rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
     """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
     is --global-batch-size."""

@@ -5,6 +5,7 @@ from typing import Any
 
 TAKEN: Mapping[str, Mapping[str, Any]] = {
     "model": {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute"},
+    "training": {"calculate_per_token_loss": False},
     "logging": {"log_throughput": False, "log_validation_ppl": False},
 }
 """The defaults that `--defaults megatron` takes: config group, field, Megatron-LM's default."""

@@ -98,6 +98,7 @@ class Stepper:
         micro_batch_size: int,
         clip_grad: float,
         log_params_norm: bool = False,
+        per_token_loss: bool = True,
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
@@ -108,6 +109,7 @@ class Stepper:
         micro_batch_size: sequences per micro-batch.
         clip_grad: largest global gradient norm; 0 disables clipping.
         log_params_norm: whether to compute the norm of the parameters in every step.
+        per_token_loss: whether gradients are those of the mean over tokens; see `run_microbatches`.
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
@@ -118,6 +120,7 @@ class Stepper:
         self.scaler = scaler_of(optimizer)
         self.clip_grad = clip_grad
         self.log_params_norm = log_params_norm
+        self.per_token_loss = per_token_loss
         copies = parallel_state.get_data_parallel_world_size()
         self._samples_at_once = micro_batch_size * copies
         self.num_microbatches = global_batch_size // self._samples_at_once
@@ -233,7 +236,13 @@ class Stepper:
             return StepValues([], (), self._layer_names, of_nothing=0.0)
         output_loss = select_output_loss(family.output_loss() for family in self.families)
         outputs = run_microbatches(
-            self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
+            self.chunks,
+            self.families,
+            taken,
+            output_loss,
+            forward_only=False,
+            prepare=self._prepare,
+            per_token=self.per_token_loss,
         )
         return StepValues(outputs, output_loss.names, self._layer_names, of_nothing=0.0)
 

@@ -182,6 +182,28 @@ BAD = [
     ),
     (TrainingConfig, {"fp16": True, "bf16": True}, ["--fp16", "--bf16"]),
     (OptimizerSettings, {"min_loss_scale": 2.0**33}, ["--min-loss-scale", "--initial-loss-scale"]),
+    (OptimizerSettings, {"decoupled_min_lr": 0.1}, ["--decoupled-min-lr 0.1: requires --decoupled-lr"]),
+    (
+        OptimizerSettings,
+        {"decoupled_lr": 0.1, "decoupled_min_lr": 0.2},
+        ["--decoupled-min-lr 0.2: must be at most --decoupled-lr 0.1"],
+    ),
+    (ModelConfig, {"squared_relu": True, "swiglu": True}, ["--squared-relu", "--swiglu"]),
+    (
+        ParallelConfig,
+        {
+            "recompute_activations": True,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+        ["--recompute-activations", "--recompute-granularity full"],
+    ),
+    (
+        ParallelConfig,
+        {"grad_reduce_in_bf16": True, "accumulate_allreduce_grads_in_fp32": True},
+        ["--grad-reduce-in-bf16", "--accumulate-allreduce-grads-in-fp32"],
+    ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),
