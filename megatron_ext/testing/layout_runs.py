@@ -29,7 +29,7 @@ from megatron_ext.testing.tiny_training import (
     WORLD_SIZES,
     TrainingTrace,
     assemble,
-    train_tiny,
+    train_and_keep,
     with_full_recompute,
 )
 from megatron_ext.training.interface.family_interface import Family
@@ -66,6 +66,9 @@ class Variant:
     steps: int = 2
     bf16: bool = False
     fp16: bool = False
+    micro_batch_size: int | None = None
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages or overlapped
+    communication need several micro-batches on each rank to do all that they do, else 2, which takes half the time."""
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `ParallelConfig`, in every layout."""
@@ -155,7 +158,8 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
     parallel = replace(parallel, **variant.parallel)
-    trace = train_tiny(
+    needs_several = parallel.pipeline_model_parallel_size > 1 or parallel.overlap_grad_reduce
+    trace, chunks = train_and_keep(
         parallel,
         variant.steps,
         variant.make_families,
@@ -163,13 +167,16 @@ def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
         variant.bf16,
         variant.fp16,
         variant.settings,
+        variant.micro_batch_size or (1 if needs_several else 2),
     )
+    saved = saved_tensors(chunks)
+    if variant.examine is None:
+        return Run(trace, saved)
     extensions = [family.extension() for family in variant.make_families()]
-    chunks = build_model(
+    untrained = build_model(
         variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True
     )
-    examined = variant.examine(chunks) if variant.examine else None
-    return Run(trace, saved_tensors(chunks), examined)
+    return Run(trace, saved, variant.examine(untrained))
 
 
 def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:

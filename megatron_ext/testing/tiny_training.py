@@ -149,6 +149,20 @@ def train_tiny(
         fp16: train in fp16 instead.
         settings: the optimizer's settings.
     """
+    return train_and_keep(parallel, steps, make_families, model, bf16, fp16, settings)[0]
+
+
+def train_and_keep(
+    parallel: ParallelConfig,
+    steps: int,
+    make_families: Callable[[], list[Family]],
+    model: ModelConfig,
+    bf16: bool,
+    fp16: bool,
+    settings: OptimizerSettings,
+    micro_batch_size: int = 1,
+) -> tuple[TrainingTrace, list[GPTModel]]:
+    """Trains like `train_tiny`; also returns this rank's trained model chunks."""
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
@@ -173,10 +187,10 @@ def train_tiny(
         optimizer,
         scheduler,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         clip_grad=1.0,
     )
-    batches = synthetic_batches(model.seq_length)
+    batches = synthetic_batches(model.seq_length, micro_batch_size)
     trace = TrainingTrace()
     for iteration in range(1, steps + 1):
         result = stepper.train(batches, iteration)
@@ -186,7 +200,7 @@ def train_tiny(
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
-    return trace
+    return trace, chunks
 
 
 def local_gradients(

@@ -253,8 +253,6 @@ IGNORED = {
     "--log-batch-size-to-tensorboard": Ignored("it is written anyway"),
     "--log-learning-rate-to-tensorboard": Ignored("it is written anyway"),
     "--tensorboard-log-learning-rate": Ignored("it is written anyway"),
-    "--nvtx-ranges": _OUTPUT,
-    "--record-shapes": _OUTPUT,
     "--log-progress": _OUTPUT,
     "--timing-log-level": _one(_OUTPUT.reason),
     "--timing-log-option": _one(_OUTPUT.reason),

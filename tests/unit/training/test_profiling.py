@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.training.test_mock_data import RUNS, _train
+from tests.unit.training.test_mock_data import RUNS, train_here
 
 SCRIPT = "pretrain_gpt_per_layer.py"
 PROFILE = "--profile --use-pytorch-profiler --profile-step-start 3 --profile-step-end 5 --eval-iters 0"
@@ -31,7 +31,7 @@ def test_the_trace_can_be_read_back_and_holds_the_named_steps(
     flags: str, steps: int, has_shapes: bool, tmp_path: Path
 ) -> None:
     own = RUNS[SCRIPT].replace("--train-iters 2", flags)
-    _train(SCRIPT, f"{own} {PROFILE} --tensorboard-dir {tmp_path}")
+    train_here(SCRIPT, f"{own} {PROFILE} --tensorboard-dir {tmp_path}")
     traces = list(tmp_path.glob("rank_0.*.pt.trace.json"))
     assert len(traces) == (1 if steps else 0)
     for trace in traces:
