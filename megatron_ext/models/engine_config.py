@@ -45,7 +45,7 @@ def build_transformer_config(
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=F.silu if model.swiglu else tanh_gelu if model.bias_gelu_fusion else F.gelu,
         # Despite its name, this flag makes the engine build the activation that the layer spec names: our `SwiGLU`.
         use_te_activation_func=model.swiglu,
         add_bias_linear=not model.disable_bias_linear,
@@ -91,6 +91,11 @@ def build_transformer_config(
     # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.
     config.has_cond_embedder = True
     return config
+
+
+def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return F.gelu(values, approximate="tanh")
 
 
 def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:

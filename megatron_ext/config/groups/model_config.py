@@ -116,6 +116,10 @@ class ModelConfig:
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
 
+    bias_gelu_fusion: bool = False
+    """Compute GELU in its tanh approximation. Megatron-LM's fused kernel does, which is its default for an MLP with GELU
+    and biases."""
+
     disable_bias_linear: Switch = False
     """Leave out the biases of the linear layers."""
 
@@ -205,6 +209,8 @@ class ModelConfig:
                 self._require_default(name, "--fp8-format with --fp8-recipe delayed")
 
     def _check_mlp(self) -> None:
+        if self.swiglu or self.disable_bias_linear:
+            self._require_default("bias_gelu_fusion", "an MLP with GELU and biases")
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
                 f"--hidden-size {self.hidden_size}: too small for --swiglu, whose default MLP width is 0 "

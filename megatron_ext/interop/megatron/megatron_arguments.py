@@ -129,6 +129,7 @@ _EXPORTED_AS = {
             "num_layers", "hidden_size", "num_attention_heads", "seq_length", "position_embedding_type", "rotary_base",
             "rotary_percent", "use_rope_scaling", "normalization", "swiglu", "add_qkv_bias", "qk_layernorm",
             "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout", "init_method_std",
+            "bias_gelu_fusion",
         )
     },
 }  # fmt: skip
@@ -235,6 +236,9 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         "attention_dropout": given("attention_dropout", 0.1),
         "init_method_std": given("init_method_std", 0.02),
     }
+    if not fields["swiglu"] and not fields["disable_bias_linear"]:
+        # The fused kernel, Megatron-LM's default, computes GELU's tanh approximation.
+        fields["bias_gelu_fusion"] = given("bias_gelu_fusion", True)
     rotates = given("use_rotary_position_embeddings", False)
     kind = "rope" if rotates else given("position_embedding_type", "learned_absolute")
     fields["position_embedding_type"] = kind
@@ -285,7 +289,6 @@ def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str
         "rotary_interleaved": False,
         "rope_scaling_factor": _ENGINE_ROPE_FACTOR,
         "add_bias_linear": not model.disable_bias_linear,
-        "bias_gelu_fusion": False,
         "squared_relu": False,
         "apply_layernorm_1p": False,
         "layernorm_zero_centered_gamma": False,
