@@ -117,8 +117,7 @@ class ModelConfig:
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
 
     bias_gelu_fusion: bool = False
-    """Compute GELU in its tanh approximation. Megatron-LM's fused kernel does, which is its default for an MLP with GELU
-    and biases."""
+    """Compute GELU in its tanh approximation, as Megatron-LM's fused kernel does; its default for GELU with biases."""
 
     disable_bias_linear: Switch = False
     """Leave out the biases of the linear layers."""

@@ -179,7 +179,7 @@ class Run:
         finalize_model_grads(self.chunks)
         self.optimizer.step()
         self.scheduler.step(GLOBAL_BATCH_SIZE)
-        total = torch.tensor([sum(float(part["loss"]) for part in reduced), len(reduced)])
+        total = torch.tensor([sum((float(part["loss"]) for part in reduced), 0.0), float(len(reduced))])
         torch.distributed.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -255,8 +255,12 @@ def token_ids() -> torch.Tensor:
 @torch.no_grad()
 def randomize(model: GPTModel) -> None:
     """Makes every parameter random, norms and biases included; padded rows of the vocabulary too."""
+    generator = torch.Generator().manual_seed(
+        1
+    )  # the engine's own stream differs between data-parallel ranks
     for name, parameter in sorted(model.named_parameters()):
-        parameter.normal_(0.0, 0.1).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        parameter.normal_(0.0, 0.1, generator=generator)
+        parameter.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
 def _config(case: Case, parallel: ParallelConfig) -> TransformerConfig:

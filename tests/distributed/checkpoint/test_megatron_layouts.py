@@ -1,7 +1,7 @@
 """Checkpoints that megatron-core wrote on two ranks, in each format of its optimizers, imported in one process.
 
-`kept_megatron` was written by megatron-core 0.13.1 on two data-parallel ranks with `Run` of `megatron_checkpoints`, with
-the distributed optimizer in the format `fully_sharded_model_space`, which later versions do not write.
+`kept_megatron` was written by megatron-core 0.13.1 on two data-parallel ranks with `Run` of `megatron_checkpoints`. Its
+distributed optimizer is in the format `fully_sharded_model_space`, which later versions do not write.
 """
 
 from pathlib import Path
