@@ -31,6 +31,14 @@ WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # paths: those that start processes first, the short ones of tests/unit last, so that no worker waits long for another.
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Tests write to memory where there is room: saves, of which there are hundreds, wait for the disk a dozen times each.
+ifneq ($(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo enough),)
+test test-fast: export PYTEST_DEBUG_TEMPROOT := /dev/shm
+endif
+
+# The processes that tests start would otherwise compile the package's files anew where the environment forbids to keep them.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 # Each worker and each process that a test starts computes on one core.
 export OMP_NUM_THREADS ?= 1
 

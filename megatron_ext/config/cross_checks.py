@@ -65,6 +65,8 @@ def validate(
     if data is not None:
         _check_resets(model, data)
     if training is not None:
+        if parallel.grad_reduce_in_bf16 and not training.bf16:
+            raise ValueError("--grad-reduce-in-bf16: has no effect; it requires --bf16")
         if model.fp8_format is not None:
             _check_fp8(model, parallel, training)
         _check_batch(parallel, training, data_parallel_size)

@@ -4,6 +4,8 @@
   again while they are created, and once more when the process ends.
 - megatron-core hands some sixty functions to `torch.compile` while it is imported, which imports torch's compiler. Here
   each function is compiled when it is first called; with the layers of this package on a CPU, that is never.
+- torch's optimizers import the compiler to exclude their methods from being compiled. Here they do so only in a process
+  that has the compiler.
 - megatron-core uses Transformer Engine wherever it can be imported, and ends with any error of that import that is not
   a ModuleNotFoundError. Here it can be imported only where it can be used; elsewhere the engine finds it absent.
 - From 0.18 one module of megatron-core, which its schedules import, requires triton. Here it does not: torch's builds
@@ -23,6 +25,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _JIT = "megatron.core.jit"
+_COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
 _KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 """Modules that import triton whether it is there or not: the first in 0.18, the second from 0.19."""
@@ -41,7 +44,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_JIT, _TE, *_KERNELS, *_LARGE):
+        if name not in (_JIT, _TE, *_KERNELS, *_LARGE, *_REPLACED):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
@@ -56,6 +59,12 @@ class _Loader(SourceFileLoader):
             super().exec_module(module)
             # The other modules of megatron-core take the decorator from here.
             vars(module)["jit_fuser"] = compile_when_called
+            return
+        if module.__name__ in _REPLACED:
+            super().exec_module(module)
+            name, replace = _REPLACED[module.__name__]
+            if name in vars(module):
+                vars(module)[name] = replace(vars(module)[name])
             return
         enabled = gc.isenabled()
         gc.disable()
@@ -167,3 +176,47 @@ def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*args, **kwargs)
 
     return call
+
+
+def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces `torch._disable_dynamo`, whose functions import the compiler when they are first called."""
+
+    def decorator(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(decorator, recursive=recursive)
+        excluded = disable(function, recursive)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (excluded if _COMPILER in sys.modules else function)(*args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+def _step_without_compiler(with_compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces the decorator of `torch.optim.Optimizer.step`, which imports the compiler to break its graphs."""
+
+    def decorator(step: Callable[..., Any]) -> Callable[..., Any]:
+        broken = with_compiler(step)
+
+        @functools.wraps(step)
+        def call(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if _COMPILER in sys.modules:
+                return broken(optimizer, *args, **kwargs)
+            import torch
+
+            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+                return step(optimizer, *args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+_REPLACED = {
+    "torch._compile": ("_disable_dynamo", _disable_compiler),
+    "torch.optim.optimizer": ("_use_grad_for_differentiable", _step_without_compiler),
+}
+"""For each module of torch, the name of the function that is replaced when the module is imported, and by what."""

@@ -6,7 +6,6 @@ the real sampler would give it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,8 +29,15 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 VOCAB_SIZE = 96
 GLOBAL_BATCH_SIZE = 4
 
-FP16: dict[str, Any] = {"initial_loss_scale": 2.0**12, "loss_scale_window": 2, "hysteresis": 1}
-"""Settings of a loss scale that soon rises and overflows."""
+CONSTANT = OptimizerSettings(
+    lr=5e-3,
+    weight_decay=0.1,
+    lr_decay_style="constant",
+    # In fp16 the loss scale soon rises, from a value at which no gradient of the tiny models overflows.
+    initial_loss_scale=2.0**6,
+    loss_scale_window=2,
+    hysteresis=1,
+)
 
 TINY = ModelConfig(
     num_layers=4,
@@ -130,6 +136,7 @@ def train_tiny(
     model: ModelConfig = TINY,
     bf16: bool = False,
     fp16: bool = False,
+    settings: OptimizerSettings = CONSTANT,
 ) -> TrainingTrace:
     """Trains `model` for `steps` steps; call it in every process of the layout.
 
@@ -139,8 +146,23 @@ def train_tiny(
         make_families: module-level function that returns the model families to build the model with.
         model: configuration of the base model.
         bf16: train in bfloat16 instead of fp32.
-        fp16: train in fp16 instead, with the loss scale of `FP16`.
+        fp16: train in fp16 instead.
+        settings: the optimizer's settings.
     """
+    return train_and_keep(parallel, steps, make_families, model, bf16, fp16, settings)[0]
+
+
+def train_and_keep(
+    parallel: ParallelConfig,
+    steps: int,
+    make_families: Callable[[], list[Family]],
+    model: ModelConfig,
+    bf16: bool,
+    fp16: bool,
+    settings: OptimizerSettings,
+    micro_batch_size: int = 1,
+) -> tuple[TrainingTrace, list[GPTModel]]:
+    """Trains like `train_tiny`; also returns this rank's trained model chunks."""
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
@@ -157,7 +179,6 @@ def train_tiny(
     for family in families:
         family.prepare_model(chunks)
     wrapped = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
-    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant", **FP16)
     optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16, fp16=fp16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
@@ -166,10 +187,10 @@ def train_tiny(
         optimizer,
         scheduler,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         clip_grad=1.0,
     )
-    batches = synthetic_batches(model.seq_length)
+    batches = synthetic_batches(model.seq_length, micro_batch_size)
     trace = TrainingTrace()
     for iteration in range(1, steps + 1):
         result = stepper.train(batches, iteration)
@@ -179,7 +200,7 @@ def train_tiny(
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
-    return trace
+    return trace, chunks
 
 
 def local_gradients(

@@ -28,6 +28,9 @@ class DataConfig:
     test_data_path: _Prefixes = None
     """Dataset prefixes for testing; use instead of the test part of --data-path and --split."""
 
+    mock_data: bool = False
+    """Train on made-up documents that need no files, to try a run; a third each for training, validation and test."""
+
     split: str = "969, 30, 1"
     """Proportions in which --data-path is divided into training, validation and test sets."""
 
@@ -56,6 +59,8 @@ class DataConfig:
             raise ValueError(f"--data-path: cannot be given together with {flag_name(own[0])}")
         for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
             _check_blend(flag_name(name), getattr(self, name))
+            if self.mock_data and getattr(self, name) is not None:
+                raise ValueError(f"--mock-data: cannot be given together with {flag_name(name)}")
         _check_split(self.split)
 
     @property

@@ -116,6 +116,9 @@ class ModelConfig:
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
 
+    squared_relu: bool = False
+    """Use an MLP with squared ReLU instead of GELU."""
+
     bias_gelu_fusion: bool = False
     """Compute GELU in its tanh approximation, as Megatron-LM's fused kernel does; its default for GELU with biases."""
 
@@ -208,7 +211,9 @@ class ModelConfig:
                 self._require_default(name, "--fp8-format with --fp8-recipe delayed")
 
     def _check_mlp(self) -> None:
-        if self.swiglu or self.disable_bias_linear:
+        if self.squared_relu and self.swiglu:
+            raise ValueError("--squared-relu: cannot be given together with --swiglu")
+        if self.swiglu or self.squared_relu or self.disable_bias_linear:
             self._require_default("bias_gelu_fusion", "an MLP with GELU and biases")
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(

@@ -27,6 +27,12 @@ class OptimizerSettings:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
 
+    decoupled_lr: float | None = None
+    """Peak learning rate of the word embedding and the output layer. Default: --lr."""
+
+    decoupled_min_lr: float | None = None
+    """With --decoupled-lr: its value at the end of the decay. Default: --min-lr."""
+
     lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = "linear"
     """Shape of the decay after the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
 
@@ -105,8 +111,10 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(self)
-        check_positive(self, "lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
-        check_at_least(self, 0, "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples")
+        check_positive(self, "lr", "decoupled_lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
+        check_at_least(
+            self, 0, "min_lr", "decoupled_min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples"
+        )
         check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")
         check_at_least(self, 1, "lr_wsd_decay_iters", "lr_wsd_decay_samples")
         check_fraction(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
@@ -129,6 +137,7 @@ class OptimizerSettings:
             raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         if self.lr_warmup_init > self.lr:
             raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
+        self._check_decoupled()
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
             raise ValueError(
                 f"--lr-warmup-fraction {self.lr_warmup_fraction}: cannot be given together with "
@@ -145,6 +154,17 @@ class OptimizerSettings:
             raise ValueError(
                 f"{flag_name(name)} {getattr(self, name)}: requires --lr-decay-style WSD (got {self.lr_decay_style})"
             )
+
+    def _check_decoupled(self) -> None:
+        peak, end = self.decoupled_lr, self.decoupled_min_lr
+        if peak is None:
+            if end is not None:
+                raise ValueError(f"--decoupled-min-lr {end}: requires --decoupled-lr")
+            return
+        flag, smallest = ("--min-lr", self.min_lr) if end is None else ("--decoupled-min-lr", end)
+        for name, value in ((flag, smallest), ("--lr-warmup-init", self.lr_warmup_init)):
+            if value > peak:
+                raise ValueError(f"{name} {value}: must be at most --decoupled-lr {peak}")
 
     def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)

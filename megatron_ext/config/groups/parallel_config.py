@@ -47,11 +47,20 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the distributed optimizer's gathering of parameters with the forward pass."""
 
+    accumulate_allreduce_grads_in_fp32: bool = False
+    """With --fp16: sum gradients over micro-batches and processes in fp32, as is done without --fp16."""
+
+    grad_reduce_in_bf16: bool = False
+    """With --bf16: sum gradients over micro-batches and processes in bfloat16 instead of fp32."""
+
     gradient_accumulation_fusion: bool = False
     """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
+
+    recompute_activations: bool = False
+    """The same as --recompute-granularity selective: recompute the core attention in the backward pass."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """With full recompute: recompute all layers, in groups of --recompute-num-layers (uniform), or only the first
@@ -89,13 +98,27 @@ class ParallelConfig:
                 f"requires --pipeline-model-parallel-size above 1 (got {self.pipeline_model_parallel_size})"
             )
 
+    def reduces_in_fp32(self, *, bf16: bool) -> bool:
+        """Returns whether gradients are summed in fp32, not in the precision of the weights."""
+        return self.accumulate_allreduce_grads_in_fp32 or (bf16 and not self.grad_reduce_in_bf16)
+
     def _check_overlap(self) -> None:
+        if self.accumulate_allreduce_grads_in_fp32 and self.grad_reduce_in_bf16:
+            raise ValueError(
+                "--grad-reduce-in-bf16: cannot be given together with --accumulate-allreduce-grads-in-fp32"
+            )
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
 
     def _check_recompute(self) -> None:
+        if self.recompute_activations:
+            if self.recompute_granularity == "full":
+                raise ValueError(
+                    "--recompute-activations: cannot be given together with --recompute-granularity full"
+                )
+            object.__setattr__(self, "recompute_granularity", "selective")  # the class is frozen
         known = ("core_attn", "mlp", "layernorm")
         for module in self.recompute_modules:
             if module not in known:

@@ -90,6 +90,7 @@ IGNORED = {
     "--use-te-activation-func": _KERNELS,
     "--use-transformer-engine-op-fuser": _KERNELS,
     "--use-grouped-gemm-for-dense-mlp": _KERNELS,
+    "--cross-entropy-loss-fusion": _KERNELS,
     "--cross-entropy-fusion-impl": _one(_KERNELS.reason),
     "--disable-jit-fuser": _KERNELS,
     "--enable-cuda-graph": _KERNELS,

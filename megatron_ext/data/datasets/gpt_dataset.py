@@ -35,6 +35,7 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.blends import Blends, blends_of, check_repeats, check_splits
 from megatron_ext.data.datasets.index_cache import IN_MEMORY, choose_cache, through_cache
 from megatron_ext.data.datasets.index_size import check_index_size
+from megatron_ext.data.datasets.mock_data import build_mock_datasets
 from megatron_ext.data.indexed.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -164,6 +165,10 @@ def build_datasets(
     Raises:
         FileNotFoundError, ValueError: the data has an error, named in one line; every rank raises the same line.
     """
+    if data.mock_data:
+        return build_mock_datasets(
+            data, seq_length=seq_length, seed=seed, num_samples=num_samples, tokenizer=tokenizer
+        )
     blends = blends_of(data, num_samples, per_layer_data_path)
 
     def check() -> None:

@@ -7,6 +7,8 @@ Bytes per parameter, with D data-parallel ranks:
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
     fp16      2           2          4 + 8            (4 + 8) / D          (the same)
 
+--grad-reduce-in-bf16 halves the gradients of bf16, --accumulate-allreduce-grads-in-fp32 doubles those of fp16.
+
 Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a model
 family quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
 `layer_activation_bytes`. With the 1F1B schedule stage i of P holds the activations of up to P - i micro-batches at
@@ -91,7 +93,7 @@ class ParallelLayout:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of one gradient."""
-        return 2 if self.fp16 else 4
+        return 4 if self.parallel.reduces_in_fp32(bf16=self.bf16) else self.element_bytes
 
     @property
     def padded_vocab(self) -> int:

@@ -44,9 +44,6 @@ IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
 Runs copy the section, so that a later export can restore them."""
 
-LOSS_SCALE = "loss_scale"
-"""Key of the loss scaler's state in state.json; only fp16 runs have it."""
-
 
 @dataclass(kw_only=True)
 class TrainingProgress:
@@ -338,14 +335,10 @@ class Checkpointer:
             "progress": asdict(progress),
             "optimizer_step": optimizer_step,
             "scheduler": scheduler_state.scheduler_state_of(self.scheduler),
-            **self._loss_scale(),
+            **loss_scale_state(self.optimizer),
             "families": {family.name: family.state_dict() for family in self.families},
             "cut": _cut(self.models),
         }
-
-    def _loss_scale(self) -> dict[str, Any]:
-        state = None if self.config.no_save_optim else loss_scale_state(self.optimizer)
-        return {LOSS_SCALE: state} if state is not None else {}
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
         tensors.read_into(
@@ -363,7 +356,7 @@ class Checkpointer:
             raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
         optimizer = OptimizerState(self.optimizer, tensors.model_state(self.models, self._keeps()))
         tensors.load_optimizer(optimizer, folder, step, same_vocabulary=same_vocabulary)
-        restore_loss_scale(self.optimizer, state.get(LOSS_SCALE))
+        restore_loss_scale(self.optimizer, state)
 
     def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:

@@ -20,6 +20,7 @@ _SHAPE = (
     "kv_channels",
     "ffn_hidden_size",
     "swiglu",
+    "squared_relu",
     "normalization",
     "position_embedding_type",
     "sliding_window",

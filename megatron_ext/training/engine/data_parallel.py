@@ -29,12 +29,12 @@ def wrap_model(
     Args:
         chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: the parallel layout, which specifies how gradients are reduced.
-        bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
-        fp16: whether they are in fp16; gradients are then reduced in fp16.
+        bf16: whether parameters and activations are in bfloat16.
+        fp16: whether they are in fp16.
     """
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=bf16,
+        grad_reduce_in_fp32=parallel.reduces_in_fp32(bf16=bf16),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

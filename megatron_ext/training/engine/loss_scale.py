@@ -10,6 +10,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 
+LOSS_SCALE = "loss_scale"
+"""Key of the loss scaler's state in state.json; only fp16 runs have it."""
+
 
 def scaler_of(optimizer: MegatronOptimizer) -> MegatronGradScaler | None:
     """Returns the optimizer's loss scaler; None without fp16."""
@@ -26,21 +29,22 @@ def can_fall(scaler: MegatronGradScaler | None) -> torch.Tensor | None:
     return (scaler.scale > scaler.min_scale).squeeze()
 
 
-def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, Any] | None:
-    """Returns the scale and the counts on which its next changes depend, as JSON values; None without fp16."""
+def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Returns the scale and the counts on which its next changes depend, as JSON values; empty without fp16."""
     scaler = scaler_of(optimizer)
     if scaler is None:
-        return None
-    return {"scale": scaler.scale.item(), **{k: v for k, v in scaler.state_dict().items() if k != "scale"}}
+        return {}
+    counts = {name: value for name, value in scaler.state_dict().items() if name != "scale"}
+    return {LOSS_SCALE: {"scale": scaler.scale.item(), **counts}}
 
 
-def restore_loss_scale(optimizer: MegatronOptimizer, state: dict[str, Any] | None) -> None:
+def restore_loss_scale(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Restores what `loss_scale_state` returned; a fixed scale stays that of --loss-scale.
 
     Args:
         optimizer: the optimizer.
-        state: the state; None in checkpoints of runs without fp16, after which a new scale starts.
+        state: the content of state.json; after a run without fp16 or with a fixed scale a new scale starts.
     """
-    scaler = scaler_of(optimizer)
-    if isinstance(scaler, DynamicGradScaler) and state is not None and len(state) > 1:
-        scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]], dtype=torch.float32)})
+    scaler, stored = scaler_of(optimizer), state.get(LOSS_SCALE, {})
+    if isinstance(scaler, DynamicGradScaler) and len(stored) > 1:
+        scaler.load_state_dict({**stored, "scale": torch.tensor([stored["scale"]], dtype=torch.float32)})

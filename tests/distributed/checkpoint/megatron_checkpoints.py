@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -115,6 +116,7 @@ CASES = {
     "local names": Case(arguments={**_GPT3, "position_embedding_type": "rope"}, local_names=True),
     "numbered layers": Case(arguments={**_GROUPED, "kv_channels": 16}, numbered=True),
     "release": Case(arguments={"untie_embeddings_and_output_weights": False}, release=True),
+    "squared ReLU": Case(arguments={"swiglu": False, "squared_relu": True}),
     "fused GELU": Case(arguments={**_GPT3, "bias_gelu_fusion": True}),
     "rope scaling": Case(arguments={"use_rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
@@ -275,7 +277,7 @@ def _config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
         **{name: given[name] for name in names},
         num_query_groups=given["num_query_groups"] if given["group_query_attention"] else None,
         gated_linear_unit=given["swiglu"],
-        activation_func=F.silu if given["swiglu"] else F.gelu,
+        activation_func=F.silu if given["swiglu"] else squared_relu if given["squared_relu"] else F.gelu,
         bias_activation_fusion=given["bias_gelu_fusion"],
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

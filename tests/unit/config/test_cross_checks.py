@@ -114,6 +114,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
         "--train-samples 9: must be at least 10, the global",
     ),
+    (1, {"grad_reduce_in_bf16": True}, "--grad-reduce-in-bf16: has no effect; it requires --bf16"),
     (1, {"hysteresis": 3}, "--hysteresis 3: has no effect; it requires --fp16"),
     (
         1,

@@ -17,6 +17,9 @@ from megatron_ext.config.megatron_lm.megatron_defaults import KEPT, TAKEN
 from megatron_ext.config.megatron_lm.megatron_flags import RENAMED, instead_of
 from megatron_ext.config.megatron_lm.refused_flags import REFUSED, REFUSED_BEGINNINGS
 from megatron_ext.config.run_config import RunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 
 ROOT = Path(__file__).parents[3]
 GIVEN = (
@@ -54,31 +57,8 @@ OLDER = {
 """Flags of versions before 0.16 that scripts still have, and of Megatron-LM's data tool."""
 
 BUILT_NEXT = {
-    "--accumulate-allreduce-grads-in-fp32",
-    "--calculate-per-token-loss",
-    "--cross-entropy-loss-fusion",
-    "--decoupled-lr",
-    "--decoupled-min-lr",
-    "--empty-unused-memory-level",
-    "--grad-reduce-in-bf16",
-    "--log-num-zeros-in-grad",
-    "--memory-snapshot-path",
-    "--mock-data",
     "--no-overlap-p2p-communication",
-    "--nvtx-ranges",
     "--overlap-p2p-communication-warmup-flush",
-    "--profile",
-    "--profile-ranks",
-    "--profile-step-end",
-    "--profile-step-start",
-    "--pytorch-profiler-collect-callstack",
-    "--pytorch-profiler-collect-chakra",
-    "--pytorch-profiler-collect-shapes",
-    "--recompute-activations",
-    "--record-memory-history",
-    "--record-shapes",
-    "--squared-relu",
-    "--use-pytorch-profiler",
 }
 """Flags that are being built or put into a class on other branches; each may be in one class or none yet."""
 
@@ -149,6 +129,14 @@ def test_every_flag_of_the_tables_is_one_of_megatrons() -> None:
     assert not OLDER & {*FACTS}
     for start in REFUSED_BEGINNINGS:
         assert any(name.startswith(start) for name in FACTS), start
+
+
+@pytest.mark.parametrize("script", [PerLayerRunConfig, NPTRunConfig, ProgressiveRunConfig])
+def test_no_model_family_gives_another_meaning_to_a_flag_of_megatron(script: type) -> None:
+    own = known_flags(script) - KNOWN
+    assert own
+    assert not own & {*FACTS, *IGNORED, *REFUSED, *RENAMED}
+    assert not [name for name in own if instead_of(name)]
 
 
 def test_a_flag_without_effect_takes_the_values_that_megatron_gives_it() -> None:
@@ -319,6 +307,7 @@ def test_defaults_of_megatron_are_taken_below_every_other_source(
         "learned_absolute",
     )
     assert not config.logging.log_throughput and not config.logging.log_validation_ppl
+    assert not config.training.calculate_per_token_loss
     assert parsed(f"--defaults=megatron --config {path}").model.normalization == "RMSNorm"
     assert (
         parsed("--defaults megatron --position-embedding-type none").model.position_embedding_type == "none"

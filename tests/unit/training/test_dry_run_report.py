@@ -156,6 +156,28 @@ def test_memory_is_listed_for_every_stage_that_differs(monkeypatch: pytest.Monke
     assert float(last[6].split()[0]) > gib[4]
 
 
+@pytest.mark.parametrize(
+    ("training", "parallel", "ratio"),
+    [
+        ({"bf16": True}, {}, 2.0),
+        ({"bf16": True}, {"grad_reduce_in_bf16": True}, 1.0),
+        ({"fp16": True}, {}, 1.0),
+        ({"fp16": True}, {"accumulate_allreduce_grads_in_fp32": True}, 2.0),
+        ({}, {}, 1.0),
+    ],
+)
+def test_gradients_take_the_bytes_of_the_precision_they_are_summed_in(
+    training: dict[str, Any], parallel: dict[str, Any], ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = dry_run(
+        monkeypatch,
+        training=TrainingConfig(global_batch_size=8, train_iters=1, **training),
+        parallel=replace(LAYOUT, **parallel),
+    )
+    ((_, _, weights, gradients, *_),) = rows(text, "1-14")
+    assert float(gradients.split()[0]) / float(weights.split()[0]) == pytest.approx(ratio, rel=0.01)
+
+
 def test_the_number_of_processes_is_the_flag_the_environment_or_one_model_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

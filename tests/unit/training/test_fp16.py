@@ -159,3 +159,30 @@ def test_overflows_end_a_run_only_if_a_lower_scale_cannot_help(
     assert (code, steps) == expected
     assert skipped > 3 if code == EXIT_OK else skipped == 3
     assert "| loss scale " in printed
+
+
+def _dtypes(precision: str, flags: dict[str, bool]) -> set[torch.dtype]:
+    """Precisions of the weights' gradient sums."""
+    initialize(ParallelConfig(), seed=1)
+    parallel = ParallelConfig(**flags)  # type: ignore[arg-type]
+    bf16, fp16 = precision == "bf16", precision == "fp16"
+    chunks = build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, fp16=fp16)
+    (wrapped,) = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
+    return {parameter.main_grad.dtype for parameter in wrapped.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "flags", "dtype"),
+    [
+        ("fp32", {}, torch.float32),
+        ("bf16", {}, torch.float32),
+        ("bf16", {"accumulate_allreduce_grads_in_fp32": True}, torch.float32),
+        ("bf16", {"grad_reduce_in_bf16": True}, torch.bfloat16),
+        ("fp16", {}, torch.float16),
+        ("fp16", {"accumulate_allreduce_grads_in_fp32": True}, torch.float32),
+    ],
+)
+def test_gradients_are_summed_in_the_precision_that_the_flags_name(
+    precision: str, flags: dict[str, bool], dtype: torch.dtype
+) -> None:
+    assert run_single(_dtypes, precision, flags) == {dtype}
