@@ -5,6 +5,7 @@ and the arguments go to `dist_checkpointing.save`, and the tracker names the ste
 """
 
 import warnings
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Run:
         self.case, self.parallel, self.sharding = case, parallel, sharding
         self.arguments = case.all_arguments()
         initialize(parallel, seed=1)
-        self.config = _config(case, parallel)
+        self.config = engine_config(case, parallel)
         model = _model(self.config, self.arguments, case)
         randomize(model)
         distributed = sharding is not None
@@ -257,15 +258,17 @@ def token_ids() -> torch.Tensor:
 @torch.no_grad()
 def randomize(model: GPTModel) -> None:
     """Makes every parameter random, norms and biases included; padded rows of the vocabulary too."""
-    generator = torch.Generator().manual_seed(
-        1
-    )  # the engine's own stream differs between data-parallel ranks
-    for name, parameter in sorted(model.named_parameters()):
+    tied = {"output_layer.weight": "embedding.word_embeddings.weight"}  # the last stage's copy of the first's
+    for name, parameter in model.named_parameters():
+        source = tied.get(name, name) if model.share_embeddings_and_output_weights else name
+        # The engine's own stream differs between data-parallel ranks.
+        generator = torch.Generator().manual_seed(zlib.crc32(source.encode()))
         parameter.normal_(0.0, 0.1, generator=generator)
         parameter.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def _config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
+def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
+    """Returns the engine's configuration of a case, as Megatron-LM builds it."""
     given = case.all_arguments()
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     names = (
