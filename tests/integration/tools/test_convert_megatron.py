@@ -55,7 +55,7 @@ def _continued(folder: Path, processes: int, *flags: str) -> list[str]:
         "pretrain_gpt_per_layer.py", *run, *schedule, *rest, *exits, *flags, processes=processes
     )
     assert done.returncode == 0, done.stderr
-    return re.findall(r"step (\d+)/10 \| lm loss (\S+)", done.stdout)
+    return re.findall(r"step +(\d+)/10 \| lm loss (\S+)", done.stdout)
 
 
 def test_a_run_continues_at_another_layout_with_the_same_losses(folder: Path) -> None:
