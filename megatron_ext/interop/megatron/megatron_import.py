@@ -102,6 +102,8 @@ def load_megatron(
         content = common.get("content_metadata") or {}
         check_optimizer_format(files, content.get("distrib_optim_sharding_type"), folder)
         progress = read_progress(common, arguments, source)
+        if arguments.get("fp16"):
+            messages.append("the run's loss scale is not imported; it begins anew")
     return MegatronModel(
         folder=folder,
         model=model,
