@@ -4,6 +4,7 @@ No other module does this. The settings of model families are not part of `Trans
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def build_transformer_config(
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else squared_relu if model.squared_relu else F.gelu,
+        activation_func=_activation(model),
         # Despite its name, this flag makes the engine build the activation that the layer spec names: our `SwiGLU`.
         use_te_activation_func=model.swiglu,
         add_bias_linear=not model.disable_bias_linear,
@@ -93,9 +94,22 @@ def build_transformer_config(
     return config
 
 
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return F.silu
+    if model.squared_relu:
+        return squared_relu
+    return tanh_gelu if model.bias_gelu_fusion else F.gelu
+
+
 def squared_relu(values: torch.Tensor) -> torch.Tensor:
     """Returns max(values, 0)^2; the engine's own function starts a compiler."""
     return F.relu(values).square()
+
+
+def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return F.gelu(values, approximate="tanh")
 
 
 def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:

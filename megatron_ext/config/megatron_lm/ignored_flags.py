@@ -79,7 +79,6 @@ IGNORED = {
     "--use-flash-attn": _KERNELS,
     "--flash-attention-version": _one(_KERNELS.reason),
     "--no-masked-softmax-fusion": _KERNELS,
-    "--no-bias-gelu-fusion": _KERNELS,
     "--no-bias-swiglu-fusion": _KERNELS,
     "--no-bias-dropout-fusion": _KERNELS,
     "--no-rope-fusion": _KERNELS,
