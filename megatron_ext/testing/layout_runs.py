@@ -67,8 +67,8 @@ class Variant:
     bf16: bool = False
     fp16: bool = False
     micro_batch_size: int | None = None
-    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages or overlapped
-    communication need several micro-batches on each rank to do all that they do, else 2, which takes half the time."""
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages, overlapped
+    communication or sums that round need several micro-batches on each rank; else 2, which takes half the time."""
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `ParallelConfig`, in every layout."""
@@ -158,7 +158,12 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
     parallel = replace(parallel, **variant.parallel)
-    needs_several = parallel.pipeline_model_parallel_size > 1 or parallel.overlap_grad_reduce
+    needs_several = (
+        parallel.pipeline_model_parallel_size > 1
+        or parallel.overlap_grad_reduce
+        or variant.bf16
+        or variant.fp16
+    )
     trace, chunks = train_and_keep(
         parallel,
         variant.steps,
