@@ -53,6 +53,9 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
     run_phases.observer = None
     if code:
         return code
+    # Imported late: it imports the engine, which must find the simulated device.
+    from megatron_ext.models.transformer_engine import fused_kernels
+
     rehearsal = Rehearsal(
         rank=int(os.environ["RANK"]),
         processes=int(os.environ["WORLD_SIZE"]),
@@ -60,6 +63,7 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
         training=config.training,
         sequence_length=config.model.seq_length,
         device=device,
+        kernels=fused_kernels(config.model, config.parallel),
         recorder=recorder,
         seconds=time.process_time(),
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -47,8 +47,18 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the distributed optimizer's gathering of parameters with the forward pass."""
 
+    overlap_p2p_communication: bool = False
+    """With the interleaved schedule: overlap the communication between pipeline stages with computation."""
+
     gradient_accumulation_fusion: bool = False
     """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
+
+    cross_entropy_loss_fusion: bool = False
+    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives. Without, it always is."""
+
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+    """With --cross-entropy-loss-fusion: kernels of mcore (native), which require --bf16, or of Transformer Engine
+    (te)."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
@@ -80,6 +90,7 @@ class ParallelConfig:
         check_at_most(self, _MINUTES_OF_A_YEAR, "distributed_timeout_minutes")
         self._check_pipeline()
         self._check_overlap()
+        self._check_cross_entropy()
         self._check_recompute()
 
     def _check_pipeline(self) -> None:
@@ -94,6 +105,20 @@ class ParallelConfig:
             raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
+        if self.overlap_p2p_communication and self.num_layers_per_virtual_pipeline_stage is None:
+            raise ValueError("--overlap-p2p-communication: requires --num-layers-per-virtual-pipeline-stage")
+
+    def _check_cross_entropy(self) -> None:
+        if self.cross_entropy_loss_fusion and self.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "--cross-entropy-loss-fusion: has no effect; it requires --tensor-model-parallel-size above 1 (without "
+                "tensor parallelism the loss is always fused)"
+            )
+        if self.cross_entropy_fusion_impl != "native" and not self.cross_entropy_loss_fusion:
+            raise ValueError(
+                f"--cross-entropy-fusion-impl {self.cross_entropy_fusion_impl}: has no effect; it requires "
+                "--cross-entropy-loss-fusion"
+            )
 
     def _check_recompute(self) -> None:
         known = ("core_attn", "mlp", "layernorm")

@@ -212,6 +212,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
 MEGATRON_SCRIPTS = """
 --use-mcore-models --attention-softmax-in-fp32 --apply-layernorm-1p --rampup-batch-size --fp16 --decoupled-lr
 --decoupled-min-lr --grad-reduce-in-bf16 --cross-entropy-loss-fusion --manual-gc --empty-unused-memory-level
+--overlap-p2p-communication-warmup-flush
 --fp8-format --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather --mock-data --tiktoken-pattern
 --no-create-attention-mask-in-dataloader --no-mmap-bin-files --profile --profile-step-start --profile-step-end
 --ckpt-format --no-masked-softmax-fusion --no-position-embedding --num-experts --moe-router-topk --moe-grouped-gemm
