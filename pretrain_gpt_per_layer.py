@@ -45,7 +45,7 @@ def _run(config: PerLayerRunConfig) -> int:
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
     """Returns defaults from the --load checkpoint: model, tokenizer and per-layer settings."""
-    if "load" not in given:
+    if not given.keys() & {"load", "use_checkpoint_args"}:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults
 
@@ -56,7 +56,9 @@ def _families(config: PerLayerRunConfig, tokenizer: "Tokenizer") -> list["Family
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
     own = config.per_layer
-    return [PerLayerFamily.from_tokenizer(own, tokenizer)] if own.use_per_layer_embedding else []
+    if not own.use_per_layer_embedding:
+        return []
+    return [PerLayerFamily.from_tokenizer(own, tokenizer, mock_data=config.data.mock_data)]
 
 
 if __name__ == "__main__":

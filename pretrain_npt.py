@@ -60,7 +60,7 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
             "--load is missing: give the checkpoint of the base model (or --base-checkpoint); to train from scratch, "
             "give --no-freeze-base and the model's shape (--num-layers, --hidden-size, ...)"
         )
-    if "base_checkpoint" in given or "load" in given:
+    if given.keys() & {"base_checkpoint", "load", "use_checkpoint_args"}:
         from megatron_ext.npt.runs.npt_run import checkpoint_defaults
 
         found += checkpoint_defaults(given)

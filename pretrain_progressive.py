@@ -48,7 +48,11 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
         from megatron_ext.progressive.growth.training_history import stored_rack_defaults
 
-        found.append(stored_rack_defaults(Path(given["save"]), given))
+        found += stored_rack_defaults(Path(given["save"]), given)
+    elif "use_checkpoint_args" in given:
+        from megatron_ext.training.checkpoint.run_directory import check_checkpoint_args
+
+        check_checkpoint_args(given, "save")
     return found
 
 

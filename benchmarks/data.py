@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures speed and memory of preprocessing, compared with Megatron-LM's documented single-process loop.
+"""Measures speed and memory of preprocessing, compared with Megatron-LM's documented loop and tool.
 
     python benchmarks/data.py                   measures speed on CPython's documentation and sources, repeated
     python benchmarks/data.py --memory-gb 2     measures also the peak memory, on a generated input of that size
@@ -8,7 +8,9 @@ Every round runs each variant once, in turn, so that changes in the machine's sp
 medians over the rounds. Our tool is timed as a user runs it: the whole command, from the start of Python to the
 manifest with its checksums. The loop follows Megatron-LM's public description (read a line, `json.loads`, tokenize,
 `builder.add_item`, `builder.end_document`) and is timed without its imports. It uses mcore's builder and the tokenizer
-of our tool, a byte-level BPE of 32k tokens. The outputs of loop and tool are compared byte for byte.
+of our tool, a byte-level BPE of 32k tokens. The tool is `peers/pool_tool.py`: Megatron-LM's documented algorithm with
+megatron-core's tokenizer and builder and a pool of workers, timed like ours as a whole command. The outputs are
+compared byte for byte.
 """
 
 import json
@@ -31,6 +33,8 @@ from rich.table import Table
 from megatron_ext.config.command_line.parse import parse, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOOP = "Megatron-LM's loop, 1 process"
+_POOL = "Megatron-LM's algorithm, pool"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,9 @@ class BenchmarkConfig:
 
     memory_gb: float | None = None
     """Also measure peak memory, on a generated input of this many GB without repetition."""
+
+    pair_only: bool = False
+    """Measure only the tool with a pool and ours with gigatoken, on all cores: the two whole commands."""
 
     skip_speed: bool = False
     """Measure only memory."""
@@ -118,22 +125,36 @@ def megatron_loop(files: Files) -> Timing:
 
 
 def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
-    """Returns a function that runs and times our tool once, and compares its output with the loop's."""
+    """Returns a function that runs and times our tool once, and compares its output with the others'."""
 
     def timed() -> Timing:
         begin, cpu = time.perf_counter(), _children_cpu()
         _quiet(files.preprocess(files.repeated, "ours", "--encoder", encoder, "--workers", workers))
         timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
-        for suffix in ("bin", "idx"):
-            mine, theirs = (
-                files.directory / f"ours_text_document.{suffix}",
-                files.directory / f"loop.{suffix}",
-            )
-            if mine.read_bytes() != theirs.read_bytes():
-                raise ValueError(f"{mine} differs from {theirs}")
+        _require_equal(files)
         return timing
 
     return timed
+
+
+def pool_tool(files: Files, workers: int) -> Callable[[], Timing]:
+    """Returns a function that runs and times the tool with a pool once."""
+
+    def timed() -> Timing:
+        arguments = [files.repeated, files.directory / "pool", files.tokenizer, workers]
+        begin, cpu = time.perf_counter(), _children_cpu()
+        _quiet([sys.executable, str(ROOT / "benchmarks" / "peers" / "pool_tool.py"), *map(str, arguments)])
+        return Timing(time.perf_counter() - begin, _children_cpu() - cpu)
+
+    return timed
+
+
+def _require_equal(files: Files) -> None:
+    for suffix in ("bin", "idx"):
+        mine = files.directory / f"ours_text_document.{suffix}"
+        for theirs in (files.directory / f"{name}.{suffix}" for name in ("loop", "pool")):
+            if theirs.exists() and mine.read_bytes() != theirs.read_bytes():
+                raise ValueError(f"{mine} differs from {theirs}")
 
 
 def _children_cpu() -> float:
@@ -142,20 +163,34 @@ def _children_cpu() -> float:
 
 
 def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
-    """Prints the table of speeds."""
+    """Prints the table of speeds; ratios are to the first variant."""
     cores = len(os.sched_getaffinity(0))
-    variants: dict[str, Callable[[], Timing]] = {
-        "Megatron-LM's loop, 1 process": lambda: megatron_loop(files)
-    }
-    for encoder in ("reference", "gigatoken"):
-        for workers in sorted({1, cores}):
-            variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
+    pool, fastest = f"{_POOL}, workers {cores}", f"ours, gigatoken, workers {cores}"
+    variants: dict[str, Callable[[], Timing]] = {pool: pool_tool(files, cores)}
+    if config.pair_only:
+        variants[fastest] = ours(files, "gigatoken", cores)
+    else:
+        variants = {_LOOP: lambda: megatron_loop(files), **variants}
+        for encoder in ("reference", "gigatoken"):
+            for workers in sorted({1, cores}):
+                variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
     timings: dict[str, list[Timing]] = {name: [] for name in variants}
     for _ in range(config.rounds):
         for name, run in variants.items():
             timings[name].append(run())
+    _print_table(files, timings, console)
+    _print_pair(console, timings[pool], timings[fastest])
+    for encoder in ("reference", "gigatoken") if cores > 1 and not config.pair_only else ():
+        one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
+        pairs = zip(one_worker, all_workers, strict=True)
+        scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
+        console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
+
+
+def _print_table(files: Files, timings: dict[str, list[Timing]], console: Console) -> None:
     megabytes = files.repeated.stat().st_size / 1e6
-    tokens = (files.directory / "loop.bin").stat().st_size / 2
+    tokens = (files.directory / "ours_text_document.bin").stat().st_size / 2
+    cores = len(os.sched_getaffinity(0))
     table = Table(title=f"{megabytes:.0f} MB of JSON lines, {tokens / 1e6:.1f} million tokens, {cores} cores")
     for column in (
         "variant",
@@ -167,22 +202,28 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
         "CPU seconds",
     ):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    loop = timings["Megatron-LM's loop, 1 process"]
+    first = next(iter(timings.values()))
     for name, times in timings.items():
         median = statistics.median(timing.seconds for timing in times)
-        ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(loop, times, strict=True)]
+        ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(first, times, strict=True)]
         cpu = statistics.median(timing.cpu_seconds for timing in times)
         table.add_row(
             name, f"{median:.2f}", f"{megabytes / median:.1f}", f"{tokens / median / 1e6:.2f}",
             f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} .. {max(ratios):.1f}", f"{cpu:.2f}",
         )  # fmt: skip
     console.print(table)
-    if cores > 1:
-        for encoder in ("reference", "gigatoken"):
-            one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
-            pairs = zip(one_worker, all_workers, strict=True)
-            scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
-            console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
+
+
+def _print_pair(console: Console, theirs: list[Timing], mine: list[Timing]) -> None:
+    """Prints how much less time our tool takes than the tool with a pool, both as whole commands."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    for name, field in (("wall time", "seconds"), ("processor time", "cpu_seconds")):
+        pairs = zip(theirs, mine, strict=True)
+        ratios = [getattr(their, field) / getattr(our, field) for their, our in pairs]
+        console.print(
+            f"{_POOL} : ours, whole commands, {name}: {statistics.median(ratios):.1f} times "
+            f"({min(ratios):.1f} .. {max(ratios):.1f}; load of the machine {load})"
+        )
 
 
 def generate(path: Path, size: int) -> None:

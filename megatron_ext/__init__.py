@@ -1,5 +1,7 @@
 """Megatron-core, extended: per-layer embeddings, neuro-plastic layers and progressive growth on the real engine."""
 
+import functools
+import logging
 import warnings
 
 from megatron_ext.platform import engine_imports, openmp_waiting
@@ -9,14 +11,30 @@ openmp_waiting.install()
 
 # What the engine says about itself and no user can act on: that optional parts are missing (`--transformer-impl`
 # chooses), that it calls torch functions by older names, that it looks at gradients of views, that with
-# another attention than ours recomputing it is of no use.
+# another attention than ours recomputing it is of no use; from 0.18 that a process alone has no rank yet, from 0.19
+# that it imports a model of its own that is experimental.
 for _message in (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     r"If you are using transformer_engine as the transformer implementation, the core_attn is",
+    r"Could not determine (rank|world size) from torch\.distributed",
+    r"MimoModelConfig is experimental",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+def _begins_otherwise(words: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(words)
+
+
+# From 0.19 the same of its log, by module and first words: docs/engines.md says what becomes of `GPTModel`; checkpoints
+# keep the file that `load_common` reads, because every earlier version needs it.
+for _module, _words in (
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("dist_checkpointing.strategies.common", "load_common is deprecated"),
+):
+    logging.getLogger(f"megatron.core.{_module}").addFilter(functools.partial(_begins_otherwise, _words))
 
 
 def __getattr__(name: str) -> str:

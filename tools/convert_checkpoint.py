@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Convert Llama, Mistral, Qwen2 and Qwen3 models between Hugging Face's format and this package's checkpoints.
+"""Convert models between this package's checkpoints and Hugging Face's format, or Megatron-LM's checkpoints.
 
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
     convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
+    convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of Megatron-LM
+    convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for pretrain_gpt.py --load
 
 The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
 Each command has its own --help; docs/interop.md lists what is converted and what is rejected.
@@ -19,8 +21,27 @@ from typing import Any, Literal
 
 from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag_name
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.tokenizer_config import TokenizerType
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+_ONLY_HUGGING_FACE = (
+    "architecture",
+    "max_shard_size",
+    "merge_adapters",
+    "adapter_dir",
+    "tokenizer_model",
+    "no_tokenizer",
+)
+
+
+def _refuse(config: Any, names: tuple[str, ...], reason: str) -> None:
+    """Raises `ValueError` if a field differs from its default."""
+    for name in names:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            raise ValueError(f"{flag_name(name)}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +49,11 @@ class ImportConfig:
     """Flags for the model to import and the checkpoint to write."""
 
     model_dir: str
-    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer; or a GGUF file."""
+    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer; or a GGUF file; or, with
+    --format megatron, a directory that Megatron-LM saved to."""
+
+    format: Literal["huggingface", "megatron"] = "huggingface"
+    """Format of --model-dir."""
 
     save: str
     """Directory to write the checkpoint to; must not exist yet, or be empty."""
@@ -40,8 +65,41 @@ class ImportConfig:
     """Pad the vocabulary size to a multiple of this number. Default: the largest power of two up to 128 that needs no
     padding."""
 
+    ckpt_step: int | None = None
+    """With --format megatron: step to import. Default: the one that latest_checkpointed_iteration.txt names."""
+
+    with_optimizer: Switch = False
+    """With --format megatron: import Adam's state, the schedule and the progress too, so that --load continues the
+    run."""
+
+    tokenizer_type: TokenizerType | None = None
+    """With --format megatron: tokenizer of the model. Default: the one in the checkpoint's arguments."""
+
+    tokenizer_model: str | None = None
+    """With --format megatron: path of the tokenizer's file or directory, if it differs from the checkpoint's."""
+
+    vocab_file: str | None = None
+    """With --format megatron: path of vocab.json, for GPT2BPETokenizer."""
+
+    merge_file: str | None = None
+    """With --format megatron: path of merges.txt, for GPT2BPETokenizer."""
+
+    vocab_size: int | None = None
+    """With --format megatron: number of ids of a NullTokenizer or TikTokenizer."""
+
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by")
+        check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by", "vocab_size")
+        check_at_least(self, 0, "ckpt_step")
+        if self.format == "megatron":
+            _refuse(
+                self, ("make_vocab_size_divisible_by",), "the vocabulary keeps the rows that were trained"
+            )
+        else:
+            _refuse(self, (*_TOKENIZER, "ckpt_step", "with_optimizer"), "requires --format megatron")
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Returns the fields of the tokenizer's configuration that were given."""
+        return {name: getattr(self, name) for name in _TOKENIZER if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +110,10 @@ class ExportConfig:
     """Directory of checkpoints, or the directory of one checkpoint."""
 
     model_dir: str
-    """Hugging Face directory to write; must not exist or be empty, unless --overwrite is given."""
+    """Directory to write; must not exist or be empty, unless --overwrite is given."""
+
+    format: Literal["huggingface", "megatron"] = "huggingface"
+    """Format to write: a Hugging Face directory, or a release checkpoint of Megatron-LM."""
 
     ckpt_step: int | None = None
     """Step to export. Default: the newest complete checkpoint."""
@@ -93,6 +154,8 @@ class ExportConfig:
         if len(chosen) > 1:
             raise ValueError(f"{flag_name(chosen[0])}: cannot be given together with {flag_name(chosen[1])}")
         self.resolved_max_shard_size()
+        if self.format == "megatron":
+            _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
 
     def resolved_max_shard_size(self) -> int:
         """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
@@ -126,7 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Convert a local Hugging Face model and its tokenizer to a checkpoint; write the model's flags to model.yaml."""
+    """Convert a Hugging Face model or a checkpoint of Megatron-LM to a checkpoint; write its flags to model.yaml."""
+    if config.format == "megatron":
+        _import_megatron(config)
+        return
     from megatron_ext.interop import import_checkpoint
 
     found = import_checkpoint(
@@ -160,7 +226,10 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Convert a checkpoint's model to a Hugging Face directory with config.json, safetensors and tokenizer."""
+    """Convert a checkpoint's model to a Hugging Face directory, or to a checkpoint that Megatron-LM loads."""
+    if config.format == "megatron":
+        _export_megatron(config)
+        return
     options: dict[str, Any] = {
         "ckpt_step": config.ckpt_step,
         "architecture": config.architecture,
@@ -178,6 +247,48 @@ def run_export(config: ExportConfig) -> None:
         from megatron_ext.interop import export_checkpoint
 
         messages = export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
+    for line in messages:
+        print(f"{config.model_dir}: {line}")
+
+
+def _import_megatron(config: ImportConfig) -> None:
+    from megatron_ext.interop.megatron.megatron_import import import_megatron
+
+    found = import_megatron(
+        config.model_dir,
+        config.save,
+        ckpt_step=config.ckpt_step,
+        with_optimizer=config.with_optimizer,
+        seq_length=config.seq_length,
+        tokenizer=config.tokenizer(),
+    )
+    for line in found.messages:
+        print(f"note: {line}")
+    model, save = found.model, shlex.quote(config.save)
+    print(
+        f"{config.save}: {found.folder}, {model.num_layers} layers, hidden size {model.hidden_size}, "
+        f"{found.tokenizer.vocab_size:,} ids in {found.rows:,} rows"
+    )
+    command = f"python pretrain_gpt_per_layer.py --config {save}/model.yaml --load {save} --data-path ..."
+    if found.progress is None:
+        print(f"to train from it:\n    {command} --finetune --save {save}-2")
+    else:
+        step = found.progress.progress.iteration
+        print(f"to continue after step {step}, with the run's own flags:\n    {command} --save {save}")
+
+
+def _export_megatron(config: ExportConfig) -> None:
+    from megatron_ext.interop.hf_export import DTYPES
+    from megatron_ext.interop.megatron.megatron_export import export_megatron
+
+    messages = export_megatron(
+        config.load,
+        config.model_dir,
+        ckpt_step=config.ckpt_step,
+        base_only=config.base_only,
+        dtype=DTYPES[config.dtype] if config.dtype else None,
+        overwrite=config.overwrite,
+    )
     for line in messages:
         print(f"{config.model_dir}: {line}")
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # during the slow imports, Ctrl-C should end the too
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from megatron_ext.config.command_line.parse import parse, run_main
-from megatron_ext.config.groups.preprocess_config import InputConfig, PreprocessConfig
+from megatron_ext.config.groups.preprocess_config import IgnoredConfig, InputConfig, PreprocessConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 
 EXIT_WORKER_DIED = 3
@@ -51,6 +51,7 @@ class PreprocessFlags:
     input: InputConfig
     tokenizer: TokenizerConfig
     output: PreprocessConfig
+    ignored: IgnoredConfig
 
 
 def main() -> int:
@@ -70,6 +71,9 @@ def main() -> int:
     from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
 
     output = flags.output
+    ignored = [*output.without_effect(), *flags.ignored.without_effect()]
+    if ignored:
+        print(f"ignored: {', '.join(ignored)}; see --help", file=sys.stderr)
     try:
         # Raise on a signal, so that the preprocessor's clean-up runs before the process ends.
         _handle_signals(_stop)

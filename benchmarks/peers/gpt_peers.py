@@ -11,6 +11,7 @@ import torch
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.engine_config import NO_CUDA_GRAPHS
 
 Passes = tuple[Callable[[], None], Callable[[], None]]
 Batches = Iterator[dict[str, torch.Tensor]]
@@ -124,5 +125,5 @@ def _engine_config(shape: ModelConfig, bf16: bool, fused: bool) -> Any:
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,  # a kernel of Apex
         gradient_accumulation_fusion=False,
-        cuda_graph_scope=[],
+        **NO_CUDA_GRAPHS,
     )

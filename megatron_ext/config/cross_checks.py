@@ -65,10 +65,13 @@ def validate(
     if data is not None:
         _check_resets(model, data)
     if training is not None:
+        if parallel.grad_reduce_in_bf16 and not training.bf16:
+            raise ValueError("--grad-reduce-in-bf16: has no effect; it requires --bf16")
         if model.fp8_format is not None:
             _check_fp8(model, parallel, training)
         if (
             parallel.cross_entropy_loss_fusion
+            and parallel.tensor_model_parallel_size > 1
             and parallel.cross_entropy_fusion_impl == "native"
             and not training.bf16
         ):
@@ -79,6 +82,7 @@ def validate(
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
+            _check_loss_scale(training, optimizer)
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -187,17 +191,51 @@ def _check_resets(model: ModelConfig, data: DataConfig) -> None:
 
 def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parallel_size: int) -> None:
     global_batch_size = training.resolved_global_batch_size(data_parallel_size)
-    if training.train_samples is not None and training.train_samples < global_batch_size:
+    first = training.batch_sizes(global_batch_size).at(0)
+    if training.train_samples is not None and training.train_samples < first:
         raise ValueError(
-            f"--train-samples {training.train_samples}: must be at least {global_batch_size}, the global batch size"
+            f"--train-samples {training.train_samples}: must be at least {first}, the global batch size"
         )
-    micro_batches = global_batch_size // (training.micro_batch_size * data_parallel_size)
+    samples_at_once = training.micro_batch_size * data_parallel_size
+    _check_ramp(parallel, training, samples_at_once)
+    micro_batches = global_batch_size // samples_at_once
     stages = parallel.pipeline_model_parallel_size
     if parallel.num_layers_per_virtual_pipeline_stage is not None and micro_batches % stages:
         raise ValueError(
             f"--global-batch-size {global_batch_size}: gives {micro_batches} micro-batches per step; "
             f"with virtual pipeline stages this must be a multiple of --pipeline-model-parallel-size {stages}"
         )
+
+
+def _check_loss_scale(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
+    """Rejects settings of the loss scale that would have no effect."""
+    names = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    fields = OptimizerSettings.__dataclass_fields__
+    for name in ("loss_scale", *names):
+        value = getattr(optimizer, name)
+        if value == fields[name].default:
+            continue
+        if not training.fp16:
+            raise ValueError(f"{flag_name(name)} {value:g}: has no effect; it requires --fp16")
+        if optimizer.loss_scale is not None and name != "loss_scale":
+            raise ValueError(
+                f"{flag_name(name)} {value:g}: has no effect with --loss-scale {optimizer.loss_scale:g}, which fixes it"
+            )
+
+
+def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_once: int) -> None:
+    """Checks that a batch size that grows can be divided into micro-batches, and these among pipeline stages."""
+    unit, words = samples_at_once, "--micro-batch-size x data-parallel size"
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        unit *= parallel.pipeline_model_parallel_size
+        words += " x --pipeline-model-parallel-size, because of virtual pipeline stages"
+    ramp = dict(zip(("START", "INCREMENT"), training.rampup_batch_size or (), strict=False))
+    schedule = {f"size {size}": size for _, size in training.batch_sizes(0).steps}
+    for what, size in {**ramp, **schedule}.items():
+        if size % unit:
+            name = "rampup_batch_size" if ramp else "step_batch_size_schedule"
+            given = f"{flag_name(name)} {' '.join(map(str, getattr(training, name)))}"
+            raise ValueError(f"{given}: {what} must be divisible by {unit} ({words})")
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:

@@ -58,7 +58,7 @@ class RunConfig:
         # Other derived sizes stay properties of their group (`resolved_...`), so that a checkpoint's run_config.json
         # records what the user gave.
         try:
-            training = self.training
+            training = self.training.in_samples(self.model.seq_length)
             if training.num_epochs is not None and epoch_samples is not None:
                 training = training.with_epochs(epoch_samples, self.parallel.data_parallel_size(world_size))
             validate(self.model, self.parallel, training, self.optimizer, self.data, world_size=world_size)

@@ -8,6 +8,7 @@ single forward pass; then the rest of the longer prompts is read token by token,
 continued. Every rank takes part and returns the same tokens. There is no beam search and no continuous batching.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.inference import utils as engine_inference
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.config.groups.inference_config import SamplingConfig
@@ -199,7 +201,7 @@ def stage_logits(
         model: this rank's only model chunk, unwrapped, without sequence parallelism.
         families: all model families that the model is built with; they compute its auxiliary inputs.
         batch: `tokens` and `position_ids` [b, s], and the fields that the model families use.
-        context: the KV cache; None runs without a cache.
+        context: the KV cache, with which only the last position's logits [b, 1, V] are computed; None runs without one.
     """
     tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -210,18 +212,26 @@ def stage_logits(
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
-    output = model(
-        tokens,
-        batch["position_ids"],
-        None,
-        auxiliary_inputs=auxiliary_inputs(families, batch),
-        inference_context=context,
-        runtime_gather_output=True,
-    )
+    with _inference_mode() if context is not None else contextlib.nullcontext():
+        output = model(
+            tokens,
+            batch["position_ids"],
+            None,
+            auxiliary_inputs=auxiliary_inputs(families, batch),
+            inference_context=context,
+            runtime_gather_output=True,
+        )
     if model.post_process:
         return output
     dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None
+
+
+def _inference_mode() -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which the engine computes the logits of the last position only."""
+    # Until 0.17 a cache is enough for that. From 0.18 the process must also be in this mode.
+    mode = getattr(engine_inference, "InferenceMode", None)
+    return contextlib.nullcontext() if mode is None else mode.active()
 
 
 def _chosen(

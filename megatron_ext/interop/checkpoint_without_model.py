@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -22,30 +22,57 @@ from megatron_ext.training.checkpoint.optimizer_state import PREFIX
 from megatron_ext.training.checkpoint.saving import tensor_writer
 
 
-def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: dict[str, Any]) -> Path:
-    """Writes a checkpoint of step 0; needs an initialized process group of size 1.
+class StoredState(Protocol):
+    """Unsharded tensors by global name, with shapes and dtypes; a tensor is read when it is accessed."""
+
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
+def write_checkpoint(
+    root: Path,
+    state: StoredState,
+    run_config: dict[str, Any],
+    run_state: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint; needs an initialized process group of size 1, and memory for one tensor.
 
     Args:
         root: directory that holds all checkpoints of a run.
         state: unsharded tensors by global name.
         run_config: content of run_config.json: sections `model` and `tokenizer`, `vocab_size`,
             `tokenizer_fingerprint` and `families`.
+        run_state: `progress`, `optimizer_step` and `scheduler` of state.json; without it the checkpoint is of step 0
+            and has no optimizer.
 
     Returns:
-        The directory of the new checkpoint, `root/iter_0000000`.
+        The directory of the new checkpoint, such as `root/iter_0000000`.
 
     Raises:
         OSError: the checkpoint could not be written.
     """
-    name = files.checkpoint_name(0)
-    folder = files.begin(root, name)
-    shards = {name: ShardedTensor.from_rank_offsets(name, state[name]) for name in state}
-    digests = tensor_writer.write({**shards, **_extra_states(state)}, folder)
     progress: dict[str, Any] = {
         "progress": asdict(TrainingProgress()),
         "optimizer_step": None,
         "scheduler": None,
+        **(run_state or {}),
     }
+    name = files.checkpoint_name(progress["progress"]["iteration"])
+    folder = files.begin(root, name)
+    shards = {
+        name: ShardedTensor.from_rank_offsets(
+            name, torch.empty(state.shape(name), dtype=state.dtype(name), device="meta")
+        )
+        for name in state
+    }
+    digests = tensor_writer.write(
+        {**shards, **_extra_states(state)}, folder, lambda name, _: state[name].contiguous()
+    )
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
     # Checksums come last, so that they cover all files; a checkpoint counts as complete only when it is published.
@@ -57,7 +84,11 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
 
 def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
     """Returns the `_extra_state` object that mcore expects for every linear layer; it holds data only with FP8."""
-    layers = [name.removesuffix("weight") for name in names if ".linear_" in name and name.endswith("weight")]
+    layers = [
+        name.removesuffix("weight")
+        for name in names
+        if ".linear_" in name and name.endswith("weight") and not name.startswith(PREFIX)
+    ]
     keys = [f"{layer}_extra_state" for layer in layers]
     return {key: ShardedObject(key, None, (1,), (0,)) for key in keys}
 

@@ -209,7 +209,7 @@ def export_checkpoint(
         group_in(ModelConfig, run_config, "model"),
         group_in(TokenizerConfig, run_config, "tokenizer"),
     )
-    _check_families(run_config["families"], load, base_only=base_only)
+    check_families(run_config["families"], load, base_only=base_only)
     choose_architecture(model, architecture)
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
@@ -243,12 +243,27 @@ def _base_names(model: ModelConfig) -> set[str]:
     return {entry.name for entry in entries(model, 1, 1)}
 
 
-def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> None:
+def check_families(
+    families: dict[str, Any], load: str, *, base_only: bool, target: str = "Llama-like"
+) -> None:
+    """Raises `ValueError` if a model with these families cannot be exported.
+
+    Args:
+        families: the section `families` of the run's configuration.
+        load: value of `--load`, for error messages.
+        base_only: whether only the base model is exported.
+        target: what the model is exported to.
+    """
     for name, configuration in families.items():
         if not base_only:
             raise ValueError(
-                f"--load {load}: no Llama-like model can express the model family {name}; use --base-only to "
-                "export the frozen base without it, or --merge-adapters for a progressive model with adapters"
+                f"--load {load}: no {target} model can express the model family {name}; use --base-only to "
+                "export the frozen base without it"
+                + (
+                    ""
+                    if target == "Megatron-LM"
+                    else ", or --merge-adapters for a progressive model with adapters"
+                )
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(

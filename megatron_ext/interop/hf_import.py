@@ -105,7 +105,7 @@ def load_hf(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         state=state,
-        dtype=state.dtype,
+        dtype=state.precision,
         imported=imported,
         messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
@@ -162,7 +162,7 @@ def import_checkpoint(
         with complete_directory(save, "--save") as folder:
             copy_imported(found.tokenizer, found.folder, folder / TOKENIZER_FOLDER)
             found.imported.copy_files(folder)
-            (folder / FLAGS_FILE).write_text(_flags(found.model, tokenizer), encoding="utf-8")
+            (folder / FLAGS_FILE).write_text(model_flags(found.model, tokenizer), encoding="utf-8")
             write_checkpoint(folder, found.state, run_config)
     finally:
         process_groups.shutdown()
@@ -189,6 +189,7 @@ def require_one_process() -> None:
         )
 
 
-def _flags(model: ModelConfig, tokenizer: TokenizerConfig) -> str:
+def model_flags(model: ModelConfig, tokenizer: TokenizerConfig) -> str:
+    """Returns the YAML text of an imported model's flags, for `--config`."""
     head = "# Imported model and tokenizer. Pass this file to a training script as --config; its flags override it.\n"
     return head + format_groups({"model": model, "tokenizer": tokenizer})

@@ -35,6 +35,9 @@ class LayerLosses:
     scale: float = 1.0
     """Gradient that every attached loss gets: loss scale / number of micro-batches. The training step sets it."""
 
+    loss_scale: float = 1.0
+    """Factor by which all gradients are too large until the update; not 1 with --fp16. The training step sets it."""
+
     evaluating: bool = False
     """True while the loop evaluates; `record` then also counts passes without gradients."""
 

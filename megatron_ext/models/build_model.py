@@ -43,6 +43,7 @@ def build_model(
     vocab_size: int,
     seed: int,
     bf16: bool = False,
+    fp16: bool = False,
     extensions: list[Extension] | None = None,
     fuses_norms: bool = False,
 ) -> list[GPTModel]:
@@ -54,6 +55,7 @@ def build_model(
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
         bf16: whether parameters are in bfloat16 instead of fp32.
+        fp16: whether they are in fp16 instead.
         extensions: what the model families add to the model.
         fuses_norms: with Transformer Engine, whether a norm is computed inside the linear layer that follows, where no
             family reads its output; names of parameters do not change.
@@ -67,7 +69,7 @@ def build_model(
     """
     extensions = extensions or []
     check_te(model, parallel)
-    config = build_transformer_config(model, parallel, bf16=bf16)
+    config = build_transformer_config(model, parallel, bf16=bf16, fp16=fp16)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
     auxiliary = AuxiliaryInputs(_merged_streams(config, extensions), sequence_parallel_size)
     fuses_norms = fuses_norms and uses_te(model) and not _keeps_norms(config, extensions)

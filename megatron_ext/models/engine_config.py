@@ -3,6 +3,9 @@
 No other module does this. The settings of model families are not part of `TransformerConfig`.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,9 +15,17 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.platform.process_groups import use_cuda
 
+_FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+
+NO_CUDA_GRAPHS: dict[str, list[str]] = {
+    # The engine's default, "full", is deprecated in every version; 0.18 renamed the field.
+    ("cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"): []
+}
+"""Arguments of `TransformerConfig` with which no CUDA graph is captured."""
+
 
 def build_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, fp16: bool = False
 ) -> TransformerConfig:
     """Returns megatron-core's configuration for the base model and its parallel layout.
 
@@ -22,8 +33,9 @@ def build_transformer_config(
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
         bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
+        fp16: whether they are in fp16 instead.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     pipeline, virtual = (
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_size(model.num_layers),
@@ -39,7 +51,7 @@ def build_transformer_config(
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=_activation(model),
         # Despite its name, this flag makes the engine build the activation that the layer spec names: our `SwiGLU`.
         use_te_activation_func=model.swiglu,
         add_bias_linear=not model.disable_bias_linear,
@@ -58,6 +70,7 @@ def build_transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,
+        fp16=fp16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
@@ -82,12 +95,30 @@ def build_transformer_config(
         apply_rope_fusion=uses_te(model),
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
-        cuda_graph_scope=[],
+        **NO_CUDA_GRAPHS,
     )
     # This is not a field of the dataclass. If it is set, the engine sums over the stages the gradients of parameters
     # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.
     config.has_cond_embedder = True
     return config
+
+
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return F.silu
+    if model.squared_relu:
+        return squared_relu
+    return tanh_gelu if model.bias_gelu_fusion else F.gelu
+
+
+def squared_relu(values: torch.Tensor) -> torch.Tensor:
+    """Returns max(values, 0)^2; the engine's own function starts a compiler."""
+    return F.relu(values).square()
+
+
+def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return F.gelu(values, approximate="tanh")
 
 
 def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:

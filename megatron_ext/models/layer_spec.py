@@ -6,6 +6,7 @@ none does, Transformer Engine's linear layer computes the norm before it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -75,7 +76,7 @@ def layer_spec(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp=_mlp(mlp),
         mlp_bda=get_bias_dropout_add,
         **slots,
     )
@@ -86,6 +87,14 @@ def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlock
     """Returns the spec of one stage: its layers and, on the last stage, the final norm."""
     norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _mlp(submodules: MLPSubmodules) -> ModuleSpec | Callable[..., MLP]:
+    """Returns what the engine's layer builds its MLP from."""
+    # Until 0.17 that is a spec, from 0.18 a function; a layer that is given a spec then says so in the log.
+    if hasattr(MLP, "as_mlp_submodule"):
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:

@@ -80,8 +80,12 @@ class PerLayerFamily(Family):
         self.statistics_interval = settings.per_layer_stats_interval if logs else None
 
     @classmethod
-    def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
+    def from_tokenizer(
+        cls, settings: PerLayerConfig, tokenizer: Tokenizer, *, mock_data: bool = False
+    ) -> "PerLayerFamily":
         """Builds the model family; its ids come from aligned datasets or from the table of `--per-layer-vocab-file`.
+
+        With `mock_data` the table is made up if there is no file.
 
         Raises:
             ValueError: per-layer ids are required, but neither source is given.
@@ -92,8 +96,12 @@ class PerLayerFamily(Family):
             table = load_per_layer_table(
                 settings.per_layer_strategy, tokenizer=tokenizer, vocab_file=settings.per_layer_vocab_file
             )
+        elif mock_data and not settings.uses_token_ids:
+            table = np.arange(tokenizer.vocab_size, dtype=np.int32) % settings.rows(tokenizer.vocab_size)
         aligned = settings.per_layer_data_path is not None
-        if not aligned and settings.per_layer_strategy == "attention_guidance":
+        if aligned and mock_data:
+            raise ValueError("--per-layer-data-path: cannot be given together with --mock-data")
+        if not aligned and not mock_data and settings.per_layer_strategy == "attention_guidance":
             raise ValueError(
                 "--per-layer-strategy attention_guidance requires --per-layer-data-path, because its ids depend on "
                 "positions"

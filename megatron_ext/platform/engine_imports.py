@@ -4,10 +4,15 @@
   again while they are created, and once more when the process ends.
 - megatron-core hands some sixty functions to `torch.compile` while it is imported, which imports torch's compiler. Here
   each function is compiled when it is first called; with the layers of this package on a CPU, that is never.
+- torch's optimizers import the compiler to exclude their methods from being compiled. Here they do so only in a process
+  that has the compiler.
 - megatron-core uses Transformer Engine wherever it can be imported, and ends with any error of that import that is not
   a ModuleNotFoundError. Here it can be imported only where it can be used; elsewhere the engine finds it absent.
+- From 0.18 one module of megatron-core, which its schedules import, requires triton. Here it does not: torch's builds
+  for CPUs bring no triton, and the module's kernels run on GPUs only, with experts.
 """
 
+import builtins
 import functools
 import gc
 import importlib
@@ -16,14 +21,14 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-TE_VERSIONS = ">=2.9.0a0,<2.12.0"
-"""Versions of Transformer Engine that megatron-core 0.16.1 names in its metadata."""
-
 _JIT = "megatron.core.jit"
+_COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
+_KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
+"""Modules that import triton whether it is there or not: the first in 0.18, the second from 0.19."""
 _LARGE = ("torch", "megatron.core")
 
 
@@ -39,12 +44,12 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_JIT, _TE, *_LARGE):
+        if name not in (_JIT, _TE, *_KERNELS, *_LARGE, *_REPLACED):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
-            loader = _GuardedLoader if name == _TE else _Loader
-            spec.loader = loader(spec.loader.name, spec.loader.path)
+            loaders = {_TE: _GuardedLoader, **dict.fromkeys(_KERNELS, _KernelLoader)}
+            spec.loader = loaders.get(name, _Loader)(spec.loader.name, spec.loader.path)
         return spec
 
 
@@ -55,6 +60,12 @@ class _Loader(SourceFileLoader):
             # The other modules of megatron-core take the decorator from here.
             vars(module)["jit_fuser"] = compile_when_called
             return
+        if module.__name__ in _REPLACED:
+            super().exec_module(module)
+            name, replace = _REPLACED[module.__name__]
+            if name in vars(module):
+                vars(module)[name] = replace(vars(module)[name])
+            return
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -63,6 +74,22 @@ class _Loader(SourceFileLoader):
             if enabled:
                 gc.enable()
         gc.freeze()  # what exists now is looked through no more
+
+
+class _KernelLoader(SourceFileLoader):
+    """Loads a module of triton's kernels; where triton is absent, they are plain functions that nothing calls."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        if importlib.util.find_spec("triton") is None:
+            # An `import` statement asks its own module's builtins, so no other module gets this answer.
+            vars(module)["__builtins__"] = {**vars(builtins), "__import__": self._import}
+        super().exec_module(module)
+
+    @staticmethod
+    def _import(name: str, *args: Any) -> Any:
+        if name not in ("triton", "triton.language"):
+            return __import__(name, *args)
+        return SimpleNamespace(jit=lambda kernel: kernel, language=SimpleNamespace(constexpr=object))
 
 
 class _GuardedLoader(SourceFileLoader):
@@ -104,12 +131,22 @@ def transformer_engine_problem() -> str | None:
     return None
 
 
+def te_versions() -> str:
+    """Returns the versions of Transformer Engine that megatron-core names in its metadata; from 0.17 on "", for all."""
+    from packaging.requirements import Requirement
+
+    named = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or ()]
+    specifiers = next((one.specifier for one in named if one.name == "transformer-engine"), ())
+    return ",".join(sorted(map(str, specifiers), reverse=True))
+
+
 def _unsupported_version() -> str | None:
     from packaging.specifiers import SpecifierSet
 
-    if SpecifierSet(TE_VERSIONS).contains(importlib.metadata.version(_TE), prereleases=True):
+    supported = te_versions()
+    if SpecifierSet(supported).contains(importlib.metadata.version(_TE), prereleases=True):
         return None
-    return f"{_named(_TE)} is installed, but {_named('megatron-core')} supports {TE_VERSIONS}"
+    return f"{_named(_TE)} is installed, but {_named('megatron-core')} supports {supported}"
 
 
 def _missing_device() -> str | None:
@@ -139,3 +176,47 @@ def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*args, **kwargs)
 
     return call
+
+
+def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces `torch._disable_dynamo`, whose functions import the compiler when they are first called."""
+
+    def decorator(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(decorator, recursive=recursive)
+        excluded = disable(function, recursive)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (excluded if _COMPILER in sys.modules else function)(*args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+def _step_without_compiler(with_compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces the decorator of `torch.optim.Optimizer.step`, which imports the compiler to break its graphs."""
+
+    def decorator(step: Callable[..., Any]) -> Callable[..., Any]:
+        broken = with_compiler(step)
+
+        @functools.wraps(step)
+        def call(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if _COMPILER in sys.modules:
+                return broken(optimizer, *args, **kwargs)
+            import torch
+
+            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+                return step(optimizer, *args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+_REPLACED = {
+    "torch._compile": ("_disable_dynamo", _disable_compiler),
+    "torch.optim.optimizer": ("_use_grad_for_differentiable", _step_without_compiler),
+}
+"""For each module of torch, the name of the function that is replaced when the module is imported, and by what."""

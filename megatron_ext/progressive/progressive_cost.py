@@ -126,7 +126,7 @@ def _stored_bytes(settings: LayerSettings, layout: ParallelLayout) -> float:
     """Returns what a layer's frozen matrices take beyond the run's precision."""
     if settings.trains_base:
         return 0.0  # in fp32 they need no main weights: the sum is the same
-    run_dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    run_dtype = _run_dtype(layout)
     dtype = compute_dtype(settings.precision, run_dtype)
     size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
     matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model).values())
@@ -145,7 +145,7 @@ def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> f
     inputs = 2 * layout.hidden_bytes + layout.ffn_bytes
     if use is Use.GRADIENT:
         return products + inputs * adapters
-    run_dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    run_dtype = _run_dtype(layout)
     dtype = compute_dtype(settings.precision, run_dtype)
     if use is not Use.TRAINED or dtype is run_dtype:
         return products
@@ -153,6 +153,10 @@ def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> f
     split = attention_width(model) + model.resolved_ffn_hidden_size
     cast = layout.tokens * (2 * model.hidden_size + split / tensor) * dtype.itemsize
     return products + cast - inputs * (not adapters)
+
+
+def _run_dtype(layout: ParallelLayout) -> torch.dtype:
+    return torch.bfloat16 if layout.bf16 else torch.float16 if layout.fp16 else torch.float32
 
 
 def _use(settings: LayerSettings, reached: bool) -> Use:

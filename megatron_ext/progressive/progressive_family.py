@@ -6,7 +6,7 @@ previous phase, freezes what the phase does not train, and trains.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class ProgressiveFamily(Family):
         cache_identity: Mapping[str, Any] | None = None,
         frozen: dict[int, str] | None = None,
         seed: int = 0,
-        tokens_per_step: int = 0,
+        tokens_in: Callable[[int], int] = lambda steps: 0,
         statistics_interval: int | None = None,
     ) -> None:
         """Args:
@@ -103,7 +103,7 @@ class ProgressiveFamily(Family):
         frozen: maps the index of a stack to `frozen` (nothing trains) or `qlora` (only adapters train); overrides the
             trunk strategy for these stacks.
         seed: the run's seed.
-        tokens_per_step: tokens per training step, for the log.
+        tokens_in: returns the number of tokens in the run's first steps, for the log.
         statistics_interval: number of steps between two records of the statistics; None for no record.
         """
         self.config = config
@@ -111,7 +111,7 @@ class ProgressiveFamily(Family):
         self.trains = trains
         self.trunk = trunk
         self.seed = seed
-        self.tokens_per_step = tokens_per_step
+        self.tokens_in = tokens_in
         self.statistics_interval = statistics_interval
         self.plan = settings_by_layer(rack, config, trains, frozen)
         self.losses: list[float] = []
@@ -264,7 +264,7 @@ class ProgressiveFamily(Family):
     def summary(self, iteration: int, values: Mapping[str, float]) -> dict[str, float]:
         """Returns the loss under a name that contains the stack, and the number of tokens so far."""
         name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
-        found = {"progressive/total_tokens": float(iteration * self.tokens_per_step)}
+        found = {"progressive/total_tokens": float(self.tokens_in(iteration))}
         if "lm loss" in values:
             found[f"progressive/loss_{name}"] = values["lm loss"]
         return found

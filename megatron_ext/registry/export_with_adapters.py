@@ -76,7 +76,7 @@ def export_plain(
             model_dir,
             tokenizer_config=None if no_tokenizer else tokenizer,
             architecture=architecture,
-            dtype=dtype or ("bfloat16" if stored["training"]["bf16"] else "float32"),
+            dtype=dtype or _precision(stored["training"]),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             imported=Imported.of_run(stored),
@@ -114,3 +114,8 @@ def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -
             FAMILIES[name].from_configuration(families[name]).check_plain(as_adapters=as_adapters)
         except ValueError as error:
             raise ValueError(f"--load {load}: {error}") from None
+
+
+def _precision(training: dict[str, Any]) -> str:
+    """Returns the precision of the training run; its configuration may be older than --fp16."""
+    return "bfloat16" if training["bf16"] else "float16" if training.get("fp16") else "float32"

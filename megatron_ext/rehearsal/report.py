@@ -195,7 +195,7 @@ def _header(rehearsal: Rehearsal) -> str:
     return (
         f"Rehearsal of rank {rehearsal.rank} of {rehearsal.processes} ({', '.join(sizes)})\n"
         f"on a simulated {device.name} with {binary_size(device.memory)}, "
-        f"{'bf16' if rehearsal.training.bf16 else 'fp32'}; tensors have no values, so losses mean nothing\n"
+        f"{rehearsal.training.precision}; tensors have no values, so losses mean nothing\n"
         f"{recorder.parameters:,} parameters on this rank; "
         f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences a step (micro-batches x size), "
         f"{compact(flops)} FLOPs on this rank\n"

@@ -1,6 +1,5 @@
 """A tiny training run that can be saved and loaded in any parallel layout, for tests of checkpoints."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.checkpoint.checkpoint_tensors import without_reader_warnings
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.data_parallel import wrap_model
 from megatron_ext.training.engine.lr_schedule import build_scheduler
@@ -43,6 +43,7 @@ class RunSettings:
     model: ModelConfig = TINY
     optimizer: OptimizerSettings = SCHEDULE
     bf16: bool = False
+    fp16: bool = False
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
@@ -57,22 +58,24 @@ class TinyRun:
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.messages: list[str] = []
-        parallel, bf16, families = settings.parallel, settings.bf16, settings.make_families()
+        self.loss_scales: list[float | None] = []
+        parallel, families = settings.parallel, settings.make_families()
+        precision = {"bf16": settings.bf16, "fp16": settings.fp16}
         initialize(parallel, seed=1)
         self.chunks = build_model(
             settings.model,
             parallel,
             vocab_size=settings.vocab_size,
             seed=1,
-            bf16=bf16,
+            **precision,
             extensions=[family.extension() for family in families],
             fuses_norms=True,
         )
         for family in families:
             family.prepare_model(self.chunks)
-        wrapped = wrap_model(self.chunks, parallel, bf16=bf16)
-        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, bf16=bf16)
-        training = TrainingConfig(train_iters=10, bf16=bf16)
+        wrapped = wrap_model(self.chunks, parallel, **precision)
+        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, **precision)
+        training = TrainingConfig(train_iters=10, bf16=settings.bf16, fp16=settings.fp16)
         self.scheduler = build_scheduler(settings.optimizer, training, self.optimizer, GLOBAL_BATCH_SIZE)
         self.stepper = Stepper(
             wrapped,
@@ -109,7 +112,9 @@ class TinyRun:
         losses = []
         for _ in range(steps):
             self.progress.iteration += 1
-            losses.append(self.stepper.train(self._batches, self.progress.iteration).loss)
+            result = self.stepper.train(self._batches, self.progress.iteration)
+            losses.append(result.loss)
+            self.loss_scales.append(result.loss_scale)
             self.progress.consumed_samples += GLOBAL_BATCH_SIZE
         return losses
 
@@ -120,7 +125,5 @@ class TinyRun:
 
 def read_plain(folder: str) -> dict[str, torch.Tensor]:
     """Reads all tensors of a checkpoint, unsharded, with megatron-core's own reader; needs a process group."""
-    with warnings.catch_warnings():
-        # mcore calls torch's loader by its deprecated name.
-        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+    with without_reader_warnings():
         return dist_checkpointing.load_plain_tensors(folder)

@@ -5,6 +5,7 @@ these imports. Tests of the launcher or of the imports must start the real comma
 """
 
 import atexit
+import contextlib
 import os
 import runpy
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -95,22 +96,29 @@ def _run(
     outputs: tuple[str, str],
     before: Callable[[], None] | None,
 ) -> None:
-    import torch
-
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(ROOT)
     for descriptor, path in enumerate(outputs, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
-    torch.set_num_threads(1)
     sys.argv = [script, *flags]
     sys.path.insert(0, str(Path(script).parent))
-    atexit._clear()
-    try:
+    with become_command(variables, ROOT):
         if before is not None:
             before()
         runpy.run_path(script, run_name="__main__")
+
+
+@contextlib.contextmanager
+def become_command(variables: dict[str, str], folder: str | Path) -> Iterator[None]:
+    """Gives this forked process the environment and directory of a new one, and runs its exit functions at the end."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    atexit._clear()
+    try:
+        yield
     finally:
         atexit._run_exitfuncs()

@@ -5,7 +5,7 @@ needed. Runs in a single process use the caller's process.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
@@ -20,6 +21,7 @@ from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
+    CONSTANT,
     CONTEXT_LAYOUTS,
     LAYOUTS,
     TINY,
@@ -27,7 +29,7 @@ from megatron_ext.testing.tiny_training import (
     WORLD_SIZES,
     TrainingTrace,
     assemble,
-    train_tiny,
+    train_and_keep,
     with_full_recompute,
 )
 from megatron_ext.training.interface.family_interface import Family
@@ -65,6 +67,14 @@ class Variant:
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
+    fp16: bool = False
+    micro_batch_size: int | None = None
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages, overlapped
+    communication or sums that round need several micro-batches on each rank; else 2, which takes half the time."""
+    settings: OptimizerSettings = CONSTANT
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of `ParallelConfig`, in every layout."""
+
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
@@ -149,13 +159,31 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
-    trace = train_tiny(parallel, variant.steps, variant.make_families, variant.model, variant.bf16)
+    parallel = replace(parallel, **variant.parallel)
+    needs_several = (
+        parallel.pipeline_model_parallel_size > 1
+        or parallel.overlap_grad_reduce
+        or variant.bf16
+        or variant.fp16
+    )
+    trace, chunks = train_and_keep(
+        parallel,
+        variant.steps,
+        variant.make_families,
+        variant.model,
+        variant.bf16,
+        variant.fp16,
+        variant.settings,
+        variant.micro_batch_size or (1 if needs_several else 2),
+    )
+    saved = saved_tensors(chunks)
+    if variant.examine is None:
+        return Run(trace, saved)
     extensions = [family.extension() for family in variant.make_families()]
-    chunks = build_model(
+    untrained = build_model(
         variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True
     )
-    examined = variant.examine(chunks) if variant.examine else None
-    return Run(trace, saved_tensors(chunks), examined)
+    return Run(trace, saved, variant.examine(untrained))
 
 
 def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:

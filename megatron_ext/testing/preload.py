@@ -6,7 +6,6 @@ That is the engine, the three families, and pytest, which every file of tests im
 import gc
 
 import pytest  # noqa: F401
-import torch._dynamo  # noqa: F401  # the first optimizer of a process imports it
 
 import megatron_ext.interop.hf_import
 import megatron_ext.npt.runs.npt_run

@@ -15,6 +15,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -27,6 +28,16 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 
 VOCAB_SIZE = 96
 GLOBAL_BATCH_SIZE = 4
+
+CONSTANT = OptimizerSettings(
+    lr=5e-3,
+    weight_decay=0.1,
+    lr_decay_style="constant",
+    # In fp16 the loss scale soon rises, from a value at which no gradient of the tiny models overflows.
+    initial_loss_scale=2.0**6,
+    loss_scale_window=2,
+    hysteresis=1,
+)
 
 TINY = ModelConfig(
     num_layers=4,
@@ -124,6 +135,8 @@ def train_tiny(
     make_families: Callable[[], list[Family]] = list,
     model: ModelConfig = TINY,
     bf16: bool = False,
+    fp16: bool = False,
+    settings: OptimizerSettings = CONSTANT,
 ) -> TrainingTrace:
     """Trains `model` for `steps` steps; call it in every process of the layout.
 
@@ -133,7 +146,23 @@ def train_tiny(
         make_families: module-level function that returns the model families to build the model with.
         model: configuration of the base model.
         bf16: train in bfloat16 instead of fp32.
+        fp16: train in fp16 instead.
+        settings: the optimizer's settings.
     """
+    return train_and_keep(parallel, steps, make_families, model, bf16, fp16, settings)[0]
+
+
+def train_and_keep(
+    parallel: ParallelConfig,
+    steps: int,
+    make_families: Callable[[], list[Family]],
+    model: ModelConfig,
+    bf16: bool,
+    fp16: bool,
+    settings: OptimizerSettings,
+    micro_batch_size: int = 1,
+) -> tuple[TrainingTrace, list[GPTModel]]:
+    """Trains like `train_tiny`; also returns this rank's trained model chunks."""
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
@@ -143,14 +172,14 @@ def train_tiny(
         vocab_size=VOCAB_SIZE,
         seed=1,
         bf16=bf16,
+        fp16=fp16,
         extensions=extensions,
         fuses_norms=True,
     )
     for family in families:
         family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=bf16)
-    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
+    wrapped = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
+    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16, fp16=fp16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
         wrapped,
@@ -158,10 +187,10 @@ def train_tiny(
         optimizer,
         scheduler,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         clip_grad=1.0,
     )
-    batches = synthetic_batches(model.seq_length)
+    batches = synthetic_batches(model.seq_length, micro_batch_size)
     trace = TrainingTrace()
     for iteration in range(1, steps + 1):
         result = stepper.train(batches, iteration)
@@ -171,7 +200,7 @@ def train_tiny(
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
-    return trace
+    return trace, chunks
 
 
 def local_gradients(
@@ -184,7 +213,7 @@ def local_gradients(
         grad_norm: gradient norm of the step, before clipping.
         clip: largest gradient norm; larger gradients were scaled down to it.
     """
-    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of mcore's clipping coefficient
+    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of the clipping coefficient
     found = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
@@ -192,15 +221,17 @@ def local_gradients(
                 gradient = getattr(parameter, "main_grad", None)
                 if gradient is None:
                     continue
+                if gradient.dtype == torch.float32:
+                    gradient = gradient * undo
+                else:  # the optimizer has unscaled and clipped a copy
+                    gradient = gradient.float() / LayerLosses.loss_scale
                 pieces = (
                     gradient.split([s.data.shape[0] for s in shards], dim=0)
                     if len(shards) > 1
                     else [gradient]
                 )
                 for shard, piece in zip(shards, pieces, strict=True):
-                    found.append(
-                        (shard.key, shard.global_shape, shard.global_offset, piece.detach().clone() * undo)
-                    )
+                    found.append((shard.key, shard.global_shape, shard.global_offset, piece.detach().clone()))
     return found
 
 

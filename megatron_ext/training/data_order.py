@@ -27,6 +27,7 @@ _DECIDING = (
     ("training", "seed"),
     ("data", "data_path"),
     ("data", "train_data_path"),
+    ("data", "mock_data"),
     ("data", "split"),
 )
 
@@ -50,9 +51,11 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     if "data" not in run or "data" not in stored:  # the caller supplies batches, whose order is unknown here
         return
     reasons = [
-        f"{flag_name(name)} is {_text(run[section][name])} now and {_text(stored[section][name])} in the checkpoint"
+        f"{flag_name(name)} is {ours} now and {theirs} in the checkpoint"
         for section, name in _DECIDING
-        if _text(run[section][name]) != _text(stored[section][name])
+        # A checkpoint may be older than a flag.
+        for ours, theirs in [(_text(run[section][name]), _text(stored[section].get(name, False)))]
+        if ours != theirs
     ]
     reasons = reasons or _other_epochs(run, stored)
     if reasons:
@@ -67,6 +70,8 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     if theirs is None or ours == theirs:
         return []
     data = group_in(DataConfig, run, "data")
+    if data.mock_data:
+        return []
     sequence_length = run["model"]["seq_length"]
     if shuffled_epochs(data, sequence_length, ours) == shuffled_epochs(data, sequence_length, theirs):
         return []

@@ -77,13 +77,15 @@ def _print(
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     console.print("Dry run: no model is built and nothing is trained.", highlight=False)
-    console.print(_describe(layout), highlight=False)
+    console.print(_describe(layout, training), highlight=False)
+    if not training.has_constant_batch_size:
+        console.print(_describe_ramp(layout, training), highlight=False)
     console.print(_parameter_table(costs))
     console.print(_memory_table(memory))
     console.print(_flops_table(layout, training, list(costs.values())))
 
 
-def _describe(layout: ParallelLayout) -> str:
+def _describe(layout: ParallelLayout, training: TrainingConfig) -> str:
     parallel, model = layout.parallel, layout.model
     processes = layout.data_parallel_size * parallel.model_parallel_size
     sizes = f"data {layout.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
@@ -92,13 +94,27 @@ def _describe(layout: ParallelLayout) -> str:
         sizes += f" ({layout.chunks} virtual stages each)"
     if parallel.context_parallel_size > 1:
         sizes += f" x context {parallel.context_parallel_size}"
-    batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
+    batch = _global_batch_size(layout)
     micro_batches = f"{layout.num_microbatches} micro-batch{'es' if layout.num_microbatches > 1 else ''}"
     return (
-        f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
+        f"{processes} processes = {sizes}; {training.precision}\n"
         f"one step = {batch} sequences of {model.seq_length} tokens; {micro_batches} of "
         f"{layout.micro_batch_size} per data-parallel rank"
     )
+
+
+def _describe_ramp(layout: ParallelLayout, training: TrainingConfig) -> str:
+    sizes = training.batch_sizes(_global_batch_size(layout))
+    several = sizes.sizes()
+    shown = f"{several[0]} to {several[-1]} sequences, in {len(several)} sizes"
+    return (
+        f"the first {sizes.steps_of_ramp()} steps have {shown}; memory and FLOPs below are those of a step after them, "
+        "except those of the whole run"
+    )
+
+
+def _global_batch_size(layout: ParallelLayout) -> int:
+    return layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -158,9 +174,9 @@ def _memory_table(stages: list[StageMemory]) -> Table:
 
 def _flops_table(layout: ParallelLayout, training: TrainingConfig, costs: list[ModelCost]) -> Table:
     processes = layout.data_parallel_size * layout.parallel.model_parallel_size
-    batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
+    batch = _global_batch_size(layout)
     tokens = batch * layout.model.seq_length
-    iterations = training.resolved_train_iters(batch)
+    run = training.resolved_train_samples(batch) * layout.model.seq_length
     table = _table(
         "FLOPs (forward and backward)", "", "per token", "per step", "per step and process", "whole run"
     )
@@ -169,5 +185,5 @@ def _flops_table(layout: ParallelLayout, training: TrainingConfig, costs: list[M
         ("with recomputation", hardware_flops_per_token(layout.model, layout.parallel, costs)),
     ):
         step = for_token * tokens
-        table.add_row(name, *map(compact, (for_token, step, step / processes, step * iterations)))
+        table.add_row(name, *map(compact, (for_token, step, step / processes, for_token * run)))
     return table

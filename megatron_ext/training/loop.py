@@ -64,6 +64,9 @@ class _Step:
 
     read: ReadStep
 
+    batch_size: int
+    """Sequences in the step."""
+
     flops_per_token: float
 
     seconds: float
@@ -95,6 +98,7 @@ class Loop:
         sequence_length: int,
         flops_per_token: Callable[[int], float],
         after_last_step: Callable[[TrainingProgress], None] = lambda progress: None,
+        before_step: Callable[[int], None] = lambda iteration: None,
     ) -> None:
         """Args:
         training: when the run evaluates and ends.
@@ -107,6 +111,7 @@ class Loop:
         flops_per_token: called with a step's number after the step has run; returns the step's model FLOPs per token
             (forward and backward, model families included), for throughput and MFU.
         after_last_step: called when the last step is done, before the final evaluation.
+        before_step: called with the number of each step before the step begins.
         """
         self.training = training
         self.checkpoint = checkpoint
@@ -117,8 +122,10 @@ class Loop:
         self.sequence_length = sequence_length
         self.flops_per_token = flops_per_token
         self._after_last_step = after_last_step
+        self._before_step = before_step
         self._has_noted_clipping = False
         self._saving: _Saving | None = None
+        self.batch_sizes = training.batch_sizes(stepper.global_batch_size)
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
         self._unread: _Step | None = None
         self._last: StepResult | None = None
@@ -208,12 +215,15 @@ class Loop:
     ) -> _Step:
         iteration = progress.iteration + 1
         rank_progress.reach(iteration)
+        self._before_step(iteration)
         started = time.perf_counter()
-        read = self.stepper.start(batches, iteration, shared)
-        consumed = progress.consumed_samples + self.stepper.global_batch_size
+        batch_size = self.batch_sizes.at(progress.consumed_samples)
+        read = self.stepper.start(batches, iteration, shared, batch_size=batch_size)
+        consumed = progress.consumed_samples + batch_size
         return _Step(
             progress=replace(progress, iteration=iteration, consumed_samples=consumed),
             read=read,
+            batch_size=batch_size,
             flops_per_token=self.flops_per_token(iteration),
             seconds=time.perf_counter() - started,
         )
@@ -236,11 +246,12 @@ class Loop:
         began = time.perf_counter()
         result = self._last = step.read()
         seconds = step.seconds + time.perf_counter() - began
-        self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if result.skipped else 0
+        if not result.is_overflow:
+            self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if result.skipped else 0
         self._skipped_steps += int(result.skipped)
         progress = replace(step.progress, skipped_steps=self._skipped_steps)
         iteration = progress.iteration
-        self.reporter.step(iteration, self._metrics(result, progress, step.flops_per_token, seconds))
+        self.reporter.step(iteration, self._metrics(result, progress, step, seconds))
         if result.statistics:
             self.reporter.statistics(iteration, result.statistics)
         self._note_clipping(result.grad_norm)
@@ -290,19 +301,21 @@ class Loop:
                     self.reporter.text(message.tag, message.text, iteration)
 
     def _metrics(
-        self, result: StepResult, progress: TrainingProgress, flops_per_token: float, seconds: float
+        self, result: StepResult, progress: TrainingProgress, step: _Step, seconds: float
     ) -> StepMetrics:
         return StepMetrics(
             losses={**result.losses, **result.layer_losses},
             learning_rate=result.learning_rate,
             grad_norm=result.grad_norm,
-            batch_size=self.stepper.global_batch_size,
-            tokens=self.stepper.global_batch_size * self.sequence_length,
+            batch_size=step.batch_size,
+            tokens=step.batch_size * self.sequence_length,
             consumed_samples=progress.consumed_samples,
             seconds=seconds,
-            flops_per_token=flops_per_token,
+            flops_per_token=step.flops_per_token,
             skipped=result.skipped,
             params_norm=result.params_norm,
+            loss_scale=result.loss_scale,
+            num_zeros=result.num_zeros,
         )
 
     def _reason_to_stop(self, progress: TrainingProgress) -> tuple[str | None, int]:

@@ -42,6 +42,7 @@ def plan_memory(
         num_microbatches=batch // (training.micro_batch_size * copies),
         data_parallel_size=copies,
         bf16=training.bf16,
+        fp16=training.fp16,
         work=cost.work,
     )
     of_families = [part for name, part in cost.parts.items() if name != BASE]

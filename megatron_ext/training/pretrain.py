@@ -47,6 +47,7 @@ from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.family_costs import run_cost
+from megatron_ext.training.logging.profiling import profiling
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.loop import EXIT_OK, Loop
 from megatron_ext.training.planned_memory import check_memory
@@ -144,8 +145,8 @@ def process_group(
 def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Tokenizer) -> None:
     paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
-    if not prefixes:
-        raise ValueError("no training data was given; pass --data-path or --train-data-path")
+    if not prefixes and not data.mock_data:
+        raise ValueError("no training data was given; pass --data-path or --train-data-path, or --mock-data")
     for prefix in prefixes:
         try:
             check_dataset(prefix, tokenizer)
@@ -194,7 +195,10 @@ def train(
     data = options.data or build_data(config, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(config.checkpoint, run_config, progress)
-    with _build_reporter(config, families, progress, global_batch_size) as reporter:
+    with (
+        _build_reporter(config, families, progress, global_batch_size) as reporter,
+        profiling(config.logging, reporter.message) as before_step,
+    ):
         loop = Loop(
             training,
             config.checkpoint,
@@ -205,6 +209,7 @@ def train(
             sequence_length=config.model.seq_length,
             flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
             after_last_step=partial(options.after_last_step, chunks),
+            before_step=before_step,
         )
         if training.skip_train:
             return loop.evaluate_only(progress)
@@ -228,6 +233,7 @@ def _build_model(
         vocab_size=run_config["vocab_size"],
         seed=config.training.seed,
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         extensions=[family.extension() for family in families],
         fuses_norms=True,
     )
@@ -248,8 +254,10 @@ def _build_stepper(
     global_batch_size: int,
 ) -> Stepper:
     parallel, training = config.parallel, config.training
-    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
-    optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, bf16=training.bf16)
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16, fp16=training.fp16)
+    optimizer = build_optimizer(
+        config.optimizer, parallel, wrapped, families, bf16=training.bf16, fp16=training.fp16
+    )
     if options.first_iteration:
         # Every run of a series has its own learning-rate schedule, although the step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
@@ -258,11 +266,14 @@ def _build_stepper(
         wrapped,
         families,
         optimizer,
-        build_scheduler(config.optimizer, training, optimizer, global_batch_size),
+        build_scheduler(config.optimizer, training, optimizer, global_batch_size, options.first_sample),
         global_batch_size=global_batch_size,
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+        log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
+        per_token_loss=training.calculate_per_token_loss,
+        empty_memory_level=training.empty_unused_memory_level,
     )
 
 
@@ -277,6 +288,7 @@ def _build_reporter(
         total_iterations=config.training.resolved_train_iters(global_batch_size),
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
         configuration=run_groups(config),
@@ -293,9 +305,11 @@ def _begin(
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
-    if config.optimizer.override_opt_param_scheduler and config.training.train_iters is not None:
+    training = config.training
+    in_steps = training.train_iters is not None and training.has_constant_batch_size
+    if config.optimizer.override_opt_param_scheduler and in_steps:
         # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
-        # to the number of steps that are done.
+        # to the number of steps that are done. With a ramp the batch size follows from the samples.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
@@ -320,5 +334,6 @@ def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 def run_groups(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns the config groups as JSON values, without `data` if the caller supplies the batches."""
-    left_out = {"rehearsal"} if config.data.trained_on else {"rehearsal", "data"}
+    has_data = config.data.trained_on or config.data.mock_data
+    left_out = {"rehearsal"} if has_data else {"rehearsal", "data"}
     return {name: group for name, group in config_to_dict(config).items() if name not in left_out}

@@ -33,10 +33,19 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
         exit_duration_in_mins=None,
         eval_interval=last,
         eval_iters=min(config.training.eval_iters, 1),
+        # The steps have the size after the ramp, which needs the most memory.
+        global_batch_size=config.training.final_batch_size,
+        rampup_batch_size=None,
+        step_batch_size_schedule=None,
     )
     logging = replace(
         config.logging,
         tensorboard_dir=None,
+        profile=False,
+        profile_ranks=None,
+        use_pytorch_profiler=False,
+        pytorch_profiler_collect_shapes=False,
+        pytorch_profiler_collect_callstack=False,
         wandb_project=None,
         wandb_exp_name=None,
         wandb_tags=None,

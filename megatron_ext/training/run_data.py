@@ -20,7 +20,7 @@ from megatron_ext.training.run_options import RunOptions
 
 def training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
     """Returns the number of sequences for which the training set is built."""
-    taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    taken = options.samples or training.resolved_train_samples(global_batch_size)
     if options.epoch_samples is None:
         return taken
     epochs = -(-taken // (options.epoch_samples * options.epoch_repeats)) if options.epoch_repeats else 1
@@ -44,7 +44,7 @@ def build_data(
     for family in families:
         options |= family.dataset_options()
     evaluated = training.eval_iters * global_batch_size
-    trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    trained = run_options.samples or training.resolved_train_samples(global_batch_size)
     train, valid, test = build_datasets(
         config.data,
         seq_length=config.model.seq_length,

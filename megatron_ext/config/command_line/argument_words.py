@@ -8,38 +8,52 @@ from megatron_ext.config.command_line.flag_table import OWN_FLAGS, Flag, instead
 from megatron_ext.config.command_line.values import from_words
 
 
-def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, Any]:
+def read_arguments(
+    arguments: Sequence[str], flags: Sequence[Flag], refused: Sequence[str] = ()
+) -> dict[str, Any]:
     """Returns a dictionary from field name to value for all given flags; the last occurrence of a flag wins.
 
     Args:
         arguments: the words of the command line, without the flags in `flag_table.OWN_FLAGS`.
         flags: all known flags.
+        refused: what was wrong with further words of the command line.
 
     Raises:
-        ValueError: a flag is unknown (the message lists all unknown flags, each with what to use instead), a value is
-            missing or has the wrong type, or a word does not follow a flag.
+        ValueError: something was refused, a flag is unknown (with what to use instead), a value is missing or has the
+            wrong type, or a word does not follow a flag; the message lists all of these.
     """
     flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
-    _check_known(arguments, list(flag_of))
+    wrong = [*refused, *_unknown(arguments, list(flag_of))]
     given: dict[str, Any] = {}
-    for spelled, words in _by_flag(arguments):
-        flag = flag_of[with_dashes(spelled)]
-        if flag.is_switch:
-            _check_end(spelled, words, 0)
-            given[flag.field] = with_dashes(spelled) in flag.names
-            continue
-        if not flag.takes_many or flag.is_repeated:
-            if not words and flag.without_value is not None:
-                words = [flag.without_value]
-            if not words:
-                raise ValueError(f"{spelled}: requires a value")
-            _check_end(spelled, words, 1)
-        value = from_words(flag, spelled, words)
-        given[flag.field] = (*given.get(flag.field, ()), *value) if flag.is_repeated else value
+    for spelled, words in by_flag(arguments):
+        flag = flag_of.get(with_dashes(spelled))
+        if flag is not None:
+            try:
+                given[flag.field] = _value(flag, spelled, words, given.get(flag.field, ()))
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
     return given
 
 
-def _check_known(arguments: Sequence[str], known: list[str]) -> None:
+def _value(flag: Flag, spelled: str, words: Sequence[str], before: tuple[Any, ...]) -> Any:
+    """Returns the value of one occurrence of a flag; `before` holds the values of earlier ones of a repeated flag."""
+    if flag.is_switch:
+        check_end(spelled, words, 0)
+        return with_dashes(spelled) in flag.names
+    if not flag.takes_many or flag.is_repeated:
+        if not words and flag.without_value is not None:
+            words = [flag.without_value]
+        if not words:
+            raise ValueError(f"{spelled}: requires a value")
+        check_end(spelled, words, 1)
+    value = from_words(flag, spelled, words)
+    return (*before, *value) if flag.is_repeated else value
+
+
+def _unknown(arguments: Sequence[str], known: list[str]) -> Iterator[str]:
+    """Yields what is wrong if flags are unknown: one text that names all of them."""
     unknown = {
         spelled: with_dashes(spelled) if spelled.startswith("--") else f"-{spelled}"
         for spelled in (argument.partition("=")[0] for argument in arguments if _is_flag(argument))
@@ -49,7 +63,7 @@ def _check_known(arguments: Sequence[str], known: list[str]) -> None:
         named = (
             spelled + instead_of_unknown(flag, [*known, *OWN_FLAGS]) for spelled, flag in unknown.items()
         )
-        raise ValueError(f"unknown flag{'s' if len(unknown) > 1 else ''} {', '.join(named)}")
+        yield f"unknown flag{'s' if len(unknown) > 1 else ''} {', '.join(named)}"
 
 
 def _is_flag(word: str) -> bool:
@@ -57,8 +71,12 @@ def _is_flag(word: str) -> bool:
     return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
 
 
-def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every flag as the user spelled it, together with the words between it and the next flag."""
+def by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields every flag as the user spelled it, together with the words between it and the next flag.
+
+    Raises:
+        ValueError: the first word is not a flag.
+    """
     spelled: str | None = None
     words: list[str] = []
     for argument in arguments:
@@ -75,7 +93,8 @@ def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield spelled, words
 
 
-def _check_end(spelled: str, words: Sequence[str], count: int) -> None:
+def check_end(spelled: str, words: Sequence[str], count: int) -> None:
+    """Raises `ValueError` if more than `count` (0 or 1) words follow a flag."""
     if len(words) > count:
         takes = "no value" if count == 0 else "one value"
         raise ValueError(f"unexpected argument {words[count]} ({spelled} takes {takes})")

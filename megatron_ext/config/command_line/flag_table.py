@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from megatron_ext.config.command_line.field_checks import Spelling, flag_name, literal_values
-from megatron_ext.config.command_line.megatron_flags import instead_of
+from megatron_ext.config.megatron_lm.megatron_flags import instead_of
 
 Groups = Mapping[str, type[Any]]
 """Maps the name of a config group (section in a YAML file, heading in `--help`) to the group's dataclass."""
 
 CONFIG, HELP, SHOW_CONFIG = "--config", "--help", "--show-config"
+DEFAULTS = "--defaults"
 OWN_FLAGS = (CONFIG, HELP, SHOW_CONFIG)
 """Flags that every command line accepts and that set no field of a config group."""
 
@@ -83,6 +84,16 @@ def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
     return groups or {SINGLE_GROUP: config_type}
 
 
+def is_training_run(config_type: type[Any]) -> bool:
+    """Returns whether a configuration is that of a training run, whose command line also takes Megatron-LM's flags."""
+    return "training" in groups_of(config_type)
+
+
+def own_flags(config_type: type[Any]) -> tuple[str, ...]:
+    """Returns the flags that a command line accepts and that set no field of a config group."""
+    return (*OWN_FLAGS, DEFAULTS) if is_training_run(config_type) else OWN_FLAGS
+
+
 def flags_of(config_type: type[Any]) -> list[Flag]:
     """Returns the flags of all fields of a configuration.
 
@@ -114,7 +125,9 @@ def _own_fields_first(group_type: type[Any]) -> list[dataclasses.Field[Any]]:
 
 def known_flags(config_type: type[Any]) -> frozenset[str]:
     """Returns every flag, alias and negation that the command line accepts for a configuration, with dashes."""
-    return frozenset(OWN_FLAGS).union(*(flag.names + flag.negations for flag in flags_of(config_type)))
+    return frozenset(own_flags(config_type)).union(
+        *(flag.names + flag.negations for flag in flags_of(config_type))
+    )
 
 
 def with_dashes(flag: str) -> str:

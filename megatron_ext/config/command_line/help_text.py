@@ -11,7 +11,15 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_ext.config.command_line.flag_table import CONFIG, HELP, SHOW_CONFIG, SINGLE_GROUP, Flag, Groups
+from megatron_ext.config.command_line.flag_table import (
+    CONFIG,
+    DEFAULTS,
+    HELP,
+    SHOW_CONFIG,
+    SINGLE_GROUP,
+    Flag,
+    Groups,
+)
 
 _WIDEST, _COLUMN = 100, 34
 _KINDS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -23,6 +31,7 @@ _OWN = (
     (SHOW_CONFIG, "Print every value with its source (flag, file, checkpoint, default), and exit."),
     (HELP, "Print this help, and exit."),
 )
+_DEFAULTS = (f"{DEFAULTS} {{megatron}}", "Take Megatron-LM's defaults where they differ from those below.")
 
 
 def format_help(
@@ -55,7 +64,8 @@ def format_help(
     lines = [f"usage: {prog} [flags]", ""]
     for paragraph in [*description.split("\n\n"), *([f"Example: {example}"] if example else [])]:
         lines += [*_paragraph(paragraph, width), ""]
-    lines += ["options:", *(line for own in (*_OWN, *_negation(flags)) for line in _entry(*own, width))]
+    own = [*_OWN, *([_DEFAULTS] if "training" in groups else []), *_negation(flags)]
+    lines += ["options:", *(line for each in own for line in _entry(*each, width))]
     for heading, members in sections.items():
         entries = [_entry(_spelled(flag), _told(flag, documented, supplied), width) for flag in members]
         lines += ["", f"{heading}:", *(line for entry in entries for line in entry)] if members else []

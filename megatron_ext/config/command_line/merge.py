@@ -2,7 +2,9 @@
 
 The sources, from the highest precedence to the lowest:
 
-    flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
+    flag  >  YAML file (--config)  >  values that the program finds  >  --defaults megatron  >  default of the field
+
+With --use-checkpoint-args the shape of the model in the checkpoint comes before the flags.
 
 The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
 source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then
@@ -54,6 +56,9 @@ class Found:
     sections: Mapping[str, Mapping[str, Any]]
     """Values by group name and field name, as Python or JSON values; None leaves the field unset."""
 
+    wins: bool = False
+    """Whether the values replace those that the user has set; None then resets the field to its default."""
+
     def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
         """Returns the values by field name, each converted to the field's type.
 
@@ -84,6 +89,22 @@ class Merged:
         new = {field: value for field, value in values.items() if field not in self.values}
         self.values |= new
         self.sources |= dict.fromkeys(new, source)
+
+    def replace(self, source: Source, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Replaces the values of fields; None removes a field's value.
+
+        Returns:
+            For each field whose value has changed, the old value and the new one.
+        """
+        changed = {
+            field: (self.values[field], value)
+            for field, value in values.items()
+            if field in self.values and self.values[field] != value
+        }
+        for field in values.keys() & self.values.keys():
+            del self.values[field], self.sources[field]
+        self.add(source, {field: value for field, value in values.items() if value is not None})
+        return changed
 
 
 def build(config_type: type[T], merged: Merged) -> T:

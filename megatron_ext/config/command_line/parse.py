@@ -19,16 +19,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_ext.config.command_line.argument_words import read_arguments
 from megatron_ext.config.command_line.error_lines import exit_with_error, main_guard, run_main
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.flag_table import (
     CONFIG,
+    DEFAULTS,
     HELP,
     SHOW_CONFIG,
+    Flag,
     flags_of,
     groups_of,
+    is_training_run,
     known_flags,
     missing_flags,
 )
 from megatron_ext.config.command_line.help_text import format_help
+from megatron_ext.config.command_line.megatron_words import report_ignored, sort_megatron_flags
 from megatron_ext.config.command_line.merge import (
     FLAG,
     Found,
@@ -38,6 +43,7 @@ from megatron_ext.config.command_line.merge import (
     format_sources,
     name_yaml,
 )
+from megatron_ext.config.megatron_lm.megatron_defaults import megatron_defaults
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -94,11 +100,13 @@ def parse(
     merged = Merged()
     try:
         shows = SHOW_CONFIG in arguments
-        arguments, path = _take_config_path([each for each in arguments if each != SHOW_CONFIG])
-        _merge(merged, config_type, arguments, path, find, sections)
+        ignored = _merge(
+            merged, config_type, [word for word in arguments if word != SHOW_CONFIG], find, sections
+        )
         config = build(config_type, merged)
     except ValueError as error:
         exit_with_error(name_yaml(str(error), merged.sources))
+    report_ignored(ignored)
     if shows:
         if int(os.environ.get("RANK") or 0) == 0:
             print(format_sources(config, merged.sources))
@@ -110,23 +118,56 @@ def _merge(
     merged: Merged,
     config_type: type[Any],
     arguments: Sequence[str],
-    path: str | None,
     find: Callable[[Given], Sequence[Found]] | None,
     sections: Mapping[str, Container[str]],
-) -> None:
-    """Adds the values of all sources in order of precedence; raises `ValueError` if a required value is missing."""
+) -> list[str]:
+    """Adds the values of all sources in order of precedence; returns the flags of Megatron-LM without effect.
+
+    Raises:
+        ValueError: a value is invalid, or a required one is missing.
+    """
     groups, flags = groups_of(config_type), flags_of(config_type)
-    merged.add(FLAG, read_arguments(arguments, flags))
+    arguments, path = _take(arguments, CONFIG, "the path of a YAML file")
+    whose, ignored, refused = None, [], []
+    if is_training_run(config_type):
+        arguments, whose = _take(arguments, DEFAULTS, "a value, which must be megatron")
+        if whose not in (None, "megatron"):
+            raise ValueError(f"{DEFAULTS} {whose}: must be megatron")
+        sorted_words = sort_megatron_flags(arguments, flags)
+        arguments, ignored, refused = sorted_words.arguments, sorted_words.ignored, sorted_words.refused
+    wrong = [f"cannot be used here: {', '.join(refused)}"] if refused else []
+    merged.add(FLAG, read_arguments(arguments, flags, wrong))
     if path is not None:
         # Imported late, because importing YAML takes time and most command lines have no file.
         from megatron_ext.config.command_line.yaml_file import read_yaml
 
         merged.add(Source(path, is_yaml=True), read_yaml(path, groups, flags, sections))
-    for found in reversed(find(MappingProxyType(dict(merged.values))) if find is not None else ()):
-        merged.add(Source(found.source), found.values(flags))
+    given = MappingProxyType(dict(merged.values))
+    founds = list(find(given)) if find is not None else []
+    if whose is not None:
+        founds.insert(0, Found(f"Megatron-LM ({DEFAULTS} {whose})", megatron_defaults(given)))
+    for found in reversed(founds):
+        if found.wins:
+            _replace_given(merged, found, flags)
+        else:
+            merged.add(Source(found.source), found.values(flags))
     missing = missing_flags(groups, flags, merged.values)
     if missing:
         raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    return ignored
+
+
+def _replace_given(merged: Merged, found: Found, flags: Sequence[Flag]) -> None:
+    """Replaces values that the user has set, and prints which ones."""
+    fields = [field for values in found.sections.values() for field in values]
+    changed = merged.replace(Source(found.source), dict.fromkeys(fields) | found.values(flags))
+    if changed and int(os.environ.get("RANK") or 0) == 0:
+        told = [f"{flag_name(name)} {_told(new)}, not {_told(old)}" for name, (old, new) in changed.items()]
+        print(f"{found.source} has {'; '.join(told)} (--use-checkpoint-args)", flush=True)
+
+
+def _told(value: object) -> str:
+    return "its default" if value is None else str(value)
 
 
 def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
@@ -137,18 +178,27 @@ def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
     return {name: groups[name] for name in sorted(groups, key=inherited.__contains__)}
 
 
-def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Removes `--config PATH` or `--config=PATH` from the arguments; returns the other arguments and the path."""
+def _take(arguments: Sequence[str], flag: str, what: str) -> tuple[list[str], str | None]:
+    """Removes `FLAG VALUE` or `FLAG=VALUE` from the arguments; returns the other arguments and the value.
+
+    Args:
+        arguments: the words of the command line.
+        flag: the flag.
+        what: what the value is, for the error message.
+
+    Raises:
+        ValueError: the flag has no value.
+    """
     rest: list[str] = []
-    path: str | None = None
+    value: str | None = None
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == CONFIG:
-            path = next(remaining, None)
-            if path is None or path.startswith("--"):
-                raise ValueError(f"{CONFIG}: requires the path of a YAML file")
-        elif argument.startswith(f"{CONFIG}="):
-            path = argument.partition("=")[2]
+        if argument == flag:
+            value = next(remaining, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{flag}: requires {what}")
+        elif argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
         else:
             rest.append(argument)
-    return rest, path
+    return rest, value

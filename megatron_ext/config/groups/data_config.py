@@ -28,6 +28,9 @@ class DataConfig:
     test_data_path: _Prefixes = None
     """Dataset prefixes for testing; use instead of the test part of --data-path and --split."""
 
+    mock_data: bool = False
+    """Train on made-up documents that need no files, to try a run; a third each for training, validation and test."""
+
     split: str = "969, 30, 1"
     """Proportions in which --data-path is divided into training, validation and test sets."""
 
@@ -56,6 +59,8 @@ class DataConfig:
             raise ValueError(f"--data-path: cannot be given together with {flag_name(own[0])}")
         for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
             _check_blend(flag_name(name), getattr(self, name))
+            if self.mock_data and getattr(self, name) is not None:
+                raise ValueError(f"--mock-data: cannot be given together with {flag_name(name)}")
         _check_split(self.split)
 
     @property
@@ -79,8 +84,13 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
             raise ValueError(f"{flag} {given}: weight {weight!r} must be a number above 0")
 
 
+def split_shares(split: str) -> list[str]:
+    """Returns the numbers in a value of --split, as text; drops quotes, which some of Megatron-LM's scripts pass on."""
+    return split.strip("'\"").split(",")
+
+
 def _check_split(split: str) -> None:
-    parts = split.split(",")
+    parts = split_shares(split)
     if not all(is_number(part) and float(part) >= 0 for part in parts) or not sum(map(float, parts)) > 0:
         raise ValueError(f"--split {split}: must be one to three numbers such as 969,30,1")
     if len(parts) > 3:

@@ -27,8 +27,15 @@ class OptimizerSettings:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
 
-    lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = "linear"
-    """Shape of the decay after the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
+    decoupled_lr: float | None = None
+    """Peak learning rate of the word embedding and the output layer. Default: --lr."""
+
+    decoupled_min_lr: float | None = None
+    """With --decoupled-lr: its value at the end of the decay. Default: --min-lr."""
+
+    lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay after the warm-up. inverse-square-root is 1 / sqrt(steps), scaled to the peak at the end of
+    the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
 
     lr_decay_iters: int | None = None
     """Optimizer steps over which the learning rate decays. Default: the whole run."""
@@ -81,6 +88,21 @@ class OptimizerSettings:
     clip_grad: Annotated[float, flag(aliases=("--max_grad_norm",))] = 1.0
     """Scale the gradients down if their global norm exceeds this value; 0 turns clipping off."""
 
+    loss_scale: float | None = None
+    """With --fp16: a fixed loss scale. Default: a scale that falls after overflows and rises otherwise."""
+
+    initial_loss_scale: float = 2.0**32
+    """With --fp16: loss scale of the first step."""
+
+    min_loss_scale: float = 1.0
+    """With --fp16: lower limit of the loss scale."""
+
+    loss_scale_window: int = 1000
+    """With --fp16: consecutive steps without an overflow after which the loss scale is doubled."""
+
+    hysteresis: int = 2
+    """With --fp16: number of overflows before the loss scale is halved."""
+
     override_opt_param_scheduler: bool = False
     """With --load: use the learning-rate and weight-decay schedule given by the flags, not the checkpoint's."""
 
@@ -90,11 +112,20 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(self)
-        check_positive(self, "lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
-        check_at_least(self, 0, "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples")
+        check_positive(self, "lr", "decoupled_lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
+        check_at_least(
+            self, 0, "min_lr", "decoupled_min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples"
+        )
         check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")
         check_at_least(self, 1, "lr_wsd_decay_iters", "lr_wsd_decay_samples")
         check_fraction(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        check_positive(self, "loss_scale", "initial_loss_scale", "min_loss_scale")
+        check_at_least(self, 1, "loss_scale_window", "hysteresis")
+        if self.min_loss_scale > self.initial_loss_scale:
+            raise ValueError(
+                f"--min-loss-scale {self.min_loss_scale:g}: must be at most --initial-loss-scale "
+                f"{self.initial_loss_scale:g}"
+            )
         self._check_learning_rate()
         self._check_weight_decay()
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
@@ -107,6 +138,7 @@ class OptimizerSettings:
             raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         if self.lr_warmup_init > self.lr:
             raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
+        self._check_decoupled()
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
             raise ValueError(
                 f"--lr-warmup-fraction {self.lr_warmup_fraction}: cannot be given together with "
@@ -123,6 +155,17 @@ class OptimizerSettings:
             raise ValueError(
                 f"{flag_name(name)} {getattr(self, name)}: requires --lr-decay-style WSD (got {self.lr_decay_style})"
             )
+
+    def _check_decoupled(self) -> None:
+        peak, end = self.decoupled_lr, self.decoupled_min_lr
+        if peak is None:
+            if end is not None:
+                raise ValueError(f"--decoupled-min-lr {end}: requires --decoupled-lr")
+            return
+        flag, smallest = ("--min-lr", self.min_lr) if end is None else ("--decoupled-min-lr", end)
+        for name, value in ((flag, smallest), ("--lr-warmup-init", self.lr_warmup_init)):
+            if value > peak:
+                raise ValueError(f"{name} {value}: must be at most --decoupled-lr {peak}")
 
     def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)

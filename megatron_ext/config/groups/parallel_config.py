@@ -50,11 +50,18 @@ class ParallelConfig:
     overlap_p2p_communication: bool = False
     """With the interleaved schedule: overlap the communication between pipeline stages with computation."""
 
+    accumulate_allreduce_grads_in_fp32: bool = False
+    """With --fp16: sum gradients over micro-batches and processes in fp32, as is done without --fp16."""
+
+    grad_reduce_in_bf16: bool = False
+    """With --bf16: sum gradients over micro-batches and processes in bfloat16 instead of fp32."""
+
     gradient_accumulation_fusion: bool = False
     """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
 
     cross_entropy_loss_fusion: bool = False
-    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives. Without, it always is."""
+    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives; no effect without tensor
+    parallelism, where it always is."""
 
     cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     """With --cross-entropy-loss-fusion: kernels of mcore (native), which require --bf16, or of Transformer Engine
@@ -62,6 +69,9 @@ class ParallelConfig:
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
+
+    recompute_activations: bool = False
+    """The same as --recompute-granularity selective: recompute the core attention in the backward pass."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """With full recompute: recompute all layers, in groups of --recompute-num-layers (uniform), or only the first
@@ -100,7 +110,15 @@ class ParallelConfig:
                 f"requires --pipeline-model-parallel-size above 1 (got {self.pipeline_model_parallel_size})"
             )
 
+    def reduces_in_fp32(self, *, bf16: bool) -> bool:
+        """Returns whether gradients are summed in fp32, not in the precision of the weights."""
+        return self.accumulate_allreduce_grads_in_fp32 or (bf16 and not self.grad_reduce_in_bf16)
+
     def _check_overlap(self) -> None:
+        if self.accumulate_allreduce_grads_in_fp32 and self.grad_reduce_in_bf16:
+            raise ValueError(
+                "--grad-reduce-in-bf16: cannot be given together with --accumulate-allreduce-grads-in-fp32"
+            )
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
@@ -109,11 +127,6 @@ class ParallelConfig:
             raise ValueError("--overlap-p2p-communication: requires --num-layers-per-virtual-pipeline-stage")
 
     def _check_cross_entropy(self) -> None:
-        if self.cross_entropy_loss_fusion and self.tensor_model_parallel_size == 1:
-            raise ValueError(
-                "--cross-entropy-loss-fusion: has no effect; it requires --tensor-model-parallel-size above 1 (without "
-                "tensor parallelism the loss is always fused)"
-            )
         if self.cross_entropy_fusion_impl != "native" and not self.cross_entropy_loss_fusion:
             raise ValueError(
                 f"--cross-entropy-fusion-impl {self.cross_entropy_fusion_impl}: has no effect; it requires "
@@ -121,6 +134,12 @@ class ParallelConfig:
             )
 
     def _check_recompute(self) -> None:
+        if self.recompute_activations:
+            if self.recompute_granularity == "full":
+                raise ValueError(
+                    "--recompute-activations: cannot be given together with --recompute-granularity full"
+                )
+            object.__setattr__(self, "recompute_granularity", "selective")  # the class is frozen
         known = ("core_attn", "mlp", "layernorm")
         for module in self.recompute_modules:
             if module not in known:

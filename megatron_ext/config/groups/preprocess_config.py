@@ -1,10 +1,11 @@
 """Flags for the input of the data tools (`InputConfig`) and the output of `tools/preprocess_data.py`."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_choices
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, check_choices, flag_name
 
 OnError = Literal["fail", "skip", "quarantine"]
 
@@ -51,6 +52,15 @@ class PreprocessConfig:
     output_prefix: str
     """Path of the output datasets, without `_KEY_document.bin`; missing directories are created."""
 
+    split_sentences: Switch = False
+    """Split documents into sentences: each is a sequence of its document, in PREFIX_KEY_sentence.bin and .idx."""
+
+    keep_newlines: Switch = False
+    """With --split-sentences: keep the white space between sentences, at the end of each sentence."""
+
+    lang: str = "english"
+    """With --split-sentences: name of the Punkt model, a language."""
+
     append_eod: bool = False
     """Append the end-of-document token to every non-empty document."""
 
@@ -64,7 +74,7 @@ class PreprocessConfig:
     """Distribute the documents round-robin over this many parts and concatenate the parts, as Megatron-LM does."""
 
     keep_sequential_samples: bool = False
-    """With --partitions above 1: keep the documents in the order of the input."""
+    """Keep the documents in the order of the input, whatever --partitions is."""
 
     on_error: OnError = "fail"
     """What to do with a line that is not a valid document: stop with an error (fail), skip it, or skip it and write it
@@ -86,7 +96,50 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "workers", "partitions", "log_interval")
-        if self.keep_sequential_samples and self.partitions == 1:
-            raise ValueError("--keep-sequential-samples: requires --partitions above 1 (got 1)")
+        if not self.lang.isidentifier():
+            raise ValueError(f"--lang {self.lang!r}: must be the name of a language, such as english")
         if os.path.basename(self.output_prefix) == "":
             raise ValueError(f"--output-prefix {self.output_prefix!r}: requires a name after the directory")
+
+    def without_effect(self) -> Iterator[str]:
+        """Yields each given flag that changes nothing, with the reason."""
+        if not self.split_sentences:
+            given = {"--keep-newlines": self.keep_newlines, f"--lang {self.lang}": self.lang != "english"}
+            yield from (
+                f"{flag} (requires --split-sentences)" for flag, is_given in given.items() if is_given
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IgnoredConfig:
+    """Flags of Megatron-LM's tool that change nothing here; a line names those that were given."""
+
+    tokenizer_hf_use_fast: Switch = False
+    """No effect: Hugging Face tokenizers are always the fast ones."""
+
+    tokenizer_hf_no_use_fast: Switch = False
+    """No effect: Hugging Face tokenizers are always the fast ones."""
+
+    tokenizer_hf_no_include_special_tokens: Switch = False
+    """No effect: texts get no special tokens without --tokenizer-hf-include-special-tokens."""
+
+    trust_remote_code: Switch = False
+    """No effect: a tokenizer's own code is never executed."""
+
+    vocab_extra_ids: int | None = None
+    """No effect, as in Megatron-LM's tool: the ids are for T5."""
+
+    find_optimal_num_workers: Switch = False
+    """No effect: there is one worker per core unless --workers is given."""
+
+    workers_to_check: tuple[int, ...] = ()
+    """No effect: there is one worker per core unless --workers is given."""
+
+    performance_dir: str | None = None
+    """No effect: the summary shows the speed."""
+
+    def without_effect(self) -> Iterator[str]:
+        """Yields each flag that was given."""
+        for field in fields(self):
+            if getattr(self, field.name) != field.default:
+                yield flag_name(field.name)

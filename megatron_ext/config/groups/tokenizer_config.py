@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from megatron_ext.config.command_line.field_checks import (
+    Switch,
     check_at_least,
     check_at_most,
     check_choices,
+    flag,
     flag_name,
 )
 
@@ -15,6 +17,7 @@ TokenizerType = Literal[
     "GPT2BPETokenizer",
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
     "TikTokenizer",
     "ByteLevelTokenizer",
@@ -25,14 +28,17 @@ _NEEDS = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
     "HuggingFaceTokenizer": ("tokenizer_model",),
     "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
     "Llama2Tokenizer": ("tokenizer_model",),
     "TikTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
 }
+_TAKES_SPECIAL_TOKENS = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer")
 
 
 def tokenizer_flags(kind: str) -> str | None:
-    """Returns the flags that choose a type of tokenizer, for a message; None if there is no such type."""
+    """Returns the flags that choose a tokenizer by the name of its class, for a message; None if there are none."""
+    kind = kind.removeprefix("Legacy")
     if kind not in get_args(TokenizerType):
         return None
     return " ".join(
@@ -59,6 +65,27 @@ class TokenizerConfig:
     vocab_size: int | None = None
     """Number of token ids: the exact number for NullTokenizer, which requires it; a minimum for other tokenizers."""
 
+    tokenizer_special_tokens: Annotated[
+        tuple[str, ...] | None, flag(aliases=("--tiktoken-special-tokens", "--special-tokens"))
+    ] = None
+    """Special tokens. Byte-level BPE: added to the vocabulary, if it lacks them. TikTokenizer: the first ids, in this
+    order; must include <unk> <s> </s> <mask> <pad> <cls> <sep>."""
+
+    tiktoken_pattern: Literal["v1", "v2"] = "v2"
+    """Pattern by which TikTokenizer splits a text into words: v2 splits them by case, too."""
+
+    tiktoken_num_special_tokens: int = 1000
+    """Number of ids that TikTokenizer reserves for special tokens, before all others."""
+
+    tokenizer_hf_include_special_tokens: bool = False
+    """HuggingFaceTokenizer: in preprocessing, put around every text the tokens that the tokenizer.json puts around it.
+    Megatron-LM does so by default."""
+
+    legacy_tokenizer: Switch = False
+    """Encode as Megatron-LM did before its tokenizers moved into megatron-core. GPT2BPETokenizer, TikTokenizer: a
+    special token spelled out in a text stays text. SentencePieceTokenizer: it becomes its id, and <EOD> ends a
+    document. Llama2Tokenizer: <s> begins every text. HuggingFaceTokenizer: as --tokenizer-hf-include-special-tokens."""
+
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """Returns the required flags that were not given; see `flag_table.missing_flags`."""
@@ -68,11 +95,29 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, 1, "vocab_size")
+        check_at_least(self, 1, "vocab_size", "tiktoken_num_special_tokens")
         check_at_most(self, 2**24, "vocab_size")  # the vocabulary is kept as a list in memory
         for name in _NEEDS.get(self.tokenizer_type, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"--tokenizer-type {self.tokenizer_type}: requires {flag_name(name)}")
+        if self.tokenizer_special_tokens and self.tokenizer_type not in _TAKES_SPECIAL_TOKENS:
+            raise ValueError(
+                f"--tokenizer-special-tokens: requires --tokenizer-type {', '.join(_TAKES_SPECIAL_TOKENS)}"
+                f" (got {self.tokenizer_type}, whose special tokens are those of its files)"
+            )
+        if len(set(self.tokenizer_special_tokens or ())) != len(self.tokenizer_special_tokens or ()):
+            raise ValueError("--tokenizer-special-tokens: names a token twice")
+
+    def further_flags(self) -> str:
+        """Returns the flags beside type and files on which the ids of a text depend; "" if all have their defaults."""
+        flags = ["--legacy-tokenizer"] if self.legacy_tokenizer else []
+        if self.tokenizer_type == "TikTokenizer":
+            for name in ("tiktoken_pattern", "tiktoken_num_special_tokens"):
+                if getattr(self, name) != getattr(type(self), name):
+                    flags.append(f"{flag_name(name)} {getattr(self, name)}")
+        if self.tokenizer_special_tokens:
+            flags.append(f"--tokenizer-special-tokens {' '.join(self.tokenizer_special_tokens)}")
+        return " ".join(flags)
 
     def files(self) -> tuple[str, ...]:
         """Returns the paths of the tokenizer's files."""

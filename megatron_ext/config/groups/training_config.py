@@ -13,7 +13,9 @@ from megatron_ext.config.command_line.field_checks import (
     check_numbers,
     check_positive,
     flag,
+    flag_name,
 )
+from megatron_ext.config.groups.batch_sizes import BatchSizes, in_samples, read_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,18 @@ class TrainingConfig:
 
     gradient_accumulation_steps: int | None = None
     """Micro-batches per optimizer step on each model copy; use instead of --global-batch-size."""
+
+    calculate_per_token_loss: bool = True
+    """Weigh all counted tokens of the global batch equally in the gradient; with --no-calculate-per-token-loss, as
+    Megatron-LM without the flag, it is that of the mean over micro-batches of each one's mean."""
+
+    rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
+    """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
+    is --global-batch-size."""
+
+    step_batch_size_schedule: Annotated[tuple[str, ...] | None, flag(metavar="TOKENS:SIZE ...")] = None
+    """Sequences per step, by the number of tokens before the step: 0:16 2.4B:320 12B:1536. Use instead of
+    --global-batch-size. K, M, B and T are thousands, millions and so on."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
@@ -56,14 +70,22 @@ class TrainingConfig:
     bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
     """Compute in bfloat16, with fp32 copies of the weights for the optimizer. Default: everything is fp32."""
 
+    fp16: bool = False
+    """Compute in fp16 with a scaled loss (--loss-scale), and with fp32 copies of the weights for the optimizer."""
+
     max_consecutive_nan_steps: int = 3
-    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped."""
+    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped.
+    With --fp16, overflows that only lower the loss scale do not count."""
 
     manual_gc: bool = False
     """Collect Python's garbage only every --manual-gc-interval steps, in the same step on every rank."""
 
     manual_gc_interval: int = 0
     """With --manual-gc: steps between two collections; 0 never collects during training."""
+
+    empty_unused_memory_level: int = 0
+    """Give cached but unused memory back to the GPU in every step before the update (1), or also after it (2); 0 keeps
+    it. It is slow, and helps only where memory is fragmented."""
 
     skip_train: bool = False
     """Evaluate without training, then exit."""
@@ -78,6 +100,8 @@ class TrainingConfig:
         check_at_least(self, 1, "max_consecutive_nan_steps")
         # A run of 0 steps only prepares a model, where a script offers that; `check_has_steps` refuses it elsewhere.
         check_at_least(self, 0, "train_iters", "eval_iters", "seed", "manual_gc_interval")
+        check_at_least(self, 0, "empty_unused_memory_level")
+        check_at_most(self, 2, "empty_unused_memory_level")
         if self.manual_gc_interval and not self.manual_gc:
             raise ValueError(f"--manual-gc-interval {self.manual_gc_interval}: requires --manual-gc")
         check_at_most(self, 2**32 - 1, "seed")  # numpy accepts no larger seed
@@ -94,6 +118,44 @@ class TrainingConfig:
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
+
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16: cannot be given together with --bf16")
+        self._check_rampup()
+        if self.step_batch_size_schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        assert self.step_batch_size_schedule is not None
+        given = f"--step-batch-size-schedule {' '.join(self.step_batch_size_schedule)}"
+        last = read_schedule(self.step_batch_size_schedule)[-1][1]
+        if self.global_batch_size not in (None, last):
+            raise ValueError(
+                f"{given}: --global-batch-size {self.global_batch_size} must be its last size, {last}"
+            )
+        for name in ("rampup_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{given}: cannot be given together with {flag_name(name)}")
+
+    def _check_rampup(self) -> None:
+        ramp, final = self.rampup_batch_size, self.global_batch_size
+        if ramp is None:
+            return
+        given = f"--rampup-batch-size {' '.join(map(str, ramp))}"
+        if len(ramp) != 3 or min(ramp) < 1:
+            raise ValueError(f"{given}: must be three numbers of at least 1: START INCREMENT SAMPLES")
+        if final is None:
+            raise ValueError(f"{given}: requires --global-batch-size, the size after the ramp")
+        start, increment, _ = ramp
+        if start >= final or (final - start) % increment:
+            raise ValueError(
+                f"{given}: --global-batch-size {final} must be START plus a multiple of INCREMENT, above START"
+            )
+
+    @property
+    def precision(self) -> str:
+        """Precision of weights and activations: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def check_has_steps(self) -> None:
         """Checks that the run has at least one step.
@@ -116,14 +178,41 @@ class TrainingConfig:
             ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
         """
         samples_at_once = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size is None:
+        if self.final_batch_size is None:
             return samples_at_once * (self.gradient_accumulation_steps or 1)
-        if self.global_batch_size % samples_at_once:
+        if self.final_batch_size % samples_at_once:
             raise ValueError(
-                f"--global-batch-size {self.global_batch_size}: must be divisible by --micro-batch-size "
+                f"--global-batch-size {self.final_batch_size}: must be divisible by --micro-batch-size "
                 f"{self.micro_batch_size} x data-parallel size {data_parallel_size}"
             )
+        return self.final_batch_size
+
+    @property
+    def final_batch_size(self) -> int | None:
+        """The given number of sequences per step at the end of the run; None if it follows from other flags."""
+        if self.step_batch_size_schedule is not None:
+            return read_schedule(self.step_batch_size_schedule)[-1][1]
         return self.global_batch_size
+
+    @property
+    def has_constant_batch_size(self) -> bool:
+        """Whether all steps have the same number of sequences."""
+        return self.rampup_batch_size is None and self.step_batch_size_schedule is None
+
+    def batch_sizes(self, global_batch_size: int) -> BatchSizes:
+        """Returns the batch sizes of the steps.
+
+        Args:
+            global_batch_size: the resolved one.
+        """
+        steps = read_schedule(self.step_batch_size_schedule) if self.step_batch_size_schedule else ()
+        return BatchSizes(global_batch_size, self.rampup_batch_size, steps)
+
+    def in_samples(self, seq_length: int) -> "TrainingConfig":
+        """Returns a copy with the thresholds of --step-batch-size-schedule in samples of `seq_length` tokens."""
+        if self.step_batch_size_schedule is None:
+            return self
+        return replace(self, step_batch_size_schedule=in_samples(self.step_batch_size_schedule, seq_length))
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
         """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.
@@ -133,7 +222,11 @@ class TrainingConfig:
         if self.train_iters is not None:
             return self.train_iters
         assert self.train_samples is not None
-        return self.train_samples // global_batch_size
+        return self.batch_sizes(global_batch_size).steps_in(self.train_samples)
+
+    def resolved_train_samples(self, global_batch_size: int) -> int:
+        """Returns the number of sequences in the optimizer steps of the whole run."""
+        return self.batch_sizes(global_batch_size).samples_in(self.resolved_train_iters(global_batch_size))
 
     def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
         """Returns a copy in which `num_epochs` is converted to `train_iters` (at least one step).
@@ -144,5 +237,6 @@ class TrainingConfig:
         """
         assert self.num_epochs is not None
         samples = int(self.num_epochs * epoch_samples)
-        steps = max(1, samples // self.resolved_global_batch_size(data_parallel_size))
+        sizes = self.batch_sizes(self.resolved_global_batch_size(data_parallel_size))
+        steps = max(1, sizes.steps_in(samples))
         return replace(self, train_iters=steps, num_epochs=None)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.data_config import DataConfig, split_shares
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.same_file import refuse_same_dataset
 
@@ -134,7 +134,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
 
 def _shares(split: str) -> tuple[float, float, float]:
     """Parses "969, 30, 1" into shares that add up to 1; missing shares are 0."""
-    parts = [float(part) for part in split.split(",")]
+    parts = [float(part) for part in split_shares(split)]
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)
     return parts[0] / total, parts[1] / total, parts[2] / total

@@ -24,6 +24,8 @@ def epoch_samples(data: DataConfig, seq_length: int) -> int:
         OSError: a dataset does not exist.
         ValueError: no data is given, a dataset is damaged, or the data is shorter than one sequence.
     """
+    if data.mock_data:
+        raise ValueError("--num-epochs: --mock-data has no epochs; give --train-iters or --train-samples")
     samples = sum(max(0, tokens - 1) // seq_length for tokens in _training_blend(data)[0])
     if samples == 0:
         raise ValueError(f"--num-epochs: the training data has less than one sequence of {seq_length} tokens")

@@ -35,6 +35,7 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.blends import Blends, blends_of, check_repeats, check_splits
 from megatron_ext.data.datasets.index_cache import IN_MEMORY, choose_cache, through_cache
 from megatron_ext.data.datasets.index_size import check_index_size
+from megatron_ext.data.datasets.mock_data import build_mock_datasets
 from megatron_ext.data.indexed.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -73,7 +74,8 @@ class AlignedGPTDataset(GPTDataset):
         """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
         sample: dict[str, torch.Tensor] = super().__getitem__(idx)
         if self._per_layer is not None:
-            ids, _ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
+            # Before 0.19 the engine returns two values, from 0.19 three.
+            ids, *_ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
             sample["per_layer_ids"] = torch.from_numpy(ids[: sample["tokens"].numel()])
         return sample
 
@@ -163,6 +165,10 @@ def build_datasets(
     Raises:
         FileNotFoundError, ValueError: the data has an error, named in one line; every rank raises the same line.
     """
+    if data.mock_data:
+        return build_mock_datasets(
+            data, seq_length=seq_length, seed=seed, num_samples=num_samples, tokenizer=tokenizer
+        )
     blends = blends_of(data, num_samples, per_layer_data_path)
 
     def check() -> None:

@@ -204,6 +204,7 @@ def _remedy(made_with: Mapping[str, Any], tokenizer: Tokenizer | str | None) -> 
     """Returns what the user can do about a dataset of another tokenizer."""
     again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
     flags = tokenizer_flags(str(made_with.get("class")))
+    flags = flags and f"{flags} {made_with.get('flags', '')}".rstrip()
     # A run names its tokenizer by flags; a tool has that of a checkpoint, given as a fingerprint.
     return (
         f"pass the dataset's ({flags}), or {again}" if flags and isinstance(tokenizer, Tokenizer) else again

@@ -25,6 +25,7 @@ from megatron_ext.data.indexed.indexed_files import bin_path, chunks, idx_path, 
 from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
 from megatron_ext.data.readers import TextSource
 
+_Column = npt.NDArray[np.integer]
 _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
 
 
@@ -118,30 +119,36 @@ class Assembly:
 
     def _append_tokens(self, index: int, key: int) -> None:
         bin_file = shard_path(str(self._directory), index, f"{key}.bin")
-        lengths = np.fromfile(shard_path(str(self._directory), index, f"{key}.lengths"), dtype="<i4")
+        lengths, counts = (
+            np.fromfile(shard_path(str(self._directory), index, f"{key}.{column}"), dtype="<i4")
+            for column in ("lengths", "counts")
+        )
         if self._partitions == 1:
             with self._appending(f"out-{key}-0.bin") as out, open(bin_file, "rb") as shard:
                 copy_bytes(shard, out)
-            self._append_columns(f"out-{key}-0", lengths)
+            self._append_columns(f"out-{key}-0", lengths, counts)
             return
         total = int(lengths.sum())
         tokens = (
             np.fromfile(bin_file, dtype=np.uint8).reshape(total, -1) if total else np.zeros((0, 1), np.uint8)
         )
-        part_of_document = (self.state.totals.documents + np.arange(len(lengths))) % self._partitions
-        part_of_token = np.repeat(part_of_document, lengths)
+        part_of_document = (self.state.totals.documents + np.arange(len(counts))) % self._partitions
+        part_of_sequence = np.repeat(part_of_document, counts)
+        part_of_token = np.repeat(part_of_sequence, lengths)
         for part in range(self._partitions):
             with self._appending(f"out-{key}-{part}.bin") as out:
                 out.write(tokens[part_of_token == part].tobytes())
-            self._append_columns(f"out-{key}-{part}", lengths[part_of_document == part])
+            self._append_columns(
+                f"out-{key}-{part}", lengths[part_of_sequence == part], counts[part_of_document == part]
+            )
 
-    def _append_columns(self, name: str, lengths: npt.NDArray[np.integer]) -> None:
-        """Appends one sequence length for each document that is not empty, and one document end for every document."""
+    def _append_columns(self, name: str, lengths: _Column, counts: _Column) -> None:
+        """Appends the length of every sequence, and the end of every document; `counts` are its sequences."""
         sequences = self.state.sizes[f"{name}.lengths"] // 4
         with self._appending(f"{name}.lengths") as out:
-            out.write(lengths[lengths > 0].astype("<i4").tobytes())
+            out.write(lengths.astype("<i4").tobytes())
         with self._appending(f"{name}.documents") as out:
-            out.write((sequences + np.cumsum(lengths > 0)).astype("<i8").tobytes())
+            out.write((sequences + np.cumsum(counts, dtype="<i8")).tobytes())
 
     def _append_rejects(self, index: int, info: ShardInfo) -> None:
         if "rejects" in info.files:

@@ -53,13 +53,17 @@ class Encoder:
         self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
-        """Yields `(ids, lengths)` for a batch of texts at a time, in order: all their ids, and each text's length."""
+        """Yields `(ids, lengths)` for a batch of texts at a time, in order: all their ids, and each text's length.
+
+        The ids include the tokenizer's `text_frame`.
+        """
         for batch in _batches(texts):
             if self._fast is not None:
                 self._forget()
-                yield _join([self._fast.encode(text) for text in batch])
+                encoded = _join([self._fast.encode(text) for text in batch])
             else:
-                yield _flatten(self._tokenizer.tokenize_batch(batch))
+                encoded = _flatten(self._tokenizer.tokenize_batch(batch))
+            yield _framed(*encoded, *self._tokenizer.text_frame)
 
     def _forget(self) -> None:
         """Frees gigatoken's cache, by loading gigatoken again, once the cache is large."""
@@ -141,6 +145,18 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 def _join(encoded: list[Ids]) -> tuple[Ids, Ids]:
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
     return np.concatenate(encoded), lengths
+
+
+def _framed(ids: Ids, lengths: Ids, before: list[int], after: list[int]) -> tuple[Ids, Ids]:
+    """Puts the same ids before and after each text."""
+    if after:
+        ids = np.insert(ids, np.repeat(np.cumsum(lengths), len(after)), np.tile(after, len(lengths)))
+        lengths = lengths + len(after)
+    if before:
+        starts = np.cumsum(lengths) - lengths
+        ids = np.insert(ids, np.repeat(starts, len(before)), np.tile(before, len(lengths)))
+        lengths = lengths + len(before)
+    return ids, lengths
 
 
 def _flatten(encoded: list[list[int]]) -> tuple[Ids, Ids]:

@@ -1,5 +1,7 @@
 """Turns raw text into indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, each with a manifest.
 
+With `--split-sentences` a dataset is called `PREFIX_KEY_sentence`, and a document has one sequence per sentence.
+
 The parent process reads only streams (compressed files and pipes). Workers read byte ranges of all other files,
 tokenize them and write shards (`shards.py`). The shards are appended in order (`scheduler.py`, `assembly.py`); the
 finished datasets get a manifest (`manifest.py`) and their final names (`work_directory.py`). They do not depend on the
@@ -25,6 +27,7 @@ from megatron_ext.data.preprocess.assembly import Assembly, load_state
 from megatron_ext.data.preprocess.encoding import Choice, choose_encoder
 from megatron_ext.data.preprocess.preprocess_progress import ProgressDisplay
 from megatron_ext.data.preprocess.scheduler import LongLines, Scheduler, WorkerSettings
+from megatron_ext.data.preprocess.sentences import Splitting, splitter_of
 from megatron_ext.data.preprocess.shards import ShardInfo, ShardOptions
 from megatron_ext.data.preprocess.work_directory import WorkDirectory
 from megatron_ext.data.readers import Chunk, expand_inputs, plan_chunks, read_chunk
@@ -57,9 +60,9 @@ class Summary:
     message: str | None
 
 
-def dataset_prefix(output_prefix: str, key: str) -> str:
+def dataset_prefix(output_prefix: str, key: str, *, split_sentences: bool = False) -> str:
     """Returns the prefix of the dataset of one key, named as Megatron-LM names it."""
-    return f"{output_prefix}_{key}_document"
+    return f"{output_prefix}_{key}_{'sentence' if split_sentences else 'document'}"
 
 
 def rejected_path(output_prefix: str) -> str:
@@ -96,8 +99,20 @@ class Preprocessor:
         self.tokenizer: Tokenizer = build_tokenizer(tokenizer_config)
         if config.prepend_bos and self.tokenizer.bos is None:
             raise ValueError("--prepend-bos: the tokenizer's files define no begin-of-text token (bos_token)")
+        if config.prepend_bos and self.tokenizer.bos in self.tokenizer.text_frame[0]:
+            raise ValueError(
+                "--prepend-bos: --legacy-tokenizer and --tokenizer-hf-include-special-tokens begin every text with "
+                "this token already; give only one of them"
+            )
+        self.splitting = Splitting(config.lang, config.keep_newlines) if config.split_sentences else None
+        splitter_of(
+            self.splitting
+        )  # loads the model, for workers that are forked; or says that there is none
         self.chunk_bytes = chunk_size(self.sources)
-        self.prefixes = [dataset_prefix(config.output_prefix, key) for key in inputs.json_keys]
+        self.prefixes = [
+            dataset_prefix(config.output_prefix, key, split_sentences=config.split_sentences)
+            for key in inputs.json_keys
+        ]
         self._refuse_own_output()
         self.choice: Choice | None = None
         self.resumed_shards = 0
@@ -131,13 +146,18 @@ class Preprocessor:
         return Summary(self.prefixes, self.choice, totals, seconds, self.resumed_shards, self._message())
 
     def _message(self) -> str | None:
-        if self.config.prepend_bos or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
+        if self._first_token() is not None or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
             return None
         bos = self.tokenizer.inv_vocab[self.tokenizer.bos]
-        return (
-            f"the tokenizer's own configuration puts {bos} before a text, but these documents have none "
-            "(--prepend-bos adds it)"
-        )
+        remedy = "--prepend-bos adds it"
+        if self.tokenizer_config.tokenizer_type == "HuggingFaceTokenizer":
+            remedy += "; Megatron-LM adds it by default, as --tokenizer-hf-include-special-tokens does here"
+        return f"the tokenizer's own configuration puts {bos} before a text, but these documents have none ({remedy})"
+
+    def _first_token(self) -> int | None:
+        """Returns the token that every document of the datasets begins with, if there is one."""
+        before, _ = self.tokenizer.text_frame
+        return self.tokenizer.bos if self.config.prepend_bos else before[0] if before else None
 
     def _refuse_own_output(self) -> None:
         """Refuses an input file that this run would itself remove or replace when it publishes its datasets."""
@@ -169,6 +189,8 @@ class Preprocessor:
             "input (path, size, time)": files,
             "tokenizer": self.tokenizer.fingerprint(),
             "chunk_bytes": self.chunk_bytes,
+            "splitting": None if self.splitting is None else asdict(self.splitting),
+            "text_frame": list(self.tokenizer.text_frame),
             "--append-eod": config.append_eod,
             "--prepend-bos": config.prepend_bos,
             "--partitions": config.partitions,
@@ -188,6 +210,7 @@ class Preprocessor:
             on_error=self.config.on_error,
             skip_empty=self.config.skip_empty,
             max_line_bytes=self.inputs.max_line_bytes,
+            splitting=self.splitting,
         )
 
     def _tokenize(self, work: WorkDirectory) -> None:
@@ -227,7 +250,8 @@ class Preprocessor:
 
     def _description(self) -> dict[str, object]:
         """Describes the tokenizer for the manifest, together with the token put before every document, if any."""
-        begun = {PREPENDED_BOS: self.tokenizer.bos} if self.config.prepend_bos else {}
+        first = self._first_token()
+        begun = {} if first is None else {PREPENDED_BOS: first}
         return self.tokenizer.describe() | begun
 
     def _require_text(self, totals: ShardInfo) -> None:
@@ -259,6 +283,7 @@ class Preprocessor:
     def _manifest_extra(self, totals: ShardInfo) -> dict[str, Any]:
         return {
             "options": {
+                **({} if self.splitting is None else {"split_sentences": asdict(self.splitting)}),
                 "json_keys": list(self.inputs.json_keys),
                 "append_eod": self.config.append_eod,
                 "prepend_bos": self.config.prepend_bos,

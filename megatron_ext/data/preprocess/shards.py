@@ -3,7 +3,8 @@
 The files of shard number 12:
 
 00000012.0.bin      tokens of all documents under the first key
-00000012.0.lengths  int32, number of tokens in each document; 0 for an empty one
+00000012.0.lengths  int32, number of tokens in each sequence (a document, or a sentence with --split-sentences)
+00000012.0.counts   int32, number of sequences in each document; 0 for an empty one
 00000012.rejects    JSON lines [line, offset, reason]; lines are counted from the start of the chunk
 00000012.raw        the rejected lines themselves (only with --on-error quarantine)
 00000012.json       counts, sizes and CRC-32 of the other files; written last, so if it exists, the shard is finished
@@ -15,6 +16,7 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from megatron_ext.config.groups.preprocess_config import OnError
 from megatron_ext.data.preprocess.encoding import Encoder, Ids
+from megatron_ext.data.preprocess.sentences import Splitting, splitter_of
 from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
 
 
@@ -63,6 +66,9 @@ class ShardOptions:
 
     max_line_bytes: int
     """Limit on the length of a line; longer lines are rejected."""
+
+    splitting: Splitting | None = None
+    """How to split documents into sentences; None makes each document one sequence."""
 
 
 @dataclass
@@ -124,7 +130,7 @@ class ShardWriter:
         self._files: dict[str, _CheckedFile] = {}
         self.info = ShardInfo(tokens=[0] * len(options.keys), empty=[0] * len(options.keys))
         for key in range(len(options.keys)):
-            self._file(f"{key}.bin"), self._file(f"{key}.lengths")
+            self._file(f"{key}.bin"), self._file(f"{key}.lengths"), self._file(f"{key}.counts")
 
     def _file(self, suffix: str) -> _CheckedFile:
         if suffix not in self._files:
@@ -148,14 +154,13 @@ class ShardWriter:
         encoded = [self._encode(texts, encoder) for texts in batch.texts]
         keep = np.ones(len(batch.texts[0]), dtype=bool)
         if self._options.skip_empty:
-            keep = np.any([lengths > 0 for _, lengths in encoded], axis=0)
-        for key, (pieces, lengths) in enumerate(encoded):
-            for piece in pieces:
-                self._file(f"{key}.bin").write(piece)
-            kept = lengths[keep]
-            self._file(f"{key}.lengths").write(kept.astype("<i4").tobytes())
-            self.info.tokens[key] += int(kept.sum())
-            self.info.empty[key] += int((kept == 0).sum())
+            keep = np.any([counts > 0 for _, _, counts in encoded], axis=0)
+        for key, (tokens, lengths, counts) in enumerate(encoded):
+            self._file(f"{key}.bin").write(tokens)
+            self._file(f"{key}.lengths").write(lengths.astype("<i4").tobytes())
+            self._file(f"{key}.counts").write(counts[keep].astype("<i4").tobytes())
+            self.info.tokens[key] += int(lengths.sum())
+            self.info.empty[key] += int((counts[keep] == 0).sum())
         self.info.documents += int(keep.sum())
         self.info.skipped_empty += int((~keep).sum())
         self.info.lines += batch.lines
@@ -171,29 +176,39 @@ class ShardWriter:
         if self._options.on_error == "quarantine" and reject.raw is not None:
             self.keep_raw(reject.raw)
 
-    def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[list[bytes], Ids]:
-        """Returns the tokens as bytes, and the length of each document, its begin and end tokens included."""
-        pieces: list[bytes] = []
-        all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
-        for ids, lengths in encoder.encode(texts) if encoder is not None else ():
-            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
-                raise ValueError(
-                    f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size} ids"
-                )
-            ids, lengths = self._framed(ids, lengths)
-            pieces.append(ids.astype(self._options.dtype).tobytes())
-            all_lengths.append(lengths)
-        return pieces, np.concatenate(all_lengths)
-
-    def _framed(self, ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
-        """Puts the begin and end tokens that the options name around each document that is not empty."""
+    def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[bytes, Ids, Ids]:
+        """Returns the tokens, the length of each sequence that is not empty, and each document's number of those."""
+        split = splitter_of(self._options.splitting)
+        sequences = [split(text) for text in texts]
+        document_of = np.repeat(np.arange(len(texts)), list(map(len, sequences)))
+        encoded = list(encoder.encode(list(chain.from_iterable(sequences)))) if encoder is not None else []
+        ids = _joined([ids for ids, _ in encoded])
+        lengths = _joined([lengths for _, lengths in encoded])
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
+            raise ValueError(
+                f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size} ids"
+            )
         filled = lengths > 0
+        counts = np.bincount(document_of[filled], minlength=len(texts))
+        ids, lengths = self._framed(ids, lengths[filled], counts)
+        return ids.astype(self._options.dtype).tobytes(), lengths, counts
+
+    def _framed(self, ids: Ids, lengths: Ids, counts: Ids) -> tuple[Ids, Ids]:
+        """Puts the begin and end tokens that the options name around each document that is not empty.
+
+        Args:
+            ids: the tokens of all documents.
+            lengths: length of each sequence; none is empty.
+            counts: number of sequences of each document.
+        """
+        ends = np.cumsum(counts)[counts > 0]
         if self._options.eod is not None:
-            ids = np.insert(ids, np.cumsum(lengths)[filled], self._options.eod)
-            lengths = lengths + filled
+            ids = np.insert(ids, np.cumsum(lengths)[ends - 1], self._options.eod)
+            lengths = lengths + np.bincount(ends - 1, minlength=len(lengths))
         if self._options.bos is not None:
-            ids = np.insert(ids, (np.cumsum(lengths) - lengths)[filled], self._options.bos)
-            lengths = lengths + filled
+            firsts = ends - counts[counts > 0]
+            ids = np.insert(ids, (np.cumsum(lengths) - lengths)[firsts], self._options.bos)
+            lengths = lengths + np.bincount(firsts, minlength=len(lengths))
         return ids, lengths
 
     def finish(self, input_bytes: int) -> ShardInfo:
@@ -211,6 +226,12 @@ class ShardWriter:
         """Closes the shard's files."""
         for file in self._files.values():
             file.close()
+
+
+def _joined(arrays: list[Ids]) -> Ids:
+    if len(arrays) == 1:  # perhaps one huge document, which is not copied
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
 def encode_chunk(

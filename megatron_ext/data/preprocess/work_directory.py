@@ -47,13 +47,19 @@ class WorkDirectory:
         lock: the lock file, held while this process uses the directory.
 
     Raises:
-        ValueError: another process is writing the same datasets, or the run to resume had another plan.
+        ValueError: another process is writing the same datasets, the run to resume had another plan, or a file is where
+            a directory must be.
     """
 
     def __init__(self, output_prefix: str, plan: dict[str, Any], *, resume: bool) -> None:
         self.path = Path(f"{output_prefix}.preprocess")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"--output-prefix {output_prefix}: {error.filename} is a file, not a directory"
+            ) from None
         self.lock = open(self.path / _LOCK, "wb")  # noqa: SIM115 - held until the process ends or `remove`
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

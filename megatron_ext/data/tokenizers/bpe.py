@@ -6,6 +6,7 @@ directory that holds one (or files that `transformers` can convert); it never do
 """
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,16 @@ class LibraryTokenizer(Tokenizer):
         self.eod = eod
         self.bos = None if bos_token is None else backend.token_to_id(bos_token)
         self.reads_special_tokens = not backend.encode_special_tokens
-        before = _put_before_a_text(backend)
+        before, self._after = _put_around_a_text(backend)
+        self._before = before
         self.adds_bos = len(before) == 1
         self.bos = before[0] if self.adds_bos else self.bos
         # An added token may have an id above the number of tokens (a vocabulary with gaps): use the largest id.
         self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
+
+    def frame_texts(self) -> None:
+        """Makes preprocessing put around every text what the tokenizer.json puts around it."""
+        self.text_frame = (self._before, self._after)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a text."""
@@ -79,9 +85,13 @@ class LibraryTokenizer(Tokenizer):
         ]
 
     def gigatoken_source(self) -> str:
-        """Returns this tokenizer as the text of a tokenizer.json."""
+        """Returns this tokenizer as the text of a tokenizer.json, without special tokens if it does not read them."""
         text: str = self.backend.to_str()
-        return text
+        if self.reads_special_tokens:
+            return text
+        content = json.loads(text)  # which cannot say that special tokens in a text are not read
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        return json.dumps(content)
 
 
 class GPT2BPETokenizer(LibraryTokenizer):
@@ -90,12 +100,21 @@ class GPT2BPETokenizer(LibraryTokenizer):
     Args:
         vocab_file: vocab.json, which maps each token to its id; must contain `<|endoftext|>`.
         merge_file: merges.txt, which lists one pair of tokens to merge per line.
+        special_tokens: further special tokens; those that the vocabulary lacks get the ids after it.
+        legacy: whether a special token spelled out in a text stays text.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or malformed.
     """
 
-    def __init__(self, vocab_file: str, merge_file: str) -> None:
+    def __init__(
+        self,
+        vocab_file: str,
+        merge_file: str,
+        special_tokens: Sequence[str] = (),
+        *,
+        legacy: bool = False,
+    ) -> None:
         require_file("--vocab-file", vocab_file)
         require_file("--merge-file", merge_file)
         vocab = _read_vocab(vocab_file)
@@ -105,6 +124,8 @@ class GPT2BPETokenizer(LibraryTokenizer):
         backend.decoder = decoders.ByteLevel()
         if END_OF_TEXT in vocab:
             backend.add_special_tokens([END_OF_TEXT])
+        backend.add_special_tokens(list(special_tokens))
+        backend.encode_special_tokens = legacy
         bos_token = configured_token(Path(vocab_file).parent, "bos_token")
         super().__init__(backend, END_OF_TEXT, f"--vocab-file {vocab_file}", bos_token)
 
@@ -112,11 +133,15 @@ class GPT2BPETokenizer(LibraryTokenizer):
 class HuggingFaceTokenizer(LibraryTokenizer):
     """A tokenizer read from a tokenizer.json, or from a local directory that `save_pretrained` wrote.
 
+    Args:
+        tokenizer_model: the file or directory.
+        special_tokens: further special tokens; those that the vocabulary lacks get the ids after it.
+
     Raises:
         FileNotFoundError, ValueError: the path does not exist, or does not hold a readable tokenizer.
     """
 
-    def __init__(self, tokenizer_model: str) -> None:
+    def __init__(self, tokenizer_model: str, special_tokens: Sequence[str] = ()) -> None:
         path = Path(tokenizer_model)
         source = f"--tokenizer-model {tokenizer_model}"
         if not path.exists():
@@ -133,6 +158,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             )
         if tokenizer_settings(folder).get("split_special_tokens"):
             backend.encode_special_tokens = True
+        backend.add_special_tokens(list(special_tokens))
         super().__init__(backend, eod_token, source, configured_token(folder, "bos_token"))
 
 
@@ -219,12 +245,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def _put_before_a_text(backend: tokenizers.Tokenizer) -> list[int]:
-    """Returns the ids of the special tokens that the post-processor puts before the ids of a text."""
+def _put_around_a_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids of the special tokens that the post-processor puts before and after the ids of a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     starts = range(len(whole) - len(plain) + 1)
-    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
+    start = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _first_known_eod(backend: tokenizers.Tokenizer) -> str | None:

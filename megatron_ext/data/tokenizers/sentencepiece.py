@@ -1,9 +1,11 @@
 """`SentencePieceTokenizer` and `Llama2Tokenizer`, which read a SentencePiece model file.
 
-Both encode as mcore's class does: they add no token before or after the text. A model is taken to expect `<s>` before a
+Both encode as mcore's class does: they add no token before or after the text. `LegacySentencePieceTokenizer` and
+`LegacyLlama2Tokenizer` encode as Megatron-LM did with `--legacy-tokenizer`. A model is taken to expect `<s>` before a
 text (`adds_bos`) if it is Llama 2's, or if a tokenizer_config.json beside the model file sets `add_bos_token`.
 """
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,10 +104,83 @@ class SentencePieceTokenizer(Tokenizer):
         return self._path
 
     def __setstate__(self, path: str) -> None:
-        SentencePieceTokenizer.__init__(self, path)
+        type(self).__init__(self, path)
 
 
 class Llama2Tokenizer(SentencePieceTokenizer):
     """Llama 2's SentencePiece model, which expects `<s>` before a text unless its configuration says otherwise."""
 
     _begins_with_bos = True
+
+
+class LegacyLlama2Tokenizer(Llama2Tokenizer):
+    """Llama 2's model as Megatron-LM used it with `--legacy-tokenizer`: every text of a dataset begins with `<s>`."""
+
+    def __init__(self, tokenizer_model: str) -> None:
+        super().__init__(tokenizer_model)
+        self.text_frame = ([] if self.bos is None else [self.bos], [])
+
+
+class LegacySentencePieceTokenizer(SentencePieceTokenizer):
+    """A SentencePiece model as Megatron-LM used it with `--legacy-tokenizer`.
+
+    It has further special tokens, with ids after those of the model if the model lacks them; `<EOD>` ends a document.
+    A special token spelled out in a text becomes its id.
+    """
+
+    reads_special_tokens = True
+
+    def __init__(self, tokenizer_model: str) -> None:
+        super().__init__(tokenizer_model)
+        self.vocab_size = len(self.vocab)
+        self._special = {name: self.vocab[name] for name in self._special_names()}
+        self._name_of = {token_id: name for name, token_id in self._special.items()}
+        self._pattern = re.compile("|".join(map(re.escape, self._special)))
+
+    def _special_names(self) -> list[str]:
+        model = self._processor
+        ids = {"<PAD>": model.pad_id(), "<BOS>": model.bos_id(), "<EOS>": model.eos_id()}
+        named = [model.id_to_piece(piece) if piece >= 0 else name for name, piece in ids.items()]
+        return ["<CLS>", "<SEP>", "<EOD>", "<MASK>", *named]
+
+    def _find_eod(self) -> int:
+        return self.vocab["<EOD>"]
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Maps each piece, and each special token that the model lacks, to its id."""
+        vocab = dict(super().vocab)
+        for name in self._special_names():
+            vocab.setdefault(name, len(vocab))
+        return vocab
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text; the texts between special tokens are encoded one by one."""
+        ids: list[int] = []
+        position = 0
+        for found in self._pattern.finditer(text):
+            ids += self._processor.encode(text[position : found.start()])
+            ids.append(self._special[found.group()])
+            position = found.end()
+        ids += self._processor.encode(text[position:])
+        return ids
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text."""
+        return [self.tokenize(text) for text in texts]
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text that token ids stand for, special tokens included."""
+        pieces: list[str] = []
+        between: list[int] = []
+        for token_id in map(int, ids):
+            if token_id in self._name_of:
+                pieces += [self._processor.decode(between), self._name_of[token_id]]
+                between = []
+            else:
+                between.append(token_id)
+        return "".join([*pieces, self._processor.decode(between)])
+
+    def gigatoken_source(self) -> None:
+        """Returns None: gigatoken does not know the additional special tokens."""
+        return None

@@ -1,29 +1,35 @@
 """`TikTokenizer`, which reads a byte-pair rank file in mcore's JSON format and encodes with `tiktoken`.
 
 The file is a list of objects `{"rank", "token_bytes" (base64), "token_str"}` in rank order; the first 256 are the
-single bytes. Ids follow mcore's layout: first `NUM_SPECIAL_TOKENS` special tokens (named ones, then `<SPECIAL_i>`),
-then the ranks. OpenAI's own `.tiktoken` files are not supported: they lack the splitting pattern and the special
-tokens.
+single bytes. Ids follow mcore's layout: first the special tokens (named ones, then `<SPECIAL_i>`), then the ranks.
+OpenAI's own `.tiktoken` files are not supported: they lack the splitting pattern and the special tokens.
 """
 
 import base64
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from megatron_ext.data.files.optional_packages import import_optional
 from megatron_ext.data.tokenizers.bpe import require_file
 from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
-NUM_SPECIAL_TOKENS = 1000
 DEFAULT_VOCAB_SIZE = 2**17
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+LEGACY_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """mcore's default pattern (`v2`), which splits a text into words (by case), single digits, punctuation and spaces."""
+PATTERN_V1 = (
+    r"[^\r\n\p{L}\p{N}]?+\p{L}+"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+"""mcore's pattern `v1`: words are not split by case, and line ends follow punctuation only."""
 
 
 class TikTokenizer(Tokenizer):
@@ -33,37 +39,53 @@ class TikTokenizer(Tokenizer):
         tokenizer_model: the JSON rank file.
         vocab_size: number of ids, special tokens included; tokens whose rank does not fit are dropped. None: all ids of
             the file, but at most 131,072.
+        pattern: how to split a text, `PATTERN_V1` or `PATTERN`.
+        num_special_tokens: number of special tokens, which have the first ids.
+        special_tokens: the names of the first of them; the others are called `<SPECIAL_i>`. None: mcore's names.
+        legacy: whether a special token spelled out in a text stays text, and only three of them have names.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or malformed, or has fewer ranks than `vocab_size` needs.
+        FileNotFoundError, ValueError: the file is missing or malformed, has fewer ranks than `vocab_size` needs, or a
+            special token is missing.
     """
 
-    def __init__(self, tokenizer_model: str, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer_model: str,
+        vocab_size: int | None = None,
+        *,
+        pattern: Literal["v1", "v2"] = "v2",
+        num_special_tokens: int = 1000,
+        special_tokens: Sequence[str] | None = None,
+        legacy: bool = False,
+    ) -> None:
         tiktoken = import_optional("tiktoken", "--tokenizer-type TikTokenizer")
         require_file("--tokenizer-model", tokenizer_model)
         tokens = _read_ranks(tokenizer_model)
-        self.vocab_size = vocab_size or min(DEFAULT_VOCAB_SIZE, len(tokens) + NUM_SPECIAL_TOKENS)
-        available = len(tokens) + NUM_SPECIAL_TOKENS
-        if not 256 + NUM_SPECIAL_TOKENS <= self.vocab_size <= available:
+        available = len(tokens) + num_special_tokens
+        self.vocab_size = vocab_size or min(DEFAULT_VOCAB_SIZE, available)
+        if not 256 + num_special_tokens <= self.vocab_size <= available:
             raise ValueError(
-                f"--vocab-size {self.vocab_size}: must lie between {256 + NUM_SPECIAL_TOKENS} and {available}, "
+                f"--vocab-size {self.vocab_size}: must lie between {256 + num_special_tokens} and {available}, "
                 f"the number of ids in {tokenizer_model} with the special tokens"
             )
-        fill = tuple(f"<SPECIAL_{i}>" for i in range(len(SPECIAL_TOKENS), NUM_SPECIAL_TOKENS))
-        self._special = {token: i for i, token in enumerate(SPECIAL_TOKENS + fill)}
-        self._tokens = tokens[: self.vocab_size - NUM_SPECIAL_TOKENS]
+        required = LEGACY_SPECIAL_TOKENS if legacy else SPECIAL_TOKENS
+        names = _named(required if special_tokens is None else special_tokens, required, num_special_tokens)
+        self._special = {token: i for i, token in enumerate(names)}
+        self._tokens = tokens[: self.vocab_size - num_special_tokens]
         self.eod, self.bos = self._special["</s>"], self._special["<s>"]
-        name = Path(tokenizer_model).stem
+        self.reads_special_tokens = not legacy
+        self.pattern = PATTERN_V1 if pattern == "v1" else PATTERN
         self._encoding = tiktoken.Encoding(
-            name=name,
-            pat_str=PATTERN,
+            name=Path(tokenizer_model).stem,
+            pat_str=self.pattern,
             mergeable_ranks=self.mergeable_ranks(),
             special_tokens=self._special,
         )
 
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Maps the bytes of each token that is not special to its id."""
-        return {token: i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+        return {token: i for i, token in enumerate(self._tokens, len(self._special))}
 
     def special_tokens(self) -> dict[str, int]:
         """Maps each special token to its id."""
@@ -71,6 +93,8 @@ class TikTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a text."""
+        if not self.reads_special_tokens:
+            return self._encoding.encode_ordinary(text)
         return self._encoding.encode(text, allowed_special="all")
 
     def detokenize(self, ids: list[int]) -> str:
@@ -80,8 +104,20 @@ class TikTokenizer(Tokenizer):
     @cached_property
     def vocab(self) -> dict[str, int]:
         """Maps each token to its id; a token that is not valid UTF-8 is spelled in bytes, as `<0xE6><0xBC>`."""
-        spelled = {_spell(token): i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+        spelled = {_spell(token): i for i, token in enumerate(self._tokens, len(self._special))}
         return {**spelled, **self._special}
+
+
+def _named(names: Sequence[str], required: Sequence[str], count: int) -> list[str]:
+    """Returns `count` names of special tokens: those given, then `<SPECIAL_i>`."""
+    missing = [token for token in required if token not in names]
+    if missing:
+        raise ValueError(f"--tokenizer-special-tokens {' '.join(names)}: must include {' '.join(missing)}")
+    if len(names) > count:
+        raise ValueError(
+            f"--tiktoken-num-special-tokens {count}: must be at least {len(names)}, the number of named special tokens"
+        )
+    return [*names, *(f"<SPECIAL_{i}>" for i in range(len(names), count))]
 
 
 def _read_ranks(path: str) -> list[bytes]:

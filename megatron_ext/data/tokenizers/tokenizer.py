@@ -35,8 +35,10 @@ class Tokenizer(ABC):
             decide (`--prepend-bos` in preprocessing, generation, evaluation).
         reads_special_tokens: whether a special token spelled out in a text becomes that token's id; if not, it is
             tokenized like any other text.
+        text_frame: ids that preprocessing puts before and after every text, an empty one too; `tokenize` does not.
         reserved_ids: number of ids at the end of the vocabulary that no text produces; see `reserve`.
         files: the files that the tokenizer was read from, for messages.
+        flags: the flags beside type and files on which its ids depend, for messages.
     """
 
     vocab_size: int
@@ -44,8 +46,10 @@ class Tokenizer(ABC):
     bos: int | None = None
     adds_bos: bool = False
     reads_special_tokens: bool = True
+    text_frame: tuple[list[int], list[int]] = ([], [])
     reserved_ids: int = 0
     files: tuple[str, ...] = ()
+    flags: str = ""
 
     def reserve(self, vocab_size: int) -> None:
         """Increases `self.vocab_size` to the given size if it is smaller.
@@ -147,6 +151,7 @@ class Tokenizer(ABC):
             "vocab_size": self.vocab_size,
             "eod": self.eod,
             "fingerprint": self.fingerprint(),
+            **({"flags": self.flags} if self.flags else {}),
         }
 
 
@@ -161,5 +166,6 @@ def in_words(description: Mapping[str, object]) -> str:
     parts = [str(description.get("class") or "")]
     parts += [f"{size:,} ids"] if isinstance(size, int) else []
     parts += [" + ".join(map(str, files))] if isinstance(files, list | tuple) and files else []
+    parts.append(str(description.get("flags") or ""))
     known = ", ".join(part for part in parts if part)
     return f"{known}, fingerprint {fingerprint[:8]}" if known else fingerprint

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_ext.training.checkpoint.checkpoint_files import TRACKER
+from megatron_ext.training.checkpoint.checkpoint_files import CHECKSUMS, TRACKER, find_checkpoint
 
 _LFS = b"version https://git-lfs"
 
@@ -34,8 +34,6 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ("*.h5", f"TensorFlow weights, which are not read; {_SAVE}"),
     ("*.msgpack", f"Flax weights, which are not read; {_SAVE}"),
     ("model_index.json", "a diffusers pipeline, not a language model"),
-    (TRACKER, "a checkpoint, not a Hugging Face directory; load it with --load"),
-    ("checksums.json", "a checkpoint, not a Hugging Face directory; load it with --load"),
     (
         "*.safetensors",
         "weights under another name; rename the file to model.safetensors if it holds the whole model",
@@ -59,6 +57,8 @@ def what_is_there(folder: Path) -> str | None:
 
     Returns None if nothing is found.
     """
+    if any((folder / name).is_file() for name in (TRACKER, CHECKSUMS, ".metadata")):
+        return _checkpoint(folder)
     for pattern, meaning in _FORMATS:
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
@@ -69,6 +69,16 @@ def what_is_there(folder: Path) -> str | None:
     for below in sorted(folder.glob("snapshots/*/config.json")):
         return f"it is a cache of the Hugging Face hub; the model is in {below.parent}"
     return None
+
+
+def _checkpoint(folder: Path) -> str:
+    """Returns text for the user about a directory of checkpoints."""
+    try:
+        found = find_checkpoint(str(folder))
+    except ValueError as error:  # a checkpoint of another program, or an incomplete one
+        return str(error)
+    what = "a checkpoint" if found is not None else "no complete checkpoint"
+    return f"it holds {what} of this program; load it with --load"
 
 
 def check_no_pointer(path: Path) -> None:

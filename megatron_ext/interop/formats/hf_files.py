@@ -4,6 +4,7 @@ A tensor is read only when it is accessed, and the size of a written file is lim
 tensor and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not supported.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -229,8 +230,13 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         """Returns the unsharded shape that a tensor has in a checkpoint."""
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype that a tensor has in a checkpoint."""
+        parts = [self._files.dtype(part) for part, _ in self._entries[name].parts]
+        return functools.reduce(torch.promote_types, parts)
+
     @property
-    def dtype(self) -> torch.dtype:
+    def precision(self) -> torch.dtype:
         """Precision for training the model: bf16 if all tensors are bf16, else fp32."""
         types = {self._files.dtype(part) for entry in self._entries.values() for part, _ in entry.parts}
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32

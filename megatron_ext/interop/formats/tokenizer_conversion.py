@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
 from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer
-from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_ext.data.tokenizers.tiktoken import PATTERN, TikTokenizer
+from megatron_ext.data.tokenizers.sentencepiece import LegacySentencePieceTokenizer, SentencePieceTokenizer
+from megatron_ext.data.tokenizers.tiktoken import TikTokenizer
 
 _SPACE = "\u2581"
 _WAVE_DASH, _NO_CHARACTER = "\uff5e", "\ufdd0"
@@ -38,10 +38,14 @@ def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None
         source: the command-line flag that gave the tokenizer, and its path, for error messages.
 
     Raises:
-        ValueError: `tokenizers` cannot express this kind of SentencePiece model.
+        ValueError: `tokenizers` cannot express this kind of SentencePiece model, or its additional special tokens.
     """
     if isinstance(tokenizer, LibraryTokenizer):
         return tokenizer.backend
+    if isinstance(tokenizer, LegacySentencePieceTokenizer):
+        raise ValueError(
+            f"{source}: the special tokens that --legacy-tokenizer adds to a SentencePiece model cannot be exported"
+        )
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _from_sentencepiece(tokenizer.proto(), source)
     if isinstance(tokenizer, TikTokenizer):
@@ -177,8 +181,9 @@ def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
         ]
     merges.sort(key=lambda merge: merge[0])
     special = tokenizer.special_tokens()
-    library = _byte_level(ranks, [(left, right) for _, left, right in merges], PATTERN, special)
+    library = _byte_level(ranks, [(left, right) for _, left, right in merges], tokenizer.pattern, special)
     library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    library.encode_special_tokens = not tokenizer.reads_special_tokens
     return library
 
 

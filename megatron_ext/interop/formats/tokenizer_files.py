@@ -158,6 +158,7 @@ def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> 
     names = []
     if (
         config.tokenizer_type == "HuggingFaceTokenizer"
+        and not config.tokenizer_special_tokens
         and path.is_dir()
         and (path / TOKENIZER_JSON).is_file()
     ):

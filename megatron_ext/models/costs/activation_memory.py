@@ -33,6 +33,7 @@ class ParallelLayout:
 
     data_parallel_size: int
     bf16: bool = False
+    fp16: bool = False
 
     work: StepWork | None = None
     """Which parts of the base model a step runs and trains; None if everything trains."""
@@ -45,7 +46,17 @@ class ParallelLayout:
     @property
     def element_bytes(self) -> int:
         """Bytes of one activation value or parameter."""
-        return 2 if self.bf16 else 4
+        return 2 if self.is_half else 4
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights and activations are in bfloat16 or fp16."""
+        return self.bf16 or self.fp16
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one gradient."""
+        return 4 if self.parallel.reduces_in_fp32(bf16=self.bf16) else self.element_bytes
 
     @property
     def padded_vocab(self) -> int:
@@ -201,7 +212,7 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> fl
     keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
     attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
     a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d per token of its own). Unfused core
-    attention adds its scores (n s): in fp32, a second time in bf16 runs, and twice with dropout.
+    attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
     A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
 
     Args:
@@ -275,7 +286,7 @@ def head_activation_bytes(layout: ParallelLayout) -> float:
 
 def _score_bytes(layout: ParallelLayout) -> float:
     model, size = layout.model, layout.element_bytes
-    for_each = 4 + size * layout.bf16 + (1 + size) * (model.attention_dropout > 0)
+    for_each = 4 + size * layout.is_half + (1 + size) * (model.attention_dropout > 0)
     return for_each * model.num_attention_heads * model.seq_length
 
 

@@ -5,6 +5,9 @@ Bytes per parameter, with D data-parallel ranks:
               parameters  gradients  AdamW            AdamW, distributed optimizer
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
+    fp16      2           2          4 + 8            (4 + 8) / D          (the same)
+
+--grad-reduce-in-bf16 halves the gradients of bf16, --accumulate-allreduce-grads-in-fp32 doubles those of fp16.
 
 Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or in that in which a
 model family stores them. Activations: see `activation_memory`. Temporary tensors are those of the loss, of the backward
@@ -98,8 +101,8 @@ def estimate_memory(
                 parameters=parameters,
                 trained_parameters=trained,
                 parameter_bytes=parameters * layout.element_bytes + stored,
-                gradient_bytes=4.0 * trained,
-                optimizer_bytes=(12.0 if layout.bf16 else 8.0) * trained / shards,
+                gradient_bytes=float(layout.gradient_bytes * trained),
+                optimizer_bytes=(12.0 if layout.is_half else 8.0) * trained / shards,
                 activation_bytes=stage_activation_bytes(layout, stage, activations),
                 temporary_bytes=stage_temporary_bytes(layout, stage, activations),
             )

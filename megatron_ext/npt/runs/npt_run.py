@@ -44,7 +44,11 @@ from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
-from megatron_ext.training.checkpoint.run_directory import check_directories
+from megatron_ext.training.checkpoint.run_directory import (
+    check_checkpoint_args,
+    check_directories,
+    checkpoint_args,
+)
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
 from megatron_ext.training.pretrain import check_run, pretrain, process_group, resolve, train
@@ -342,13 +346,18 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
             continue
         source, stored = f"checkpoint {folder}", read_run_config(str(folder))
         if "additional_steps" in given:
-            return [Found(source, stored_run(folder.resolve(), stored, given))]
+            return [
+                Found(source, stored_run(folder.resolve(), stored, given)),
+                *checkpoint_args(folder, given),
+            ]
         sections = {"model": on_this_machine(stored["model"]), "tokenizer": stored["tokenizer"]}
         if NPTFamily.name in stored["families"]:
             sections["np"] = stored["families"][NPTFamily.name]["settings"]
         # With dropout, student and teacher would differ even with equal weights.
         no_dropout = {"model": {"hidden_dropout": 0.0, "attention_dropout": 0.0}}
-        return [Found(source, sections), Found("NPT trains without dropout", no_dropout)]
+        found = [Found(source, sections), Found("NPT trains without dropout", no_dropout)]
+        return [*found, *checkpoint_args(folder, given)]
+    check_checkpoint_args(given, "load", "base_checkpoint")
     if "base_checkpoint" in given or "num_layers" not in given:
         raise _no_checkpoint(given)
     return []

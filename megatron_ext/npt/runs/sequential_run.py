@@ -120,15 +120,16 @@ class _Sequence:
         )
         families: list[Family] = [family]
         copies = parallel_state.get_data_parallel_world_size()
-        samples = steps * config.training.resolved_global_batch_size(copies)
+        training = config.training
+        samples_in = training.batch_sizes(training.resolved_global_batch_size(copies)).samples_in
         place = len(self.state.trained)
         random_state.reseed(config.training.seed, place * steps)
         options = replace(
             self.options,
             prepare=partial(self._prepare, layer, config),
             finish=partial(self._finish, layer, config),
-            first_sample=place * samples,
-            samples=(place + remaining) * samples,
+            first_sample=samples_in(place * steps),
+            samples=samples_in((place + remaining) * steps),
         )
         return train(config, self.tokenizer, families, options)
 

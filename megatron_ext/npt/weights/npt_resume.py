@@ -32,6 +32,7 @@ _OF_THE_PAST = (
     "base_checkpoint",
     "load",
     "ckpt_step",
+    "use_checkpoint_args",
     "finetune",
     "overwrite_checkpoints",
     "additional_steps",

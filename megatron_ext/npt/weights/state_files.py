@@ -99,8 +99,8 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "scheduler_state_dict": dict(state["scheduler"]),
-        # Empty, like the state of a disabled torch GradScaler: fp32 and bf16 need no loss scale.
-        "scaler_state_dict": {},
+        # Without --fp16 empty, like the state of a disabled torch GradScaler.
+        "scaler_state_dict": state.get("loss_scale") or {},
         "consumed_samples": progress["consumed_samples"],
         "skipped_steps": progress["skipped_steps"],
     }

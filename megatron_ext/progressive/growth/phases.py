@@ -14,6 +14,7 @@ phases.
 from dataclasses import dataclass, replace
 
 from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.groups.batch_sizes import BatchSizes
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.progressive.growth.rack import Rack, rack_of
@@ -65,7 +66,7 @@ def list_phases(
     training: TrainingConfig,
     optimizer: OptimizerSettings,
     *,
-    global_batch_size: int,
+    sizes: BatchSizes,
     sequence_length: int,
     rack: Rack | None = None,
 ) -> list[Phase]:
@@ -75,17 +76,17 @@ def list_phases(
         config: the configuration of progressive training.
         training: contains the length of each stack's phase if `config` does not.
         optimizer: contains the peak learning rate.
-        global_batch_size: sequences per step.
+        sizes: sequences per step.
         sequence_length: tokens per sequence.
         rack: all stacks of the complete model; None for the stacks that `config` describes.
 
     Raises:
         ValueError: --stack-tokens is less than one step.
     """
-    steps = [
-        _steps(config, index, training, global_batch_size, sequence_length)
-        for index in range(config.num_stacks)
-    ]
+    steps: list[int] = []
+    for index in range(config.num_stacks):
+        consumed = sizes.samples_in(sum(steps))
+        steps.append(_steps(config, index, training, sizes, consumed, sequence_length))
     whole = rack or rack_of(config, config.num_stacks)
     lr = optimizer.lr
     if not config.enabled:
@@ -110,19 +111,28 @@ def list_phases(
 
 
 def _steps(
-    config: ProgressiveConfig, index: int, training: TrainingConfig, global_batch_size: int, length: int
+    config: ProgressiveConfig,
+    index: int,
+    training: TrainingConfig,
+    sizes: BatchSizes,
+    consumed: int,
+    length: int,
 ) -> int:
+    """Returns the number of steps of a stack's phase, which begins after `consumed` sequences."""
     if config.stack_tokens is not None:
         tokens = config.stack_tokens[index if len(config.stack_tokens) > 1 else 0]
-        if tokens < global_batch_size * length:
+        size = sizes.at(consumed)
+        if tokens < size * length:
             raise ValueError(
-                f"--stack-tokens {tokens} is less than one step, which has {global_batch_size * length} tokens "
-                f"({global_batch_size} sequences of {length})"
+                f"--stack-tokens {tokens} is less than one step, which has {size * length} tokens "
+                f"({size} sequences of {length})"
             )
-        return tokens // (global_batch_size * length)
+        return sizes.steps_in(tokens // length, consumed)
     if config.stack_steps is not None:
         return config.stack_steps[index if len(config.stack_steps) > 1 else 0]
-    return training.resolved_train_iters(global_batch_size)
+    if training.train_samples is not None:
+        return sizes.steps_in(training.train_samples, consumed)
+    return training.resolved_train_iters(sizes.final)
 
 
 def config_of(config: ProgressiveRunConfig, phase: Phase) -> ProgressiveRunConfig:

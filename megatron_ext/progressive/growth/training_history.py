@@ -21,7 +21,10 @@ from typing import Any
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from megatron_ext.training.checkpoint.run_directory import sections_of
+from megatron_ext.training.checkpoint.run_directory import (
+    checkpoint_args,
+    sections_of,
+)
 
 FILE = "progressive.json"
 FORMAT = "megatron_ext.progressive/1"
@@ -126,9 +129,9 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
-def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
+def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> list[Found]:
     """Returns the defaults that come from the run in `save`: the config groups `model`, without `num_layers`, and
-    `tokenizer`.
+    `tokenizer`; with `--use-checkpoint-args` also the shape that replaces given flags.
 
     Args:
         save: the training run's directory.
@@ -141,9 +144,12 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     places = [save / phase.name for phase in reversed(read_history(save).finished)]
     places += files.checkpoints_below(save)
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)
-    sections = {} if folder is None else sections_of(folder, given, ("model", "tokenizer"))
-    sections.get("model", {}).pop("num_layers", None)
-    return Found(f"training in {save}", sections)
+    if folder is None:
+        return []
+    sections = sections_of(folder, given, ("model", "tokenizer"))
+    sections["model"].pop("num_layers", None)
+    own = Found(f"training in {save}", sections)
+    return [own, *checkpoint_args(folder, given, omitted=("num_layers",))]
 
 
 def publish_rack(save: Path, name: str) -> Path:

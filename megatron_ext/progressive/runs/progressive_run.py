@@ -115,11 +115,15 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
         config.progressive,
         training,
         config.optimizer,
-        global_batch_size=training.resolved_global_batch_size(copies),
+        sizes=training.batch_sizes(training.resolved_global_batch_size(copies)),
         sequence_length=config.model.seq_length,
     )
     check_phases(config, phases, world_size)
     return phases
+
+
+_RUN_PRECISION = {"fp32": "full", "bf16": "bfloat16", "fp16": "half"}
+"""Maps the run's precision to that of a stack with the same one."""
 
 
 class Growth:
@@ -165,17 +169,19 @@ class Growth:
         self.started = time.monotonic()
         self.history = on_first_rank(lambda: check_history(self.save, phases))
         copies = parallel_state.get_data_parallel_world_size()
-        self.global_batch_size = config.training.resolved_global_batch_size(copies)
+        self.batch_sizes = config.training.batch_sizes(config.training.resolved_global_batch_size(copies))
 
     def run(self) -> int:
         """Trains the remaining phases; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
             print_on_first_rank("training is already complete; to add stacks, increase --target-stacks")
-        if left and self.config.training.bf16 and any(s.precision == "full" for s in left[-1].rack.stacks):
+        run = _RUN_PRECISION[self.config.training.precision]
+        if left and run != "full" and any(s.precision == "full" for s in left[-1].rack.stacks):
+            name = self.config.training.precision
             print_on_first_rank(
-                "--bf16: stacks of precision full are stored and computed in fp32; "
-                "pass --new-stack-precision bfloat16 for bf16"
+                f"--{name}: stacks of precision full are stored and computed in fp32; "
+                f"pass --new-stack-precision {run} for {name}"
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
@@ -217,7 +223,7 @@ class Growth:
             cache_identity=self.cache_identity,
             frozen=self.frozen,
             seed=config.training.seed,
-            tokens_per_step=self.global_batch_size * config.model.seq_length,
+            tokens_in=lambda steps: self.batch_sizes.samples_in(steps) * config.model.seq_length,
             statistics_interval=config.logging.log_interval,
         )
         # The first phase keeps the random streams of a plain run, so that --no-enabled equals plain pretraining.
@@ -230,7 +236,7 @@ class Growth:
             first_sample=before.consumed_samples if before is not None else 0,
             first_iteration=first,
             data=self.data,
-            samples=sum(each.steps for each in self.phases) * self.global_batch_size,
+            samples=self.batch_sizes.samples_in(sum(each.steps for each in self.phases)),
             epoch_samples=self.config.progressive.epoch_samples,
         )
         families: list[Family] = [*self.make_others(config, self.tokenizer), family]
@@ -258,8 +264,8 @@ class Growth:
         """Prints the numbers of trained and frozen parameters; each stack's precision, training and bytes."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
-        run_precision = "bfloat16" if self.config.training.bf16 else "full"
-        found = stack_descriptions(phase.rack, family.plan, _cached_layers(family), run_precision)
+        precision = _RUN_PRECISION[self.config.training.precision]
+        found = stack_descriptions(phase.rack, family.plan, _cached_layers(family), precision)
         weights = ", ".join(
             f"stack {stack.index} ({found[stack.index]}) {compact(sizes[stack.index])}B"
             for stack in phase.rack.stacks

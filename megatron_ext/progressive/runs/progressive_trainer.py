@@ -125,7 +125,7 @@ class ProgressiveTrainer:
             config.progressive,
             config.training,
             config.optimizer,
-            global_batch_size=config.training.resolved_global_batch_size(copies),
+            sizes=config.training.batch_sizes(config.training.resolved_global_batch_size(copies)),
             sequence_length=config.model.seq_length,
             rack=rack_builder.rack,
         )

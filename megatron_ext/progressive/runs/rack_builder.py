@@ -167,6 +167,7 @@ class ProgressiveRackBuilder:
             vocab_size=self.vocab_size,
             seed=training.seed,
             bf16=training.bf16,
+            fp16=training.fp16,
             extensions=[family.extension()],
         )
         family.prepare_model(self.chunks)

@@ -175,8 +175,8 @@ def tracked_step(root: Path) -> int | None:
     if text.isdecimal():
         return int(text)
     found = complete_checkpoints(root)
-    if text == "release" and not found:
-        raise ValueError(f"{root}: {kinds.OF_MEGATRON}")
+    if text == kinds.RELEASE and not found:
+        raise ValueError(f"{root}: a checkpoint of Megatron-LM; {kinds.import_command(root)}")
     others = f"; --ckpt-step selects one (available: {_listed(found)})" if found else ""
     raise ValueError(f"{root / TRACKER}: the file contains {text[:40]!r} instead of a step number{others}")
 

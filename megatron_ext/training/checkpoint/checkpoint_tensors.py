@@ -3,8 +3,9 @@
 `saving.tensor_writer` writes them.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,21 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
     state = _with_stored_extras(state, folder)
     if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
         return state
-    with warnings.catch_warnings():
-        # megatron-core calls torch's loader by its deprecated name.
-        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+    with without_reader_warnings():
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     return {**{name: {} for name in state}, **loaded}  # megatron-core omits empty parts
+
+
+@contextlib.contextmanager
+def without_reader_warnings() -> Iterator[None]:
+    """Inside this context, torch does not warn of the way in which megatron-core calls its loader."""
+    with warnings.catch_warnings():
+        # Until 0.17 it is called by a deprecated name, from 0.18 with the arguments in a former order.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The argument order of load has been changed")
+        # From 0.18, although that is what the engine asks for: every rank reads its own part alone.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def verify(folder: Path) -> None:

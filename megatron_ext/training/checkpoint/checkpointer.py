@@ -37,6 +37,7 @@ from megatron_ext.training.checkpoint.same_run_checks import check_same_model
 from megatron_ext.training.checkpoint.saving.running_save import Parts, RunningSave, run_parts
 from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostCopies, TensorWriter
 from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
+from megatron_ext.training.engine.loss_scale import loss_scale_state, restore_loss_scale
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
@@ -334,6 +335,7 @@ class Checkpointer:
             "progress": asdict(progress),
             "optimizer_step": optimizer_step,
             "scheduler": scheduler_state.scheduler_state_of(self.scheduler),
+            **loss_scale_state(self.optimizer),
             "families": {family.name: family.state_dict() for family in self.families},
             "cut": _cut(self.models),
         }
@@ -354,6 +356,7 @@ class Checkpointer:
             raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
         optimizer = OptimizerState(self.optimizer, tensors.model_state(self.models, self._keeps()))
         tensors.load_optimizer(optimizer, folder, step, same_vocabulary=same_vocabulary)
+        restore_loss_scale(self.optimizer, state)
 
     def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:

@@ -5,6 +5,7 @@ A run whose --load names such a directory must not silently start from scratch.
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 
 SERIES = ("progressive.json", "training_info.json")
@@ -12,22 +13,12 @@ SERIES = ("progressive.json", "training_info.json")
 subdirectories.
 """
 
-OF_MEGATRON = (
-    "a checkpoint of Megatron-LM or another program; convert it to Hugging Face's format with that program, and import "
-    "the result with tools/convert_checkpoint.py import"
-)
-"""Message for a checkpoint of another program."""
+RELEASE = "release"
+"""Name of the directory, and content of the tracker, of a Megatron-LM checkpoint without a step."""
 
 _OWN_PARTS = {"run_config.json", "state.json"}
-_MEGATRON_PARTS = {
-    ".metadata",
-    "metadata.json",
-    "common.pt",
-    "model_optim_rng.pt",
-    "distrib_optim.pt",
-    "release",
-}
-_MEGATRON_PREFIXES = ("mp_rank_", "__0_0.")
+_MEGATRON_PARTS = {".metadata", "metadata.json", "common.pt", RELEASE}
+_LEGACY_PARTS = {"model_optim_rng.pt", "distrib_optim.pt"}
 _NP_WEIGHTS = "npt_weights."
 _HF_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -66,13 +57,46 @@ def holds_np_weights(folder: Path) -> bool:
     return any(name.startswith(_NP_WEIGHTS) for name in entries(folder))
 
 
+def import_command(root: Path) -> str:
+    """Returns text with the command that imports a Megatron-LM checkpoint."""
+    return (
+        "import it with `python tools/convert_checkpoint.py import --format megatron --model-dir "
+        f"{shlex.quote(str(root))} --save NEW_DIRECTORY`, and load NEW_DIRECTORY"
+    )
+
+
+def megatron_problem(folder: Path, root: str) -> str | None:
+    """Says why a Megatron-LM checkpoint cannot be imported, and what to do; None if its format is no reason.
+
+    Args:
+        folder: the checkpoint's directory.
+        root: the directory of checkpoints, for the message.
+    """
+    names = set(entries(folder))
+    if names & _LEGACY_PARTS or any(name.startswith("mp_rank_") for name in names):
+        return (
+            "a checkpoint of Megatron-LM in the format torch, which is not read; load it there with "
+            f"--load {root} --ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY, and import the result"
+        )
+    if ".metadata" in names and not names & {"common.pt", "metadata.json"}:
+        return (
+            "a checkpoint in the format torch_dcp or fsdp_dtensor, which is not read; load it with the program that "
+            "wrote it, and save it with --ckpt-format torch_dist"
+        )
+    return None
+
+
 def foreign(folder: Path) -> str | None:
     """Describes what a directory without a complete checkpoint contains; None if the contents are not recognized."""
     names = set(entries(folder))
     if names & _OWN_PARTS:
         return "not a complete checkpoint of this program (checksums.json is missing); copy the whole directory again"
-    if names & _MEGATRON_PARTS or any(name.startswith(_MEGATRON_PREFIXES) for name in names):
-        return OF_MEGATRON
+    root = folder.parent if folder.name == RELEASE or folder.name.startswith("iter_") else folder
+    problem = megatron_problem(folder, str(root))
+    if problem is not None:
+        return problem
+    if names & _MEGATRON_PARTS or any(name.endswith(".distcp") for name in names):
+        return f"a checkpoint of Megatron-LM; {import_command(root)}"
     if any(_NP_WEIGHTS in name for name in names):
         return "NP weights without a model; load their base model's checkpoint and pass this path to --load-npt-weights"
     if is_hugging_face(folder):

@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.transformer_engine import on_this_machine
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import incomplete_checkpoints as kinds
+from megatron_ext.training.checkpoint.same_run_checks import SHAPE_FIELDS
 
 
 def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
@@ -106,7 +108,37 @@ def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Foun
         ValueError, OSError: see `find_checkpoint`; or the configuration file is damaged.
     """
     folder = files.find_checkpoint(given["load"], given.get("ckpt_step")) if "load" in given else None
-    return [] if folder is None else [Found(f"checkpoint {folder}", sections_of(folder, given, names))]
+    check_checkpoint_args(given, "load")
+    if folder is None:
+        return []
+    return [
+        Found(f"checkpoint {folder}", sections_of(folder, given, names)),
+        *checkpoint_args(folder, given),
+    ]
+
+
+def check_checkpoint_args(given: Mapping[str, Any], *sources: str) -> None:
+    """Raises `ValueError` if `--use-checkpoint-args` is given, but none of the fields that can name a checkpoint.
+
+    As in Megatron-LM, a named directory may have no checkpoint yet: the flags then decide.
+    """
+    if given.get("use_checkpoint_args") and not given.keys() & set(sources):
+        raise ValueError(f"--use-checkpoint-args: requires {' or '.join(map(flag_name, sources))}")
+
+
+def checkpoint_args(folder: Path, given: Mapping[str, Any], *, omitted: Sequence[str] = ()) -> list[Found]:
+    """Returns the model's shape in a checkpoint, which replaces given flags, if `--use-checkpoint-args` is given.
+
+    Args:
+        folder: the checkpoint's directory.
+        given: the fields given on the command line or in the YAML file, by name.
+        omitted: fields of the shape that may differ.
+    """
+    if not given.get("use_checkpoint_args"):
+        return []
+    stored = files.read_json(folder / files.RUN_CONFIG)["model"]
+    shape = {name: stored.get(name) for name in SHAPE_FIELDS if name not in omitted}
+    return [Found(f"checkpoint {folder}", {"model": shape}, wins=True)]
 
 
 def sections_of(folder: Path, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

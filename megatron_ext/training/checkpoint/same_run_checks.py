@@ -20,6 +20,7 @@ _SHAPE = (
     "kv_channels",
     "ffn_hidden_size",
     "swiglu",
+    "squared_relu",
     "normalization",
     "position_embedding_type",
     "sliding_window",
@@ -42,8 +43,13 @@ _MEANING = (
     "rope_high_freq_factor",
     "rope_original_max_position_embeddings",
     "norm_epsilon",
+    "bias_gelu_fusion",
 )
 """Fields of `ModelConfig` that a fine-tuning run may set differently."""
+
+
+SHAPE_FIELDS = ("num_layers", *_SHAPE, *_MEANING, "max_position_embeddings")
+"""Fields of `ModelConfig` that --use-checkpoint-args takes from the checkpoint."""
 
 
 def check_same_model(

@@ -15,7 +15,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext.config.command_line.field_checks import flag_name
 
 _LENGTH = ("stack_steps", "stack_tokens", "train_iters", "train_samples")
-_BATCH = ("global_batch_size", "gradient_accumulation_steps", "micro_batch_size")
+_BATCH = (
+    "global_batch_size",
+    "rampup_batch_size",
+    "step_batch_size_schedule",
+    "gradient_accumulation_steps",
+    "micro_batch_size",
+)
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "init_lr": ("lr_warmup_init",),
     "max_lr": ("lr",),

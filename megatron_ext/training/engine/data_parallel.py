@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
@@ -20,28 +22,35 @@ from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 
 @in_phase(GRADIENTS)
 def wrap_model(
-    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
+    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool, fp16: bool = False
 ) -> list[DistributedDataParallel]:
-    """Converts the chunks to bf16 if `bf16` is set, and wraps them for data parallelism.
+    """Converts the chunks to bf16 or fp16 if that is set, and wraps them for data parallelism.
 
     Args:
         chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: the parallel layout, which specifies how gradients are reduced.
-        bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
+        bf16: whether parameters and activations are in bfloat16.
+        fp16: whether they are in fp16.
     """
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=bf16,
+        grad_reduce_in_fp32=parallel.reduces_in_fp32(bf16=bf16),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # it would abort the run; `Stepper` skips a non-finite step instead
     )
-    modules = [Float16Module(config, chunk) if bf16 else chunk for chunk in chunks]
+    modules = [Float16Module(config, chunk) if bf16 or fp16 else chunk for chunk in chunks]
     wrapped = [
         # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
         # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.
-        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        DistributedDataParallel(
+            config,
+            ddp_config,
+            module,
+            disable_bucketing=index > 0,
+            **_buffer_layout(ddp_config, module, has_buckets=index == 0),
+        )
         for index, module in enumerate(modules)
     ]
     mark_reduced_ranges(wrapped)
@@ -50,6 +59,24 @@ def wrap_model(
         config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
+
+
+def _buffer_layout(
+    ddp_config: DistributedDataParallelConfig, module: torch.nn.Module, *, has_buckets: bool
+) -> dict[str, Any]:
+    """Returns where the distributed optimizer's parameters lie in their buffers, as an argument of the wrapper."""
+    # Until 0.17 the wrapper computes this itself. From 0.18 the caller should; the wrapper still can, with a log line.
+    compute = getattr(DistributedOptimizer, "compute_full_param_layout", None)
+    if compute is None or not ddp_config.use_distributed_optimizer:
+        return {}
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    # As the wrapper does: on later stages reduction is not on the critical path, so one bucket holds all parameters.
+    has_buckets = has_buckets and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    bucket_size = (
+        max(40_000_000, 1_000_000 * ranks) if has_buckets and ddp_config.overlap_grad_reduce else None
+    )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return {"full_param_layout": compute(trained, bucket_size, ranks, ddp_config)}
 
 
 def unwrap_model(chunk: Any) -> GPTModel:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.platform import process_groups
 
 
@@ -20,14 +21,37 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per tensor where neither Transformer
     Engine nor Apex is installed.
     """
-    # Only the parts know which gradients count: not those of shared and of duplicated parameters.
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    gradients = _counted_gradients(optimizer)
     square = torch.zeros((), device=process_groups.device())
     if gradients:
         square = torch.stack(torch._foreach_norm(gradients)).norm().square()
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return square.double().sqrt()
+
+
+@torch.no_grad()
+def zeros_in_gradient(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Returns how many elements of the gradients are zero, a scalar in float64 on the device. Collective.
+
+    Equal to `optimizer.count_zeros()`, for which the host waits.
+    """
+    zeros = torch.zeros((), dtype=torch.float64, device=process_groups.device())
+    for gradient in _counted_gradients(optimizer):
+        zeros += gradient.numel() - torch.count_nonzero(gradient)
+    dist.all_reduce(zeros, group=optimizer.get_grad_stats_parallel_group())
+    return zeros
+
+
+def _counted_gradients(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """Returns this rank's gradients that count: not those of shared and of duplicated parameters."""
+    # Only the optimizer's parts know which these are. 0.19 renamed their method.
+    name = "get_grads_for_grad_norm"
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        gradient
+        for part in parts
+        for gradient in getattr(part, name if hasattr(part, name) else "get_main_grads_for_grad_norm")()
+    ]
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: float) -> None:
@@ -69,7 +93,8 @@ def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Returns this rank's part of a gradient's squared norm; the sum over all data-parallel ranks is the squared norm.
 
     Args:
-        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter.
+        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter. With --fp16
+            its gradient is still scaled; the result is not.
 
     Returns:
         A scalar, float64.
@@ -79,6 +104,10 @@ def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=parameter.device)
     reduced = getattr(parameter, "reduced_range", None)
     if reduced is None:
-        copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        return gradient.float().square().sum(dtype=torch.float64) / copies
-    return gradient.flatten()[slice(*reduced)].float().square().sum(dtype=torch.float64)
+        divisor = float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+    else:
+        gradient, divisor = gradient.flatten()[slice(*reduced)], 1.0
+    unscaled = (
+        gradient.float() / LayerLosses.loss_scale if LayerLosses.loss_scale != 1.0 else gradient.float()
+    )
+    return unscaled.square().sum(dtype=torch.float64) / divisor

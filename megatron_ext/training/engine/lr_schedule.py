@@ -12,6 +12,7 @@ def build_scheduler(
     training: TrainingConfig,
     optimizer: MegatronOptimizer,
     global_batch_size: int,
+    first_sample: int = 0,
 ) -> OptimizerParamScheduler:
     """Builds the schedule of learning rate and weight decay.
 
@@ -19,14 +20,19 @@ def build_scheduler(
         settings: rates and lengths; lengths in iterations are converted to samples.
         training: the run's length, used if the settings give no decay length.
         optimizer: the optimizer whose parameter groups are scheduled.
-        global_batch_size: samples per step.
+        global_batch_size: samples per step, after the ramp of --rampup-batch-size if there is one.
+        first_sample: number of samples consumed before the schedule begins, on which the ramp depends.
 
     Raises:
         ValueError: the warm-up is not shorter than the decay.
     """
-    total = training.resolved_train_iters(global_batch_size) * global_batch_size
-    decay = _samples(settings.lr_decay_iters, settings.lr_decay_samples, global_batch_size) or total
-    warmup = _samples(settings.lr_warmup_iters, settings.lr_warmup_samples, global_batch_size) or 0
+    sizes = training.batch_sizes(global_batch_size)
+    total = sizes.samples_in(training.resolved_train_iters(global_batch_size), first_sample)
+    decay = settings.lr_decay_samples or sizes.samples_in(settings.lr_decay_iters or 0, first_sample) or total
+    warmup = settings.lr_warmup_samples or sizes.samples_in(settings.lr_warmup_iters, first_sample)
+    final = settings.lr_wsd_decay_samples
+    if settings.lr_wsd_decay_iters is not None:
+        final = settings.lr_wsd_decay_iters * global_batch_size  # at the end of the run, after the ramp
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
@@ -50,14 +56,6 @@ def build_scheduler(
         wd_incr_style=settings.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=settings.override_opt_param_scheduler,
-        wsd_decay_steps=_samples(
-            settings.lr_wsd_decay_iters, settings.lr_wsd_decay_samples, global_batch_size
-        ),
+        wsd_decay_steps=final,
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
-
-
-def _samples(iterations: int | None, samples: int | None, global_batch_size: int) -> int | None:
-    if samples:
-        return samples
-    return iterations * global_batch_size if iterations else None

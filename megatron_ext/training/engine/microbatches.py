@@ -21,6 +21,9 @@ from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
 
+Divisor = Callable[[Batch], torch.Tensor]
+"""Returns what the loss sum of a micro-batch is divided by before the backward pass."""
+
 Prepare = Callable[[list[Batch]], Iterable[Batch]]
 """Adds fields to micro-batches on the device; see `Family.prepare_batches`."""
 
@@ -33,10 +36,12 @@ def run_microbatches(
     *,
     forward_only: bool,
     prepare: Prepare = list,
+    per_token: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
     """Runs the forward pass, and unless `forward_only` the backward pass, on every micro-batch. Collective.
 
-    With a backward pass the gradients are those of the mean loss over the tokens of the whole global batch.
+    With a backward pass the gradients are those of the mean loss over the tokens of the whole global batch, unless
+    `per_token` is False.
 
     Args:
         chunks: this rank's model chunks, wrapped or unwrapped.
@@ -45,12 +50,14 @@ def run_microbatches(
         output_loss: computes the loss on the last stage.
         forward_only: whether to omit the backward pass.
         prepare: adds fields to the micro-batches once they are on the device.
+        per_token: whether the loss is the mean over the global batch's tokens; otherwise it is the mean over
+            micro-batches and data-parallel ranks of each micro-batch's mean.
 
     Returns:
         On the last stage, the sums that `output_loss` logs, one mapping per micro-batch; on other stages an empty list.
     """
     moved = _on_device(chunks, batches)
-    divisor = None if forward_only else _mean_weight(moved)
+    divisor = None if forward_only else _divisor_of_all(moved) if per_token else _divisor_of_each
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Under pipeline parallelism the stages run different micro-batches at a time. If `prepare` ran lazily, the
@@ -135,10 +142,10 @@ def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return value.to(device, non_blocking=True)
 
 
-def _mean_weight(batches: list[Batch]) -> torch.Tensor:
-    """Returns a micro-batch's sum of loss weights, averaged over micro-batches and data-parallel ranks.
+def _divisor_of_all(batches: list[Batch]) -> Divisor:
+    """Returns what gives a micro-batch's sum of loss weights, averaged over micro-batches and data-parallel ranks.
 
-    The result is 1 if all weights are 0.
+    It is 1 if all weights are 0.
     """
     # megatron-core averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
     # divided by this value, the average is the mean loss over the global batch.
@@ -146,13 +153,23 @@ def _mean_weight(batches: list[Batch]) -> torch.Tensor:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dist.all_reduce(total, group=group)
     mean = (total / (len(batches) * parallel_state.get_data_parallel_world_size())).float()
-    return torch.where(mean > 0, mean, 1.0)
+    divisor = torch.where(mean > 0, mean, 1.0)
+    return lambda batch: divisor
+
+
+def _divisor_of_each(batch: Batch) -> torch.Tensor:
+    """Returns a micro-batch's own sum of loss weights, or 1 if all are 0; as Megatron-LM's default.
+
+    Under context parallelism each rank's part of the sequences counts as a micro-batch, as there.
+    """
+    total = batch["loss_mask"].sum(dtype=torch.float32)
+    return torch.where(total > 0, total, 1.0) * parallel_state.get_context_parallel_world_size()
 
 
 def _forward_step(
     families: list[Family],
     output_loss: OutputLoss,
-    divisor: torch.Tensor | None,
+    divisor: Divisor | None,
     batches: Iterator[Batch],
     model: Any,
 ) -> tuple[torch.Tensor, Any]:
@@ -170,10 +187,10 @@ def _forward_step(
 
 
 def _loss(
-    output_loss: OutputLoss, chunk: GPTModel, batch: Batch, divisor: torch.Tensor | None, output: torch.Tensor
+    output_loss: OutputLoss, chunk: GPTModel, batch: Batch, divisor: Divisor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     total, sums = output_loss(chunk, batch, output)
-    return total if divisor is None else total / divisor, sums
+    return total if divisor is None else total / divisor(batch), sums
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Builds megatron-core's optimizer for the wrapped model.
 
 AdamW with decoupled weight decay (arXiv 1711.05101); biases and one-dimensional parameters have no weight decay. bf16
-runs keep fp32 main weights.
+and fp16 runs keep fp32 main weights.
 """
 
 import torch
@@ -29,6 +29,7 @@ def build_optimizer(
     families: list[Family],
     *,
     bf16: bool,
+    fp16: bool = False,
 ) -> MegatronOptimizer:
     """Builds megatron-core's optimizer for the wrapped chunks.
 
@@ -38,18 +39,27 @@ def build_optimizer(
         chunks: this rank's chunks, wrapped by `wrap_model`.
         families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters.
         bf16: whether parameters are in bfloat16.
+        fp16: whether parameters are in fp16; the optimizer then scales the loss.
     """
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
+        decoupled_lr=settings.decoupled_lr,
+        decoupled_min_lr=settings.decoupled_min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        fp16=fp16,
+        params_dtype=get_model_config(chunks[0]).params_dtype,
+        loss_scale=settings.loss_scale,
+        initial_loss_scale=settings.initial_loss_scale,
+        min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window,
+        hysteresis=settings.hysteresis,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )

@@ -30,7 +30,12 @@ from megatron_ext.platform import process_groups
 from megatron_ext.platform.host_copy import HostCopy
 from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
-from megatron_ext.training.engine.gradient_norms import clip_gradients, gradient_norm
+from megatron_ext.training.engine.gradient_norms import (
+    clip_gradients,
+    gradient_norm,
+    zeros_in_gradient,
+)
+from megatron_ext.training.engine.loss_scale import can_fall, scaler_of
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
 from megatron_ext.training.engine.optimizer import update_if
 from megatron_ext.training.engine.step_values import LayerNames, StepValues
@@ -57,6 +62,15 @@ class StepResult:
 
     skipped: bool
     """Whether the update was skipped because the loss or gradient norm is not finite."""
+
+    is_overflow: bool = False
+    """Whether it was skipped only because a gradient is too large for fp16, which a lower loss scale may prevent."""
+
+    num_zeros: float | None = None
+    """Number of elements of the gradient that are zero; None unless `--log-num-zeros-in-grad`."""
+
+    loss_scale: float | None = None
+    """Loss scale after this step; None without `--fp16`."""
 
     learning_rate: float
     """Learning rate of this step."""
@@ -91,16 +105,22 @@ class Stepper:
         micro_batch_size: int,
         clip_grad: float,
         log_params_norm: bool = False,
+        log_num_zeros_in_grad: bool = False,
+        per_token_loss: bool = True,
+        empty_memory_level: int = 0,
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
         families: the run's model families, which supply auxiliary inputs, losses and statistics.
         optimizer: the optimizer of `chunks`.
-        scheduler: learning-rate schedule, advanced by `global_batch_size` samples per step.
-        global_batch_size: sequences per step, over all data-parallel ranks.
+        scheduler: learning-rate schedule, advanced by the number of sequences in each step.
+        global_batch_size: sequences per step, over all data-parallel ranks; a step may be told another number.
         micro_batch_size: sequences per micro-batch.
         clip_grad: largest global gradient norm; 0 disables clipping.
         log_params_norm: whether to compute the norm of the parameters in every step.
+        log_num_zeros_in_grad: whether to count the zeros of the gradient in every step.
+        per_token_loss: whether gradients are those of the mean over tokens; see `run_microbatches`.
+        empty_memory_level: whether unused memory is given back before the update (1), or also after it (2).
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
@@ -108,10 +128,15 @@ class Stepper:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.global_batch_size = global_batch_size
+        self.scaler = scaler_of(optimizer)
         self.clip_grad = clip_grad
         self.log_params_norm = log_params_norm
+        self.log_num_zeros_in_grad = log_num_zeros_in_grad
+        self.per_token_loss = per_token_loss
+        self.empty_memory_level = empty_memory_level
         copies = parallel_state.get_data_parallel_world_size()
-        self.num_microbatches = global_batch_size // (micro_batch_size * copies)
+        self._samples_at_once = micro_batch_size * copies
+        self.num_microbatches = global_batch_size // self._samples_at_once
         self._layer_names = LayerNames()
         self._read_last: ReadStep | None = None
 
@@ -121,28 +146,35 @@ class Stepper:
 
     @in_phase(STEP)
     def start(
-        self, batches: Iterator[Batch], iteration: int, shared: Callable[[], torch.Tensor] | None = None
+        self,
+        batches: Iterator[Batch],
+        iteration: int,
+        shared: Callable[[], torch.Tensor] | None = None,
+        batch_size: int | None = None,
     ) -> ReadStep:
         """Queues one step on the device: forward, backward and update on the next micro-batches. Collective.
 
         The schedule advances when the results are read, at the latest in the next step.
 
         Args:
-            batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
+            batches: endless iterator over micro-batches.
             iteration: number of this step, from 1. A model family's statistics are due at multiples of its
                 `statistics_interval`.
             shared: returns further values to read with the step's, float64 on the device, equal on every rank.
+            batch_size: sequences in this step, over all data-parallel ranks; None for `global_batch_size`.
         """
+        batch_size = batch_size or self.global_batch_size
         for family in self.families:
             family.begin_step(self.models, iteration)
         due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
         for family in due:
             family.begin_statistics(self.models)
-        values = self.forward_backward(batches)
+        values = self.forward_backward(batches, batch_size)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = [parameters_norm(self.models)] if self.log_params_norm else []
         norm, is_finite = self._update(values)
-        of_step = torch.stack((norm, is_finite.double(), *params_norm))
+        zeros = [zeros_in_gradient(self.optimizer)] if self.log_num_zeros_in_grad else []
+        of_step = torch.stack((norm, is_finite.double(), *self._of_scaler(values), *params_norm, *zeros))
         further = [shared()] if shared is not None else []
         self._read_last = cache(
             partial(
@@ -152,6 +184,7 @@ class Stepper:
                 HostCopy(torch.cat((of_step, *further, values.rows.flatten()))),
                 learning_rate=get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,
                 statistics=statistics,
+                batch_size=batch_size,
             )
         )
         return self._read_last
@@ -164,13 +197,15 @@ class Stepper:
         *,
         learning_rate: float,
         statistics: dict[str, float],
+        batch_size: int,
     ) -> StepResult:
         numbers: list[float] = copied.tolist()
         first_row = len(numbers) - values.rows.numel()
         norm, is_finite, *others = numbers[:first_row]
+        loss_scale, is_overflow = (others.pop(0), others.pop(0)) if self.scaler is not None else (None, 0.0)
         rows = [numbers[place : place + 2] for place in range(first_row, len(numbers), 2)]
         if is_finite:
-            self.scheduler.step(increment=self.global_batch_size)
+            self.scheduler.step(increment=batch_size)
         losses, layer_losses = values.named(rows)
         by_name = losses | layer_losses
         for family in self.families:
@@ -180,28 +215,49 @@ class Stepper:
             layer_losses=layer_losses,
             grad_norm=norm,
             params_norm=others.pop(0) if self.log_params_norm else None,
+            num_zeros=others.pop(0) if self.log_num_zeros_in_grad else None,
             skipped=not is_finite,
+            is_overflow=not is_finite and bool(is_overflow),
+            loss_scale=loss_scale,
             learning_rate=learning_rate,
             shared=others,
             statistics=statistics,
         )
 
+    def _of_scaler(self, values: StepValues) -> list[torch.Tensor]:
+        """Returns the loss scale, and whether a step that is not finite is an overflow; empty without fp16."""
+        if self.scaler is None:
+            return []
+        falls = can_fall(self.scaler)
+        overflows = (
+            values.are_finite() & falls if falls is not None else torch.zeros_like(self.scaler.scale[0])
+        )
+        return [self.scaler.scale.squeeze().double(), overflows.double()]
+
     @in_phase(FORWARD_BACKWARD)
-    def forward_backward(self, batches: Iterator[Batch]) -> StepValues:
+    def forward_backward(self, batches: Iterator[Batch], batch_size: int | None = None) -> StepValues:
         """Computes the gradients of one step's micro-batches, without an update; returns the step's values."""
+        num_microbatches = (batch_size or self.global_batch_size) // self._samples_at_once
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        LayerLosses.scale = 1.0 / self.num_microbatches
-        taken = self._take(batches)
+        LayerLosses.loss_scale = self.scaler.scale.item() if self.scaler is not None else 1.0
+        LayerLosses.scale = LayerLosses.loss_scale / num_microbatches
+        taken = self._take(batches, num_microbatches)
         apart = [family for family in self.families if family.trains_apart()]
         if apart:
             accumulate_gradients(self.chunks, taken, partial(apart[0].backward, self.models), self._prepare)
             return StepValues([], (), self._layer_names, of_nothing=0.0)
         output_loss = select_output_loss(family.output_loss() for family in self.families)
         outputs = run_microbatches(
-            self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
+            self.chunks,
+            self.families,
+            taken,
+            output_loss,
+            forward_only=False,
+            prepare=self._prepare,
+            per_token=self.per_token_loss,
         )
         return StepValues(outputs, output_loss.names, self._layer_names, of_nothing=0.0)
 
@@ -248,16 +304,21 @@ class Stepper:
             with torch.no_grad():
                 for _ in range(num_steps):
                     outputs += run_microbatches(
-                        self.chunks, self.families, self._take(batches), loss, forward_only=True
+                        self.chunks,
+                        self.families,
+                        self._take(batches, self.num_microbatches),
+                        loss,
+                        forward_only=True,
                     )
+                    self._empty_memory(1)
                     done(1)
         finally:
             LayerLosses.evaluating = False
         losses, layer_values = StepValues(outputs, loss.names, self._layer_names, of_nothing=math.nan).read()
         return losses | layer_values
 
-    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        return [make_batch(self.families, batch) for batch in islice(batches, self.num_microbatches)]
+    def _take(self, batches: Iterator[Batch], number: int) -> list[Batch]:
+        return [make_batch(self.families, batch) for batch in islice(batches, number)]
 
     def _prepare(self, batches: list[Batch]) -> Iterable[Batch]:
         prepared: Iterable[Batch] = batches
@@ -272,6 +333,7 @@ class Stepper:
         Returns:
             The gradients' norm (float64) and whether loss and norm are finite: scalars on the device.
         """
+        self._empty_memory(1)
         self.optimizer.prepare_grads()
         norm = gradient_norm(self.optimizer)
         is_finite = values.are_finite() & norm.isfinite()
@@ -280,7 +342,13 @@ class Stepper:
         if self._read_last is not None:
             self._read_last()  # sets this step's learning rate
         update_if(is_finite, self.optimizer)
+        self._empty_memory(2)
         return norm, is_finite
+
+    def _empty_memory(self, level: int) -> None:
+        """Gives cached but unused memory back to the device if `--empty-unused-memory-level` is at least `level`."""
+        if self.empty_memory_level >= level:
+            torch.cuda.empty_cache()
 
 
 def parameters_norm(models: list[GPTModel]) -> torch.Tensor:

@@ -54,6 +54,7 @@ class Reporter:
         total_iterations: int,
         charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
+        fp16: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
         configuration: Mapping[str, Any] | None = None,
@@ -68,6 +69,7 @@ class Reporter:
             total_iterations: optimizer steps of the whole run.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
             bf16: whether the run uses bfloat16; the device's peak rate depends on the precision.
+            fp16: whether it uses fp16.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
             configuration: the config groups by name, as dataclasses or JSON values; written as text.
@@ -84,7 +86,7 @@ class Reporter:
         self._devices = process_groups.world_size() if world_size is None else world_size
         self._peak: DevicePeak | None = None
         if logging.log_throughput:
-            self._peak = device_peak(bf16, logging.device_peak_tflops)
+            self._peak = device_peak(bf16, logging.device_peak_tflops, fp16=fp16)
         self._interval = Interval()
         self._skipped = self._nan = 0
         self._is_silent = (process_groups.rank() if rank is None else rank) != 0
@@ -194,6 +196,10 @@ class Reporter:
             fields["grad norm"] = f"{metrics.grad_norm:.3f}"
         if metrics.params_norm is not None:
             fields["params norm"] = f"{metrics.params_norm:.3f}"
+        if metrics.num_zeros is not None:
+            fields["num zeros"] = f"{metrics.num_zeros:.0f}"
+        if metrics.loss_scale is not None:
+            fields["loss scale"] = f"{metrics.loss_scale:.6g}"
         fields["ms/step"] = f"{1e3 * interval.seconds_per_step:.1f}"
         if self._peak is not None:
             fields["tokens/s"] = compact(interval.tokens_per_second)
@@ -231,6 +237,10 @@ class Reporter:
             values["grad-norm"] = metrics.grad_norm
         if metrics.params_norm is not None:
             values["params-norm"] = metrics.params_norm
+        if metrics.num_zeros is not None:
+            values["num-zeros"] = metrics.num_zeros
+        if metrics.loss_scale is not None:
+            values["loss-scale"] = metrics.loss_scale
         for tag, value in values.items():
             self._scalar(tag, value, iteration, metrics.consumed_samples)
 

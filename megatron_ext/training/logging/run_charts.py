@@ -34,6 +34,18 @@ RUN_CHARTS = (
         section=_RATES, title="Parameter norm", tags="params-norm", shows="L2 norm of all parameters."
     ),
     ScalarChart(
+        section=_RATES,
+        title="Zeros in the gradient",
+        tags="num-zeros",
+        shows="Number of elements of the gradient that are zero.",
+    ),
+    ScalarChart(
+        section=_RATES,
+        title="Loss scale",
+        tags="loss-scale",
+        shows="With --fp16: factor of the loss in the backward pass.",
+    ),
+    ScalarChart(
         section=_SPEED,
         title="Tokens per second",
         tags="tokens-per-second",

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
+from megatron_ext.testing.checkpoint_runs import SCHEDULE, TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, TINY, WORLD_SIZES
@@ -28,14 +28,15 @@ _SIZES = {
     **{name: size for name, (_, size) in _DIVIDED.items()},
 }
 _RESUMED = {
-    "TP1": (LAYOUTS["TP1"], 1, False),
-    "TP2": (LAYOUTS["TP2"], 2, False),
-    "PP2": (LAYOUTS["PP2"], 2, False),
-    "PP2 interleaved": (LAYOUTS["PP2 interleaved"], 2, False),
-    "DP2 distributed optimizer": (_DISTRIBUTED, 2, False),
-    "CP2": (*CONTEXT_LAYOUTS["CP2"], False),
-    "TP1 bf16": (LAYOUTS["TP1"], 1, True),
-    "DP2 distributed optimizer bf16": (_DISTRIBUTED, 2, True),
+    "TP1": (LAYOUTS["TP1"], 1, "fp32"),
+    "TP2": (LAYOUTS["TP2"], 2, "fp32"),
+    "PP2": (LAYOUTS["PP2"], 2, "fp32"),
+    "PP2 interleaved": (LAYOUTS["PP2 interleaved"], 2, "fp32"),
+    "DP2 distributed optimizer": (_DISTRIBUTED, 2, "fp32"),
+    "CP2": (*CONTEXT_LAYOUTS["CP2"], "fp32"),
+    "TP1 bf16": (LAYOUTS["TP1"], 1, "bf16"),
+    "DP2 distributed optimizer bf16": (_DISTRIBUTED, 2, "bf16"),
+    "DP2 distributed optimizer fp16": (_DISTRIBUTED, 2, "fp16"),
 }
 
 
@@ -64,6 +65,7 @@ def _straight_and_resumed(folder: str, settings: RunSettings) -> dict[str, Any]:
         "states": (expected, _state_of(resumed, resumed.save() / rng)),
         "rates": tuple(run.optimizer.param_groups[0]["lr"] for run in (straight, resumed)),
         "progress": (straight.progress, resumed.progress),
+        "scales": (straight.loss_scales[2:], resumed.loss_scales),
     }
 
 
@@ -81,9 +83,14 @@ def _assert_equal(expected: Any, found: Any) -> None:
 
 @pytest.mark.parametrize("layout", _RESUMED)
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(layout: str, tmp_path: Path) -> None:
-    parallel, world_size, bf16 = _RESUMED[layout]
+    parallel, world_size, precision = _RESUMED[layout]
     settings = RunSettings(
-        parallel=parallel, checkpoint=CheckpointConfig(), model=TINY_WITH_DROPOUT, bf16=bf16
+        parallel=parallel,
+        checkpoint=CheckpointConfig(),
+        model=TINY_WITH_DROPOUT,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        optimizer=replace(SCHEDULE, initial_loss_scale=2.0**12, loss_scale_window=3),
     )
     for result in run_distributed(_straight_and_resumed, world_size, str(tmp_path), settings):
         assert result["start"] == 2
@@ -95,6 +102,9 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(layout: str, tm
         _assert_equal(rng, resumed_rng)
         assert result["rates"][0] == result["rates"][1]
         assert result["progress"][0] == result["progress"][1]
+        # The third step ends the window that the checkpoint was in the middle of.
+        scales = [2.0**13] * 2 if precision == "fp16" else [None] * 2
+        assert result["scales"] == (scales, scales)
 
 
 def _train_and_save(folder: str, settings: RunSettings, steps: int) -> list[float]:

@@ -74,6 +74,15 @@ DIVISIONS = {
 }
 """Name -> processes, parallel layout, micro-batch size."""
 
+BY_MICRO_BATCH = {
+    **{f"DP1 micro-batch {size}": (1, "TP1", size) for size in (2, 4)},
+    "DP2 micro-batch 2": (2, "DP2", 2),
+    "TP2+SP micro-batch 4": (2, "TP2+SP", 4),
+    "PP2 interleaved micro-batch 4": (2, "PP2 interleaved", 4),
+    "CP2 micro-batch 4": (2, "CP2", 4),
+}
+"""Divisions with --no-calculate-per-token-loss, in which the division counts."""
+
 PARALLEL = LAYOUTS | {name: parallel for name, (parallel, _) in CONTEXT_LAYOUTS.items()}
 
 
@@ -83,6 +92,8 @@ class Found:
 
     loss: float
     grad_norm: float
+    norm_by_micro_batch: float | None
+    """Gradient norm with --no-calculate-per-token-loss; None where it is not measured."""
     layer_losses: dict[str, float]
     validation: float
 
@@ -140,7 +151,12 @@ def _measure(cases: dict[str, tuple[int, str, int]]) -> dict[tuple[str, str], Fo
             stepper = make_stepper(PARALLEL[layout], micro_batch_size, objective)
             validation = stepper.evaluate(lambda size=micro_batch_size: masked_batches(size), 2)["lm loss"]  # type: ignore[misc]
             step = stepper.train(masked_batches(micro_batch_size), 1)
-            found[name, objective] = Found(step.loss, step.grad_norm, step.layer_losses, validation)
+            norm = None
+            if objective == "clm" and name in BY_MICRO_BATCH:
+                stepper = make_stepper(PARALLEL[layout], micro_batch_size, objective)
+                stepper.per_token_loss = False
+                norm = stepper.train(masked_batches(micro_batch_size), 1).grad_norm
+            found[name, objective] = Found(step.loss, step.grad_norm, norm, step.layer_losses, validation)
     return found
 
 
@@ -164,14 +180,21 @@ def test_masked_tokens_leave_loss_and_gradient_norm_of_a_step_the_same_for_every
     assert found.validation == pytest.approx(wanted.validation, rel=1e-6)
 
 
-def _by_autograd() -> tuple[float, float]:
-    """Loss and gradient norm of the mean over all unmasked tokens, the whole global batch at once on the bare model."""
+def _by_autograd(parts: list[tuple[slice, slice]] | None = None) -> tuple[float, float]:
+    """Loss and gradient norm of the mean over all unmasked tokens, the whole global batch at once on the bare model.
+
+    With `parts` (rows and positions) of the mean over the parts of each one's mean.
+    """
     initialize(ParallelConfig(), seed=1)
     (model,) = build_model(MODEL, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1)
     batch = next(masked_batches(GLOBAL_BATCH_SIZE))
     logits = model(batch["tokens"], batch["position_ids"], None)
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    loss = losses[batch["loss_mask"].flatten() > 0].mean()
+    if parts is None:
+        loss = losses[batch["loss_mask"].flatten() > 0].mean()
+    else:
+        mask, by_row = batch["loss_mask"], losses.view_as(batch["loss_mask"]) * batch["loss_mask"]
+        loss = torch.stack([by_row[part].sum() / mask[part].sum().clamp(min=1) for part in parts]).mean()
     loss.backward()
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     return float(loss.detach()), float(torch.stack(norms).norm())
@@ -182,6 +205,24 @@ def test_a_step_s_loss_and_gradient_norm_are_those_of_the_mean_over_all_unmasked
     found = measured(1)["DP1 micro-batch 1", "clm"]
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("division", BY_MICRO_BATCH)
+def test_without_per_token_loss_a_step_s_gradient_is_that_of_the_mean_of_micro_batches_means(
+    division: str,
+) -> None:
+    processes, layout, size = BY_MICRO_BATCH[division]
+    rows = [slice(first, first + size) for first in range(0, GLOBAL_BATCH_SIZE, size)]
+    quarter = MODEL.seq_length // 4
+    places = [slice(None)]
+    parts = [(row, place) for row in rows for place in places]
+    if layout == "CP2":  # rank 0 has the first and the last quarter, rank 1 those in the middle
+        outer = torch.arange(MODEL.seq_length).roll(quarter)[: 2 * quarter]
+        parts = [(row, place) for row in rows for place in (outer, slice(quarter, 3 * quarter))]  # type: ignore[misc]
+    _, norm = run_single(_by_autograd, parts)
+    found = measured(processes)[division, "clm"]
+    assert found.norm_by_micro_batch == pytest.approx(norm, rel=1e-5)
+    assert found.norm_by_micro_batch != pytest.approx(found.grad_norm, rel=1e-2)
 
 
 def _nothing_counts() -> tuple[float, float, bool, float]:

@@ -172,3 +172,28 @@ def test_importing_the_engine_imports_no_compiler_and_its_functions_are_compiled
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer_imports_no_compiler_steps_as_with_one_and_can_be_compiled() -> None:
+    code = (
+        "import sys, megatron_ext, torch\n"
+        "def train(wrapper):\n"
+        "    weight = torch.nn.Parameter(torch.ones(3))\n"
+        "    optimizer = torch.optim.AdamW([weight], lr=0.5)\n"
+        "    for _ in range(3):\n"
+        "        optimizer.zero_grad()\n"
+        "        (weight**3).sum().backward()\n"
+        "        wrapper(optimizer.step)()\n"
+        "        optimizer.load_state_dict(optimizer.state_dict())\n"
+        "        assert torch.is_grad_enabled()\n"
+        "    return weight.tolist()\n"
+        "without = train(lambda step: step)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "import torch._dynamo\n"
+        "assert train(lambda step: step) == without\n"
+        "compiled = train(lambda step: torch.compile(step, backend='eager'))\n"
+        "assert torch.allclose(torch.tensor(compiled), torch.tensor(without), rtol=1e-4)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -82,6 +82,21 @@ def test_a_run_is_told_the_flags_of_the_datasets_tokenizer(prefix: Any) -> None:
     assert str(error.value).endswith(f"; {again}")
 
 
+def test_a_run_is_told_the_further_flags_of_the_datasets_tokenizer(prefix: Any) -> None:
+    made_with = {
+        "class": "LegacySentencePieceTokenizer",
+        "fingerprint": "made",
+        "flags": "--legacy-tokenizer",
+    }
+    write_manifest(prefix, tool="t", tokenizer=made_with, inputs=[])
+    with pytest.raises(
+        ValueError, match="made with the tokenizer LegacySentencePieceTokenizer, --legacy-tokenizer"
+    ):
+        check_dataset(prefix, "other")
+    with pytest.raises(ValueError, match="--tokenizer-type SentencePieceTokenizer .* --legacy-tokenizer"):
+        check_dataset(prefix, ByteLevelTokenizer())
+
+
 def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
     write_dataset(prefix, [[[1, 2]]])

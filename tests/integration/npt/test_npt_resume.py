@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_ext.npt.weights.npt_resume import stored_run
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.warm_python.warm_server import warm_variables
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
@@ -207,7 +207,7 @@ def test_the_resume_script_needs_a_checkpoint_only_and_flags_win(tmp_path: Path)
             "constant",
         ],
         cwd=tmp_path,
-        env={**environment, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env={**environment, **warm_variables(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES
+from megatron_ext.testing.warm_python.warm_server import warm_variables
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "data" / "main_job.sh"
 
@@ -19,7 +19,7 @@ def test_the_main_job_makes_verifies_and_trains_on_data_of_every_strategy(tmp_pa
         "TRAIN_ITERS": "2",
     }
     mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment = {**mine, **sizes, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**mine, **sizes, **warm_variables(), "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         ["bash", str(SCRIPT), "--device-peak-tflops", "1", "--num-workers", "0"],
         env=environment,

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_ext.testing.warm_python.warm_server import warm_variables
+
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
 LARGE = str(EXAMPLES / "gpt_per_layer" / "train_gpt_per_layer_embedding.sh")
@@ -34,9 +36,10 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def bash(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs an example; its Python commands and the ranks of its launchers start as forks."""
     return subprocess.run(
         ["bash", *arguments],
-        env=environment(**changes),
+        env=environment(**{**warm_variables(), **changes}),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -114,6 +114,28 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
         "--train-samples 9: must be at least 10, the global",
     ),
+    (1, {"grad_reduce_in_bf16": True}, "--grad-reduce-in-bf16: has no effect; it requires --bf16"),
+    (1, {"hysteresis": 3}, "--hysteresis 3: has no effect; it requires --fp16"),
+    (
+        1,
+        {"fp16": True, "loss_scale": 128.0, "loss_scale_window": 9},
+        "--loss-scale-window 9: has no effect with --loss-scale 128, which fixes it",
+    ),
+    (
+        2,
+        {"step_batch_size_schedule": ("0:2", "9samples:3", "19samples:4")},
+        "--step-batch-size-schedule 0:2 9samples:3 19samples:4: size 3 must be divisible by 2 (--micro-batch-size x",
+    ),
+    (
+        2,
+        {"global_batch_size": 8, "rampup_batch_size": (2, 3, 9)},
+        "--rampup-batch-size 2 3 9: INCREMENT must be divisible by 2 (--micro-batch-size x data-parallel size)",
+    ),
+    (
+        2,
+        {PP: 2, VP: 1, "global_batch_size": 8, "rampup_batch_size": (5, 1, 9)},
+        "--rampup-batch-size 5 1 9: START must be divisible by 2 (--micro-batch-size x data-parallel size x",
+    ),
     (
         1,
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11},

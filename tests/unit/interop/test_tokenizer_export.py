@@ -9,6 +9,7 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,13 @@ MADE: dict[str, Callable[[Path], TokenizerConfig]] = {
     "unigram with unknown letters": _sentencepiece("SentencePieceTokenizer", model_type="unigram"),
     "TikTokenizer": _tiktoken,
     "ByteLevelTokenizer": lambda folder: TokenizerConfig(tokenizer_type="ByteLevelTokenizer"),
+    "added special tokens": lambda folder: replace(
+        _hugging_face(folder), tokenizer_special_tokens=("<|im_end|>", "漢字", "<new>")
+    ),
+    "legacy GPT2BPETokenizer": lambda folder: replace(_byte_level_bpe(folder), legacy_tokenizer=True),
+    "legacy TikTokenizer, v1": lambda folder: replace(
+        _tiktoken(folder), legacy_tokenizer=True, tiktoken_pattern="v1", tiktoken_num_special_tokens=5
+    ),
 }
 
 

@@ -120,6 +120,17 @@ def test_the_layout_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert "one step = 1536 sequences of 2048 tokens; 192 micro-batches of 1 per data-parallel rank" in text
 
 
+def test_a_ramp_of_the_batch_size_shortens_the_run_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = replace(TRAINED, train_iters=None, train_samples=1536 * 1000, rampup_batch_size=(768, 768, 7680))
+    text = dry_run(monkeypatch, training=ramp)
+    assert "the first 10 steps have 768 to 1536 sequences, in 2 sizes" in text
+    plain = dry_run(monkeypatch)
+    (step,), (plain_step,) = rows(text, "model (basis of MFU)"), rows(plain, "model (basis of MFU)")
+    assert (
+        step == plain_step
+    )  # 7680 samples in smaller steps, and the same number of samples in the whole run
+
+
 def test_flops_of_a_step_are_those_of_the_published_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     text = dry_run(monkeypatch)
     tokens, layers, hidden, vocab, sequence = 1536 * 2048, 96, 12288, 51200, 2048
@@ -143,6 +154,28 @@ def test_memory_is_listed_for_every_stage_that_differs(monkeypatch: pytest.Monke
     assert gib[4] == pytest.approx(sum(gib[:4]), abs=0.02)
     assert float(first[6].split()[0]) > gib[4]
     assert float(last[6].split()[0]) > gib[4]
+
+
+@pytest.mark.parametrize(
+    ("training", "parallel", "ratio"),
+    [
+        ({"bf16": True}, {}, 2.0),
+        ({"bf16": True}, {"grad_reduce_in_bf16": True}, 1.0),
+        ({"fp16": True}, {}, 1.0),
+        ({"fp16": True}, {"accumulate_allreduce_grads_in_fp32": True}, 2.0),
+        ({}, {}, 1.0),
+    ],
+)
+def test_gradients_take_the_bytes_of_the_precision_they_are_summed_in(
+    training: dict[str, Any], parallel: dict[str, Any], ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = dry_run(
+        monkeypatch,
+        training=TrainingConfig(global_batch_size=8, train_iters=1, **training),
+        parallel=replace(LAYOUT, **parallel),
+    )
+    ((_, _, weights, gradients, *_),) = rows(text, "1-14")
+    assert float(gradients.split()[0]) / float(weights.split()[0]) == pytest.approx(ratio, rel=0.01)
 
 
 def test_the_number_of_processes_is_the_flag_the_environment_or_one_model_copy(

@@ -215,3 +215,55 @@ def _evaluated() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list
     before = snapshot(chunks, stepper)
     losses = [stepper.evaluate(lambda: synthetic_batches(MODEL.seq_length), 2)["lm loss"] for _ in range(2)]
     return before, snapshot(chunks, stepper), losses
+
+
+def test_a_decoupled_rate_moves_the_embedding_and_the_output_layer_and_lr_all_others() -> None:
+    for name, change in run_single(_first_moves).items():
+        rate = 7e-3 if name in ("embedding.word_embeddings.weight", "output_layer.weight") else 1e-3
+        assert change.max() == pytest.approx(rate, rel=1e-3), name
+
+
+def _first_moves() -> dict[str, torch.Tensor]:
+    """How far Adam's first step moves each parameter: by the rate, wherever the gradient is much larger than epsilon.
+
+    The rates fall from 1e-1 and 7e-1 by a linear decay, of which the first step has 99 hundredths behind it.
+    """
+    initialize(ParallelConfig(), seed=1)
+    model = replace(MODEL, untie_embeddings_and_output_weights=True)
+    (chunk,) = chunks = build_model(model, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1)
+    wrapped = wrap_model(chunks, ParallelConfig(), bf16=False)
+    settings = OptimizerSettings(lr=1e-1, decoupled_lr=7e-1, weight_decay=0.0)
+    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], bf16=False)
+    scheduler = build_scheduler(settings, TrainingConfig(train_iters=100), optimizer, 4)
+    scheduler.step(increment=99 * 4)
+    stepper = Stepper(
+        wrapped, [], optimizer, scheduler, global_batch_size=4, micro_batch_size=1, clip_grad=0.0
+    )
+    start = {name: p.detach().clone() for name, p in chunk.named_parameters()}
+    assert stepper.train(synthetic_batches(model.seq_length), 1).learning_rate == pytest.approx(1e-3)
+    return {name: (p.detach() - start[name]).abs() for name, p in chunk.named_parameters()}
+
+
+@pytest.mark.parametrize(("level", "calls"), [(0, []), (1, [0]), (2, [0, 1])])
+def test_unused_memory_is_given_back_before_the_update_and_after_it_as_the_level_says(
+    level: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_single(_emptied, level, monkeypatch) == calls
+
+
+def _emptied(level: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each call in one step that empties the cache, how many updates were done before it."""
+    _, stepper = make_stepper(ParallelConfig())
+    stepper.empty_memory_level = level
+    found: list[int] = []
+
+    def updates() -> int:
+        counts = [
+            state.get("step", 0) for state in stepper.optimizer.chained_optimizers[0].optimizer.state.values()
+        ]
+        return int(max(counts, default=0))
+
+    # A CPU has no such cache: what can be observed is when it would be emptied.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(updates()))
+    stepper.train(synthetic_batches(MODEL.seq_length), 1)
+    return found

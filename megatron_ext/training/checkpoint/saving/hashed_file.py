@@ -43,6 +43,12 @@ class HashedFile(io.FileIO):
                 block = block[super().write(block) :]
         return len(view)
 
+    def flush(self) -> None:
+        # torch's wrapper of the file flushes once more when it is collected, which may be after the file is closed;
+        # Python 3.13 prints the error.
+        if not self.closed:
+            super().flush()
+
     def digest(self) -> dict[str, Any]:
         """Returns the sha256 and the size of what has been written, as the manifest lists them."""
         return {"sha256": self._sha.hexdigest(), "size": self._size}

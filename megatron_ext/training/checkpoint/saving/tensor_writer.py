@@ -10,7 +10,7 @@ import io
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ from megatron_ext.training.checkpoint.saving.hashed_file import HashedFile
 
 Digests = dict[str, dict[str, Any]]
 """Maps the names of files to their sha256 and size, as the manifest lists them."""
+
+
+Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Returns the tensor with a global name, at an offset in the global tensor."""
 
 
 class HostCopies:
@@ -57,13 +61,20 @@ class HostCopies:
 class TensorWriter:
     """Writes this rank's tensors of one checkpoint."""
 
-    def __init__(self, state: ShardedStateDict, folder: Path, copies: HostCopies | None = None) -> None:
+    def __init__(
+        self,
+        state: ShardedStateDict,
+        folder: Path,
+        copies: HostCopies | None = None,
+        read: Read | None = None,
+    ) -> None:
         """Plans the files, and writes the small ones. Collective.
 
         Args:
             state: the sharded state dict of model and optimizer.
             folder: the checkpoint's directory.
             copies: if given, the tensors are copied there, and `write` writes the copies.
+            read: if given, the tensors of `state` are on the meta device, and `write` reads each when it writes it.
 
         Raises:
             OSError: some rank could not write; raised on every rank.
@@ -71,7 +82,7 @@ class TensorWriter:
         self.cancelled = threading.Event()
         """Once it is set, `write` stops in another thread."""
 
-        self._writer = _Writer(folder, self.cancelled, copies)
+        self._writer = _Writer(folder, self.cancelled, copies, read)
         sharded, common = save_preprocess(state)
         groups: dict[str, list[Any]] = defaultdict(list)
         for shard in nested_values(sharded):
@@ -119,8 +130,13 @@ class TensorWriter:
         return self._writer.metadata_digest()
 
 
-def write(state: ShardedStateDict, folder: Path) -> Digests:
+def write(state: ShardedStateDict, folder: Path, read: Read | None = None) -> Digests:
     """Writes all tensors of a sharded state dict, in a process group of size 1.
+
+    Args:
+        state: the sharded state dict.
+        folder: the checkpoint's directory.
+        read: as in `TensorWriter`.
 
     Returns:
         The digests of the files, except for the small `common.pt` and `metadata.json`.
@@ -128,7 +144,7 @@ def write(state: ShardedStateDict, folder: Path) -> Digests:
     Raises:
         OSError: a file could not be written.
     """
-    writer = TensorWriter(state, folder)
+    writer = TensorWriter(state, folder, read=read)
     digests = writer.write()
     writer.gather()
     return {**digests, **writer.write_metadata()}
@@ -159,22 +175,36 @@ class _Copied:
         return self._data[item.index]
 
 
+class _Reading:
+    """Stands for a planner in `write_data`; reads a tensor when it is asked for."""
+
+    def __init__(self, planner: SavePlanner, read: Read) -> None:
+        self._planner, self._read = planner, read
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        if item.type == WriteItemType.BYTE_IO:
+            return self._planner.resolve_data(item)
+        return self._read(item.index.fqn, tuple(item.index.offset or ()))
+
+
 class _Writer(torch_checkpoint.FileSystemWriter):
     """torch's writer in the steps of megatron-core's: plan, copy, write, finish."""
 
-    def __init__(self, folder: Path, cancelled: threading.Event, copies: HostCopies | None) -> None:
+    def __init__(
+        self, folder: Path, cancelled: threading.Event, copies: HostCopies | None, read: Read | None
+    ) -> None:
         # Copies are in host memory already; with a limit, torch would wait for the GPU every few megabytes.
         ahead = 10_000_000 if copies is None else 0
         super().__init__(folder, thread_count=1, per_thread_copy_ahead=ahead)
         self.fs: _HashedFiles = _HashedFiles(cancelled)
         self.results: list[Any] = []
-        self._copies = copies
+        self._copies, self._read = copies, read
         self._work: tuple[SavePlan, Any] | None = None
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Keeps the plan; copies the tensors, if they are to be written while training changes them."""
         if self._copies is None:
-            self._work = plan, planner
+            self._work = plan, planner if self._read is None else _Reading(planner, self._read)
             return
         data: dict[Any, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
         for item in plan.items:

@@ -1,0 +1,79 @@
+"""Takes Megatron-LM's own flags out of a command line, so that its launch scripts run here as they are.
+
+A flag without effect is left out and reported, a renamed one is replaced, and one that cannot be followed is an error.
+Flags of ours are not touched, except for values that only Megatron-LM has (`--attention-backend fused`).
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_ext.config.command_line.argument_words import by_flag, check_end
+from megatron_ext.config.command_line.flag_table import Flag, with_dashes
+from megatron_ext.config.megatron_lm.ignored_flags import IGNORED, Ignored
+from megatron_ext.config.megatron_lm.megatron_flags import RENAMED, why_refused
+
+
+@dataclasses.dataclass
+class SortedWords:
+    """The words of a command line after Megatron-LM's flags were taken out."""
+
+    arguments: list[str] = dataclasses.field(default_factory=list)
+    """The remaining words, all of them flags of ours or unknown ones."""
+
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    """Flags without effect, with their values."""
+
+    refused: list[str] = dataclasses.field(default_factory=list)
+    """Flags that cannot be followed, with their values, each with what to do instead."""
+
+
+def sort_megatron_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> SortedWords:
+    """Takes out Megatron-LM's flags.
+
+    Args:
+        arguments: the words of the command line.
+        flags: the flags of ours.
+
+    Raises:
+        ValueError: the first word is not a flag, or a flag without effect has too few or too many values.
+    """
+    flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
+    found = SortedWords()
+    for spelled, words in by_flag(arguments):
+        name = with_dashes(spelled)
+        own, ignored = flag_of.get(name), IGNORED.get(name)
+        given = " ".join((spelled, *words))
+        if own is not None and not (ignored and words and set(words) <= {*ignored.harmless} - {*own.choices}):
+            found.arguments += [spelled, *words]
+        elif name in RENAMED:
+            found.arguments += [*RENAMED[name], *words]
+        elif ignored is not None:
+            _check_count(ignored, spelled, words)
+            if ignored.allows(words):
+                found.ignored.append(given)
+            else:
+                found.refused.append(f"{given} ({ignored.limits})")
+        elif (why := why_refused(name)) is not None:
+            found.refused.append(f"{given} ({why})")
+        else:
+            found.arguments += [spelled, *words]
+    return found
+
+
+def _check_count(ignored: Ignored, spelled: str, words: Sequence[str]) -> None:
+    if ignored.takes != "values":
+        check_end(spelled, words, 0 if ignored.takes == "nothing" else 1)
+    if ignored.takes != "nothing" and not words:
+        raise ValueError(f"{spelled}: requires a value")
+
+
+def report_ignored(ignored: Sequence[str]) -> None:
+    """Names the flags without effect in one line on the first process's standard error, if there are any."""
+    if ignored and int(os.environ.get("RANK") or 0) == 0:
+        print(
+            f"flags of Megatron-LM without effect here: {', '.join(ignored)} (docs/megatron_lm_flags.md says why)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,38 @@
+"""`--mock-data`: megatron-core's made-up documents, which need no files and are the same in every run.
+
+A document counts upwards from token 1 and ends with the end-of-document token; its length is random, with a fixed seed.
+"""
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.index_cache import silence_mcore
+from megatron_ext.data.tokenizers import Tokenizer
+
+
+def build_mock_datasets(
+    data: DataConfig, *, seq_length: int, seed: int, num_samples: tuple[int, int, int], tokenizer: Tokenizer
+) -> tuple[MockGPTDataset | None, MockGPTDataset | None, MockGPTDataset | None]:
+    """Builds the training, validation and test sets, each from a third of the documents.
+
+    The arguments are those of `gpt_dataset.build_datasets`; the result is None for a set with 0 samples.
+    """
+    silence_mcore()
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        tokenizer=tokenizer,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,
+    )
+    assert config.mock and config.split_matrix is not None  # because it has no blend
+    config.split_matrix = [
+        bounds if wanted else None for bounds, wanted in zip(config.split_matrix, num_samples, strict=True)
+    ]
+    train, valid, test = BlendedMegatronDatasetBuilder(
+        MockGPTDataset, list(num_samples), lambda: True, config
+    ).build()
+    return train, valid, test

@@ -1,0 +1,107 @@
+"""Reads how far a Megatron-LM run has come: steps, samples, Adam's step count and the learning-rate schedule."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
+
+SCHEDULE_ARGUMENTS = (
+    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_warmup_init", "lr_warmup_iters",
+    "lr_warmup_samples", "lr_warmup_fraction", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
+    "train_iters", "train_samples", "global_batch_size", "micro_batch_size", "weight_decay", "start_weight_decay",
+    "end_weight_decay", "weight_decay_incr_style",
+)  # fmt: skip
+"""Arguments on which the schedule depends; a resumed run's error names them with both values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronProgress:
+    """What a run needs, beside tensors, to continue a Megatron-LM run."""
+
+    progress: TrainingProgress
+    optimizer_step: int
+    """Number of updates that Adam has made."""
+
+    scheduler: dict[str, Any]
+    """State of the schedule, as `scheduler_state.scheduler_state_of` returns it."""
+
+    arguments: dict[str, Any]
+    """`SCHEDULE_ARGUMENTS` of the run."""
+
+
+def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], source: str) -> MegatronProgress:
+    """Reads the progress from a checkpoint's common part.
+
+    Args:
+        common: content of `common.pt`.
+        arguments: the arguments in it, by name.
+        source: path of the file, for error messages.
+
+    Raises:
+        ValueError: something is missing, or the optimizer is not Adam.
+    """
+    kind = arguments.get("optimizer", "adam")
+    if kind != "adam":
+        raise ValueError(
+            f"{source}: --optimizer {kind}: only Adam's state can be imported; leave out --with-optimizer"
+        )
+    steps = set(_steps(common.get("optimizer")))
+    schedule = common.get("opt_param_scheduler")
+    if len(steps) != 1 or not isinstance(schedule, dict):
+        what = "a step count of Adam" if isinstance(schedule, dict) else "a learning-rate schedule"
+        raise ValueError(f"{source}: has no (single) {what}; import without --with-optimizer")
+    iteration = common.get("iteration")
+    if not isinstance(iteration, int):
+        raise ValueError(f"{source}: has no iteration; import without --with-optimizer")
+    progress = TrainingProgress(
+        iteration=iteration, consumed_samples=int(arguments.get("consumed_train_samples") or 0)
+    )
+    return MegatronProgress(
+        progress=progress,
+        optimizer_step=steps.pop(),
+        scheduler=_scheduler(schedule, common.get("optimizer"), arguments),
+        arguments={name: arguments.get(name) for name in SCHEDULE_ARGUMENTS},
+    )
+
+
+def _groups(state: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields the parameter groups in an optimizer's state."""
+    if not isinstance(state, dict):
+        return
+    for name, value in state.items():
+        if name == "param_groups":
+            yield from value
+        else:
+            yield from _groups(value)
+
+
+def _steps(state: Any) -> Iterator[int]:
+    """Yields Adam's step counts: one for all parameters (torch's Adam), or one per group."""
+    for group in _groups(state):
+        if group.get("step") is not None:
+            yield int(group["step"])
+    yield from _common_steps(state)
+
+
+def _common_steps(state: Any) -> Iterator[int]:
+    if isinstance(state, dict):
+        for name, value in state.items():
+            if name == "common_step":
+                yield int(value)
+            else:
+                yield from _common_steps(value)
+
+
+def _scheduler(schedule: Mapping[str, Any], optimizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    decay = arguments.get("lr_wsd_decay_samples")
+    if decay is None and arguments.get("lr_wsd_decay_iters") is not None:
+        decay = arguments["lr_wsd_decay_iters"] * arguments["global_batch_size"]
+    shape = {
+        "init_lr": arguments.get("lr_warmup_init") or 0.0,
+        **{name: value for name, value in schedule.items() if name != "num_steps"},
+        "wsd_decay_steps": decay,
+        "lr_wsd_decay_style": arguments.get("lr_wsd_decay_style") or "exponential",  # the default
+    }
+    rates = [{name: group.get(name) for name in ("max_lr", "min_lr")} for group in _groups(optimizer)]
+    return {"num_steps": schedule["num_steps"], "shape": shape, "groups": rates}

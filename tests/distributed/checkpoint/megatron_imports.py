@@ -1,0 +1,79 @@
+"""Imports a Megatron-LM checkpoint in a process group of its own, and runs the imported model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.serialize import group_in
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.interop.megatron.megatron_import import MegatronModel, import_megatron
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_single import clean_process, run_single
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from tests.distributed.checkpoint.megatron_checkpoints import LENGTH, STEPS, Case, Run, token_ids
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that starts and ends a process group of its own."""
+    with clean_process():
+        return function(*args)
+
+
+def written(case: Case, folder: Path, sharding: str | None = None) -> tuple[torch.Tensor, list[float]]:
+    """Trains a case, saves it, and returns its logits and the losses of the two steps after the save."""
+
+    def run() -> tuple[torch.Tensor, list[float]]:
+        trained = Run(case, ParallelConfig(use_distributed_optimizer=sharding is not None), sharding)
+        trained.train(STEPS)
+        trained.save(folder, STEPS)
+        logits = trained.logits()
+        trained.chunks[0].train()
+        return logits, trained.train(2)
+
+    result: tuple[torch.Tensor, list[float]] = run_single(run)
+    return result
+
+
+def imported(source: Path, save: Path, **options: Any) -> MegatronModel:
+    """Imports a checkpoint."""
+    found: MegatronModel = alone(lambda: import_megatron(source, save, **options))
+    return found
+
+
+def our_logits(save: Path) -> torch.Tensor:
+    """Returns the logits of an imported checkpoint for `token_ids`."""
+
+    def run() -> torch.Tensor:
+        model, tokens = load_model(str(save), {}).model.eval(), token_ids()
+        with torch.no_grad():
+            logits: torch.Tensor = model(tokens, torch.arange(LENGTH).expand_as(tokens), None).float()
+        return logits
+
+    result: torch.Tensor = alone(run)
+    return result
+
+
+def our_losses(save: Path, bf16: bool) -> list[float]:
+    """Resumes an imported run after `STEPS` steps, and returns the losses of two more."""
+    stored = read_run_config(str(save))
+    settings = RunSettings(
+        parallel=ParallelConfig(),
+        checkpoint=CheckpointConfig(load=str(save)),
+        model=group_in(ModelConfig, stored, "model"),
+        bf16=bf16,
+        vocab_size=stored["vocab_size"],
+        tokenizer=stored["tokenizer_fingerprint"],
+    )
+
+    def run() -> list[float]:
+        resumed = TinyRun(settings)
+        assert resumed.progress.iteration == STEPS
+        return resumed.train(2)
+
+    losses: list[float] = run_single(run)
+    return losses
