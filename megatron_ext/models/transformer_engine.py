@@ -72,26 +72,6 @@ def note_without_te(model: ModelConfig) -> str | None:
     return f"linear layers: megatron-core's ({transformer_engine_problem()})"
 
 
-def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """Returns a line for a rehearsal: what is fused without Transformer Engine, and what it would fuse as well."""
-    attention = {"sdpa": ["attention"]}.get(model.attention_backend, [])
-    by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
-    own = [
-        *attention,
-        "norms",
-        *(["cross-entropy"] if by_engine else []),
-        "bias + dropout + residual",
-        "AdamW",
-    ]
-    line = f"fused kernels: {', '.join(own)}"
-    if model.transformer_impl == "local":
-        return line
-    more = ["norms with the linear layers after them"]
-    more += ["rotary embedding"] if model.position_embedding_type == "rope" else []
-    more += ["SwiGLU"] if model.swiglu else []
-    return f"{line}; also {', '.join(more)} where Transformer Engine is installed, which is not rehearsed"
-
-
 def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's `model` section, without Transformer Engine if it cannot be used on this machine.
 

@@ -16,7 +16,7 @@ from megatron_ext.platform import run_phases
 from megatron_ext.rehearsal.recording.activity import Activity
 from megatron_ext.rehearsal.recording.recorder import Recorder
 from megatron_ext.rehearsal.rehearse import DOES_NOT_FIT
-from megatron_ext.rehearsal.report import Rehearsal, fits, print_report
+from megatron_ext.rehearsal.report import Rehearsal, fits, fused_kernels, print_report
 from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_kernels
 from megatron_ext.rehearsal.simulated.devices import Device, device_named
 
@@ -53,9 +53,6 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
     run_phases.observer = None
     if code:
         return code
-    # Imported late: it imports the engine, which must find the simulated device.
-    from megatron_ext.models.transformer_engine import fused_kernels
-
     rehearsal = Rehearsal(
         rank=int(os.environ["RANK"]),
         processes=int(os.environ["WORLD_SIZE"]),

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.platform.run_phases import (
@@ -100,6 +101,26 @@ class Rehearsal:
     def time(self) -> StepTime:
         """The estimated time of a step."""
         return step_time(self.recorder, self.device, self.step, self.bubble)
+
+
+def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """Returns a line for a rehearsal: what is fused without Transformer Engine, and what it would fuse as well."""
+    attention = {"sdpa": ["attention"]}.get(model.attention_backend, [])
+    by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
+    own = [
+        *attention,
+        "norms",
+        *(["cross-entropy"] if by_engine else []),
+        "bias + dropout + residual",
+        "AdamW",
+    ]
+    line = f"fused kernels: {', '.join(own)}"
+    if model.transformer_impl == "local":
+        return line
+    more = ["norms with the linear layers after them"]
+    more += ["rotary embedding"] if model.position_embedding_type == "rope" else []
+    more += ["SwiGLU"] if model.swiglu else []
+    return f"{line}; also {', '.join(more)} where Transformer Engine is installed, which is not rehearsed"
 
 
 def print_report(rehearsal: Rehearsal) -> None:
