@@ -98,6 +98,7 @@ class Loop:
         sequence_length: int,
         flops_per_token: Callable[[int], float],
         after_last_step: Callable[[TrainingProgress], None] = lambda progress: None,
+        before_step: Callable[[int], None] = lambda iteration: None,
     ) -> None:
         """Args:
         training: when the run evaluates and ends.
@@ -110,6 +111,7 @@ class Loop:
         flops_per_token: called with a step's number after the step has run; returns the step's model FLOPs per token
             (forward and backward, model families included), for throughput and MFU.
         after_last_step: called when the last step is done, before the final evaluation.
+        before_step: called with the number of each step before the step begins.
         """
         self.training = training
         self.checkpoint = checkpoint
@@ -120,6 +122,7 @@ class Loop:
         self.sequence_length = sequence_length
         self.flops_per_token = flops_per_token
         self._after_last_step = after_last_step
+        self._before_step = before_step
         self._has_noted_clipping = False
         self._saving: _Saving | None = None
         self.batch_sizes = training.batch_sizes(stepper.global_batch_size)
@@ -212,6 +215,7 @@ class Loop:
     ) -> _Step:
         iteration = progress.iteration + 1
         rank_progress.reach(iteration)
+        self._before_step(iteration)
         started = time.perf_counter()
         batch_size = self.batch_sizes.at(progress.consumed_samples)
         read = self.stepper.start(batches, iteration, shared, batch_size=batch_size)
@@ -311,6 +315,7 @@ class Loop:
             skipped=result.skipped,
             params_norm=result.params_norm,
             loss_scale=result.loss_scale,
+            num_zeros=result.num_zeros,
         )
 
     def _reason_to_stop(self, progress: TrainingProgress) -> tuple[str | None, int]:

@@ -47,6 +47,7 @@ from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.family_costs import run_cost
+from megatron_ext.training.logging.profiling import profiling
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.loop import EXIT_OK, Loop
 from megatron_ext.training.planned_memory import check_memory
@@ -194,7 +195,10 @@ def train(
     data = options.data or build_data(config, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(config.checkpoint, run_config, progress)
-    with _build_reporter(config, families, progress, global_batch_size) as reporter:
+    with (
+        _build_reporter(config, families, progress, global_batch_size) as reporter,
+        profiling(config.logging, reporter.message) as before_step,
+    ):
         loop = Loop(
             training,
             config.checkpoint,
@@ -205,6 +209,7 @@ def train(
             sequence_length=config.model.seq_length,
             flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
             after_last_step=partial(options.after_last_step, chunks),
+            before_step=before_step,
         )
         if training.skip_train:
             return loop.evaluate_only(progress)
@@ -266,7 +271,9 @@ def _build_stepper(
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+        log_num_zeros_in_grad=config.logging.log_num_zeros_in_grad,
         per_token_loss=training.calculate_per_token_loss,
+        empty_memory_level=training.empty_unused_memory_level,
     )
 
 

@@ -41,6 +41,11 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
     logging = replace(
         config.logging,
         tensorboard_dir=None,
+        profile=False,
+        profile_ranks=None,
+        use_pytorch_profiler=False,
+        pytorch_profiler_collect_shapes=False,
+        pytorch_profiler_collect_callstack=False,
         wandb_project=None,
         wandb_exp_name=None,
         wandb_tags=None,

@@ -73,7 +73,7 @@ def report_ignored(ignored: Sequence[str]) -> None:
     """Names the flags without effect in one line on the first process's standard error, if there are any."""
     if ignored and int(os.environ.get("RANK") or 0) == 0:
         print(
-            f"flags of Megatron-LM without effect here: {', '.join(ignored)} (docs/megatron_lm.md says why)",
+            f"flags of Megatron-LM without effect here: {', '.join(ignored)} (docs/megatron_lm_flags.md says why)",
             file=sys.stderr,
             flush=True,
         )

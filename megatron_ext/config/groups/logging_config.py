@@ -36,6 +36,9 @@ class LoggingConfig:
     log_params_norm: bool = False
     """Compute and log the L2 norm of all parameters together."""
 
+    log_num_zeros_in_grad: bool = False
+    """Compute and log the number of elements of the gradient that are zero."""
+
     log_throughput: bool = True
     """Log tokens per second and model FLOPs utilization (MFU)."""
 
@@ -48,7 +51,30 @@ class LoggingConfig:
     device_peak_tflops: float | None = None
     """Peak TFLOP/s of the device, used to compute MFU. Default: from a table of known GPUs, else measured briefly."""
 
+    profile: bool = False
+    """Profile the steps from --profile-step-start to before --profile-step-end: mark them for NVIDIA's profiler, under
+    which the run must have been started, or record them with --use-pytorch-profiler."""
+
+    profile_step_start: int = 10
+    """With --profile: first step to profile."""
+
+    profile_step_end: int = 12
+    """With --profile: step before which profiling ends."""
+
+    profile_ranks: tuple[int, ...] | None = None
+    """With --profile: ranks to profile. Default: all."""
+
+    use_pytorch_profiler: bool = False
+    """With --profile: record with torch's profiler, which writes each rank's trace to --tensorboard-dir."""
+
+    pytorch_profiler_collect_shapes: bool = False
+    """With --use-pytorch-profiler: also record the shapes of the operations' inputs."""
+
+    pytorch_profiler_collect_callstack: bool = False
+    """With --use-pytorch-profiler: also record the lines of Python that called the operations."""
+
     def __post_init__(self) -> None:
+        self._check_profile()
         check_at_least(self, 1, "log_interval", "tensorboard_log_interval")
         check_positive(self, "device_peak_tflops")
         for name in ("wandb_exp_name", "wandb_tags", "wandb_save_dir"):
@@ -56,3 +82,25 @@ class LoggingConfig:
             if value is not None and self.wandb_project is None:
                 text = " ".join(value) if isinstance(value, tuple) else value
                 raise ValueError(f"{flag_name(name)} {text}: requires --wandb-project")
+
+    def _check_profile(self) -> None:
+        first, end = self.profile_step_start, self.profile_step_end
+        check_at_least(self, 1, "profile_step_start")
+        if min(self.profile_ranks or (), default=0) < 0:
+            raise ValueError(
+                f"--profile-ranks {' '.join(map(str, self.profile_ranks or ()))}: must be at least 0"
+            )
+        if self.profile and end <= first:
+            raise ValueError(f"--profile-step-end {end}: must be above --profile-step-start {first}")
+        if self.profile and self.use_pytorch_profiler and self.tensorboard_dir is None:
+            raise ValueError("--use-pytorch-profiler: requires --tensorboard-dir, where it writes its traces")
+        needed = {
+            "use_pytorch_profiler": self.profile,
+            "profile_ranks": self.profile,
+            "pytorch_profiler_collect_shapes": self.profile and self.use_pytorch_profiler,
+            "pytorch_profiler_collect_callstack": self.profile and self.use_pytorch_profiler,
+        }
+        for name, holds in needed.items():
+            if getattr(self, name) and not holds:
+                flags = "--profile" + (" --use-pytorch-profiler" if "collect" in name else "")
+                raise ValueError(f"{flag_name(name)}: has no effect; it requires {flags}")

@@ -33,8 +33,9 @@ class OptimizerSettings:
     decoupled_min_lr: float | None = None
     """With --decoupled-lr: its value at the end of the decay. Default: --min-lr."""
 
-    lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = "linear"
-    """Shape of the decay after the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
+    lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay after the warm-up. inverse-square-root is 1 / sqrt(steps), scaled to the peak at the end of
+    the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
 
     lr_decay_iters: int | None = None
     """Optimizer steps over which the learning rate decays. Default: the whole run."""

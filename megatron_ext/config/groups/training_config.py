@@ -83,6 +83,10 @@ class TrainingConfig:
     manual_gc_interval: int = 0
     """With --manual-gc: steps between two collections; 0 never collects during training."""
 
+    empty_unused_memory_level: int = 0
+    """Give cached but unused memory back to the GPU in every step before the update (1), or also after it (2); 0 keeps
+    it. It is slow, and helps only where memory is fragmented."""
+
     skip_train: bool = False
     """Evaluate without training, then exit."""
 
@@ -96,6 +100,8 @@ class TrainingConfig:
         check_at_least(self, 1, "max_consecutive_nan_steps")
         # A run of 0 steps only prepares a model, where a script offers that; `check_has_steps` refuses it elsewhere.
         check_at_least(self, 0, "train_iters", "eval_iters", "seed", "manual_gc_interval")
+        check_at_least(self, 0, "empty_unused_memory_level")
+        check_at_most(self, 2, "empty_unused_memory_level")
         if self.manual_gc_interval and not self.manual_gc:
             raise ValueError(f"--manual-gc-interval {self.manual_gc_interval}: requires --manual-gc")
         check_at_most(self, 2**32 - 1, "seed")  # numpy accepts no larger seed

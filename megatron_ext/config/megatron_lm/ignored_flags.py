@@ -62,9 +62,7 @@ IGNORED = {
         "every backend computes the same attention", "auto", "flash", "fused", "unfused"
     ),
     "--attention-softmax-in-fp32": Ignored("attention weights are computed in fp32 anyway"),
-    "--apply-query-key-layer-scaling": Ignored(
-        "attention weights are computed in fp32, which cannot overflow"
-    ),
+    "--apply-query-key-layer-scaling": Ignored("attention scores are summed in fp32, which cannot overflow"),
     "--no-query-key-layer-scaling": Ignored("attention scores are summed in fp32, which cannot overflow"),
     "--apply-layernorm-1p": Ignored(
         "a norm's weight begins at 1 and has no weight decay, which trains alike"
@@ -81,7 +79,6 @@ IGNORED = {
     "--use-flash-attn": _KERNELS,
     "--flash-attention-version": _one(_KERNELS.reason),
     "--no-masked-softmax-fusion": _KERNELS,
-    "--no-bias-gelu-fusion": _KERNELS,
     "--no-bias-swiglu-fusion": _KERNELS,
     "--no-bias-dropout-fusion": _KERNELS,
     "--no-rope-fusion": _KERNELS,
@@ -91,8 +88,6 @@ IGNORED = {
     "--use-te-activation-func": _KERNELS,
     "--use-transformer-engine-op-fuser": _KERNELS,
     "--use-grouped-gemm-for-dense-mlp": _KERNELS,
-    "--cross-entropy-loss-fusion": _KERNELS,
-    "--cross-entropy-fusion-impl": _one(_KERNELS.reason),
     "--disable-jit-fuser": _KERNELS,
     "--enable-cuda-graph": _KERNELS,
     "--external-cuda-graph": _KERNELS,
@@ -141,6 +136,7 @@ IGNORED = {
     "--defer-embedding-wgrad-compute": _TRAFFIC,
     "--wgrad-deferral-limit": _one(_TRAFFIC.reason),
     "--microbatch-group-size-per-virtual-pipeline-stage": _one(_TRAFFIC.reason),
+    "--overlap-p2p-communication-warmup-flush": _TRAFFIC,
     "--no-scatter-gather-tensors-in-pipeline": _TRAFFIC,
     "--use-ring-exchange-p2p": _TRAFFIC,
     "--pipeline-model-parallel-comm-backend": _one(_TRAFFIC.reason),
@@ -175,7 +171,7 @@ IGNORED = {
     "--expert-model-parallel-size": _one(_ALREADY, "1"),
     "--expert-tensor-parallel-size": _one(_ALREADY, "1"),
     "--DDP-impl": _one(_UNUSED.reason),
-    "--lazy-mpu-init": _UNUSED,
+    "--lazy-mpu-init": Ignored("it changes when process groups are made, not what is computed"),
     "--local-rank": _one("torchrun sets it in the environment"),
     # Data
     "--dataloader-type": _one(

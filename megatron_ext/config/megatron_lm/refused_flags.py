@@ -22,6 +22,8 @@ _BLEND = "use --data-path, or a YAML file with --config"
 _DUMP = "not supported: see --log-params-norm; the gradient norm is always logged"
 _CONVERT = "use tools/convert_checkpoint.py"
 _FAULTS = "not supported: no faults are injected"
+_MEMORY = "not supported: use --rehearse, which lists what holds memory, or --log-memory"
+_RECORD = "not supported: --use-pytorch-profiler records the names of all operations"
 _GTP = "not supported: use --tensor-model-parallel-size"
 
 REFUSED = {
@@ -186,6 +188,11 @@ REFUSED = {
     "--save-activations-interval": _DUMP,
     "--save-tokens-per-expert-interval": _MOE,
     # Run
+    "--memory-snapshot-path": _MEMORY,
+    "--record-memory-history": _MEMORY,
+    "--nvtx-ranges": _RECORD,
+    "--record-shapes": "use --use-pytorch-profiler --pytorch-profiler-collect-shapes",
+    "--pytorch-profiler-collect-chakra": _RECORD,
     "--yaml-cfg": "use --config with this project's keys, which are the flags with underscores",
     "--decrease-batch-size-if-needed": "not supported: --global-batch-size must fit the number of model copies",
     "--full-validation": "use tools/evaluate.py",

@@ -41,10 +41,15 @@ def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
     if data.data_cache_path is not None:
         return data.data_cache_path
     chosen = on_first_rank(lambda: _beside(prefixes[0]))
-    if chosen == IN_MEMORY:  # silence mcore's warning: `_beside` has printed a note
-        for name in ("gpt_dataset", "blended_dataset"):
-            logging.getLogger(f"megatron.core.datasets.{name}").setLevel(logging.ERROR)
+    if chosen == IN_MEMORY:
+        silence_mcore()  # `_beside` has printed a note
     return chosen
+
+
+def silence_mcore() -> None:
+    """Silences mcore's warning that it keeps no index on disk."""
+    for name in ("gpt_dataset", "blended_dataset"):
+        logging.getLogger(f"megatron.core.datasets.{name}").setLevel(logging.ERROR)
 
 
 def _beside(prefix: str) -> str:

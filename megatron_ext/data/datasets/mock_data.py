@@ -7,6 +7,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 
 from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.index_cache import silence_mcore
 from megatron_ext.data.tokenizers import Tokenizer
 
 
@@ -17,6 +18,7 @@ def build_mock_datasets(
 
     The arguments are those of `gpt_dataset.build_datasets`; the result is None for a set with 0 samples.
     """
+    silence_mcore()
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,

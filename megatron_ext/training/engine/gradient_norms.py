@@ -21,8 +21,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per tensor where neither Transformer
     Engine nor Apex is installed.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    gradients = [gradient for part in parts for gradient in _counted_gradients(part)]
+    gradients = _counted_gradients(optimizer)
     square = torch.zeros((), device=process_groups.device())
     if gradients:
         square = torch.stack(torch._foreach_norm(gradients)).norm().square()
@@ -30,11 +29,29 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     return square.double().sqrt()
 
 
-def _counted_gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """Returns the gradients that count: not those of shared and of duplicated parameters."""
-    # Only the engine knows which these are. 0.19 renamed its method.
+@torch.no_grad()
+def zeros_in_gradient(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Returns how many elements of the gradients are zero, a scalar in float64 on the device. Collective.
+
+    Equal to `optimizer.count_zeros()`, for which the host waits.
+    """
+    zeros = torch.zeros((), dtype=torch.float64, device=process_groups.device())
+    for gradient in _counted_gradients(optimizer):
+        zeros += gradient.numel() - torch.count_nonzero(gradient)
+    dist.all_reduce(zeros, group=optimizer.get_grad_stats_parallel_group())
+    return zeros
+
+
+def _counted_gradients(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """Returns this rank's gradients that count: not those of shared and of duplicated parameters."""
+    # Only the optimizer's parts know which these are. 0.19 renamed their method.
     name = "get_grads_for_grad_norm"
-    return getattr(part, name if hasattr(part, name) else "get_main_grads_for_grad_norm")()
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        gradient
+        for part in parts
+        for gradient in getattr(part, name if hasattr(part, name) else "get_main_grads_for_grad_norm")()
+    ]
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: float) -> None:

@@ -30,7 +30,11 @@ from megatron_ext.platform import process_groups
 from megatron_ext.platform.host_copy import HostCopy
 from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
-from megatron_ext.training.engine.gradient_norms import clip_gradients, gradient_norm
+from megatron_ext.training.engine.gradient_norms import (
+    clip_gradients,
+    gradient_norm,
+    zeros_in_gradient,
+)
 from megatron_ext.training.engine.loss_scale import can_fall, scaler_of
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
 from megatron_ext.training.engine.optimizer import update_if
@@ -61,6 +65,9 @@ class StepResult:
 
     is_overflow: bool = False
     """Whether it was skipped only because a gradient is too large for fp16, which a lower loss scale may prevent."""
+
+    num_zeros: float | None = None
+    """Number of elements of the gradient that are zero; None unless `--log-num-zeros-in-grad`."""
 
     loss_scale: float | None = None
     """Loss scale after this step; None without `--fp16`."""
@@ -98,7 +105,9 @@ class Stepper:
         micro_batch_size: int,
         clip_grad: float,
         log_params_norm: bool = False,
+        log_num_zeros_in_grad: bool = False,
         per_token_loss: bool = True,
+        empty_memory_level: int = 0,
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
@@ -109,7 +118,9 @@ class Stepper:
         micro_batch_size: sequences per micro-batch.
         clip_grad: largest global gradient norm; 0 disables clipping.
         log_params_norm: whether to compute the norm of the parameters in every step.
+        log_num_zeros_in_grad: whether to count the zeros of the gradient in every step.
         per_token_loss: whether gradients are those of the mean over tokens; see `run_microbatches`.
+        empty_memory_level: whether unused memory is given back before the update (1), or also after it (2).
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
@@ -120,7 +131,9 @@ class Stepper:
         self.scaler = scaler_of(optimizer)
         self.clip_grad = clip_grad
         self.log_params_norm = log_params_norm
+        self.log_num_zeros_in_grad = log_num_zeros_in_grad
         self.per_token_loss = per_token_loss
+        self.empty_memory_level = empty_memory_level
         copies = parallel_state.get_data_parallel_world_size()
         self._samples_at_once = micro_batch_size * copies
         self.num_microbatches = global_batch_size // self._samples_at_once
@@ -160,7 +173,8 @@ class Stepper:
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = [parameters_norm(self.models)] if self.log_params_norm else []
         norm, is_finite = self._update(values)
-        of_step = torch.stack((norm, is_finite.double(), *self._of_scaler(values), *params_norm))
+        zeros = [zeros_in_gradient(self.optimizer)] if self.log_num_zeros_in_grad else []
+        of_step = torch.stack((norm, is_finite.double(), *self._of_scaler(values), *params_norm, *zeros))
         further = [shared()] if shared is not None else []
         self._read_last = cache(
             partial(
@@ -201,6 +215,7 @@ class Stepper:
             layer_losses=layer_losses,
             grad_norm=norm,
             params_norm=others.pop(0) if self.log_params_norm else None,
+            num_zeros=others.pop(0) if self.log_num_zeros_in_grad else None,
             skipped=not is_finite,
             is_overflow=not is_finite and bool(is_overflow),
             loss_scale=loss_scale,
@@ -295,6 +310,7 @@ class Stepper:
                         loss,
                         forward_only=True,
                     )
+                    self._empty_memory(1)
                     done(1)
         finally:
             LayerLosses.evaluating = False
@@ -317,6 +333,7 @@ class Stepper:
         Returns:
             The gradients' norm (float64) and whether loss and norm are finite: scalars on the device.
         """
+        self._empty_memory(1)
         self.optimizer.prepare_grads()
         norm = gradient_norm(self.optimizer)
         is_finite = values.are_finite() & norm.isfinite()
@@ -325,7 +342,13 @@ class Stepper:
         if self._read_last is not None:
             self._read_last()  # sets this step's learning rate
         update_if(is_finite, self.optimizer)
+        self._empty_memory(2)
         return norm, is_finite
+
+    def _empty_memory(self, level: int) -> None:
+        """Gives cached but unused memory back to the device if `--empty-unused-memory-level` is at least `level`."""
+        if self.empty_memory_level >= level:
+            torch.cuda.empty_cache()
 
 
 def parameters_norm(models: list[GPTModel]) -> torch.Tensor:

@@ -196,6 +196,8 @@ class Reporter:
             fields["grad norm"] = f"{metrics.grad_norm:.3f}"
         if metrics.params_norm is not None:
             fields["params norm"] = f"{metrics.params_norm:.3f}"
+        if metrics.num_zeros is not None:
+            fields["num zeros"] = f"{metrics.num_zeros:.0f}"
         if metrics.loss_scale is not None:
             fields["loss scale"] = f"{metrics.loss_scale:.6g}"
         fields["ms/step"] = f"{1e3 * interval.seconds_per_step:.1f}"
@@ -235,6 +237,8 @@ class Reporter:
             values["grad-norm"] = metrics.grad_norm
         if metrics.params_norm is not None:
             values["params-norm"] = metrics.params_norm
+        if metrics.num_zeros is not None:
+            values["num-zeros"] = metrics.num_zeros
         if metrics.loss_scale is not None:
             values["loss-scale"] = metrics.loss_scale
         for tag, value in values.items():

@@ -35,6 +35,12 @@ RUN_CHARTS = (
     ),
     ScalarChart(
         section=_RATES,
+        title="Zeros in the gradient",
+        tags="num-zeros",
+        shows="Number of elements of the gradient that are zero.",
+    ),
+    ScalarChart(
+        section=_RATES,
         title="Loss scale",
         tags="loss-scale",
         shows="With --fp16: factor of the loss in the backward pass.",

@@ -42,6 +42,9 @@ class StepMetrics:
     params_norm: float | None = None
     """Global norm of the parameters; None if it was not computed."""
 
+    num_zeros: float | None = None
+    """Number of elements of the gradient that are zero; None if they were not counted."""
+
     loss_scale: float | None = None
     """Loss scale after the step; None without `--fp16`."""
 

@@ -131,6 +131,16 @@ BAD = [
     ),
     (
         ParallelConfig,
+        {"overlap_p2p_communication": True, "pipeline_model_parallel_size": 2},
+        ["--overlap-p2p-communication: requires --num-layers-per-virtual-pipeline-stage"],
+    ),
+    (
+        ParallelConfig,
+        {"cross_entropy_fusion_impl": "te", "tensor_model_parallel_size": 2},
+        ["--cross-entropy-fusion-impl te: has no effect; it requires --cross-entropy-loss-fusion"],
+    ),
+    (
+        ParallelConfig,
         {"recompute_granularity": "full"},
         ["--recompute-granularity full", "--recompute-method"],
     ),
@@ -203,6 +213,14 @@ BAD = [
         ParallelConfig,
         {"grad_reduce_in_bf16": True, "accumulate_allreduce_grads_in_fp32": True},
         ["--grad-reduce-in-bf16", "--accumulate-allreduce-grads-in-fp32"],
+    ),
+    (TrainingConfig, {"empty_unused_memory_level": 3}, ["--empty-unused-memory-level 3: must be at most 2"]),
+    (LoggingConfig, {"profile_ranks": (0,)}, ["--profile-ranks: has no effect; it requires --profile"]),
+    (LoggingConfig, {"profile": True, "profile_step_end": 10}, ["--profile-step-end 10", "start 10"]),
+    (
+        LoggingConfig,
+        {"profile": True, "use_pytorch_profiler": True},
+        ["--use-pytorch-profiler: requires --tensorboard-dir"],
     ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),

@@ -5,12 +5,15 @@ python -m tests.unit.docs.megatron_flag_page
 
 from collections.abc import Iterable
 
+from megatron_ext.config.command_line.flag_table import flags_of
 from megatron_ext.config.megatron_lm.ignored_flags import IGNORED
 from megatron_ext.config.megatron_lm.megatron_flags import RENAMED
 from megatron_ext.config.megatron_lm.refused_flags import REFUSED, REFUSED_BEGINNINGS
+from megatron_ext.config.run_config import RunConfig
 from tests.unit.docs.links import ROOT
 
 PAGE = ROOT / "docs" / "megatron_lm_flags.md"
+FACTS = ROOT / "tests" / "unit" / "config" / "megatron_lm_flags.tsv"
 _INTRODUCTION = """\
 # Megatron-LM's flags
 
@@ -50,8 +53,27 @@ def page() -> str:
                 "what to do | flags",
                 _by_reason(refused),
             ),
+            *_section(
+                "Values that only Megatron-LM has",
+                "The flag is the same; a value in this table is an error that names the values here.",
+                "flag | values",
+                _other_values(),
+            ),
         ]
     )
+
+
+def _other_values() -> list[str]:
+    """Returns one row per flag of ours for which Megatron-LM has further values, without those that have no effect."""
+    ours = {name: flag.choices for flag in flags_of(RunConfig) for name in flag.names if flag.choices}
+    rows = []
+    for line in FACTS.read_text(encoding="utf-8").splitlines():
+        name, *_, choices, _, _ = line.split("\t") if not line.startswith("#") else (line, "", "", "")
+        harmless = IGNORED[name].harmless if name in IGNORED else ()
+        others = [value for value in choices.split(",") if value not in (*ours.get(name, ()), *harmless)]
+        if name in ours and choices and others:
+            rows.append(f"| `{name}` | {', '.join(f'`{value}`' for value in others)} |")
+    return rows
 
 
 def _alternatives(values: Iterable[str]) -> str:

@@ -29,6 +29,14 @@ RAMP = TrainingConfig(
 )
 
 
+SCHEDULE = TrainingConfig(
+    train_samples=sum(SIZES) + 1,
+    step_batch_size_schedule=("0samples:2", "4samples:4", "8samples:6"),
+    eval_iters=0,
+)
+"""The same steps by --step-batch-size-schedule."""
+
+
 def _scheduled(chunks_and_stepper: tuple[Any, Stepper]) -> Stepper:
     stepper = chunks_and_stepper[1]
     stepper.scheduler = build_scheduler(SETTINGS, RAMP, stepper.optimizer, 6)
@@ -47,8 +55,8 @@ class _Metrics(Reporter):
         super().step(iteration, metrics)
 
 
-def _run() -> tuple[list[StepMetrics], list[torch.Tensor], int]:
-    """A run with the ramp."""
+def _run(training: TrainingConfig) -> tuple[list[StepMetrics], list[torch.Tensor], int]:
+    """A run whose batch size grows."""
     initialize(ParallelConfig(), seed=1)
     stepper = _scheduled(make_stepper(ParallelConfig(), global_batch_size=6))
     logging = LoggingConfig(log_throughput=False)
@@ -56,7 +64,7 @@ def _run() -> tuple[list[StepMetrics], list[torch.Tensor], int]:
     reporter = _Metrics(logging, total_iterations=len(SIZES), stream=io.StringIO())
     reporter.seen = []
     loop = Loop(
-        RAMP,
+        training,
         CheckpointConfig(),
         stepper,
         None,  # type: ignore[arg-type]  # nothing is saved
@@ -88,8 +96,11 @@ def _by_hand() -> tuple[list[float], list[torch.Tensor]]:
     return losses, _parameters(first)
 
 
-def test_every_step_is_a_step_of_its_own_size_and_the_schedule_counts_samples() -> None:
-    metrics, parameters, consumed = run_single(_run)
+@pytest.mark.parametrize("training", [RAMP, SCHEDULE], ids=["ramp", "schedule"])
+def test_every_step_is_a_step_of_its_own_size_and_the_schedule_counts_samples(
+    training: TrainingConfig,
+) -> None:
+    metrics, parameters, consumed = run_single(_run, training)
     losses, wanted = run_single(_by_hand)
     assert [each.batch_size for each in metrics] == SIZES
     assert [each.tokens for each in metrics] == [size * TINY.seq_length for size in SIZES]

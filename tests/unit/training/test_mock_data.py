@@ -52,15 +52,15 @@ def test_samples_count_upwards_within_documents_and_are_the_same_in_every_run() 
         assert bool((goes_on | ends | begins).all()) and int(goes_on.sum()) > 90
 
 
-def _train(script: str, flags: str) -> str:
-    """Runs a script in this process; returns what it prints about losses."""
+def train_here(script: str, flags: str) -> str:
+    """Runs a script on the made-up data in this process; returns what it prints about losses and the loss scale."""
     printed = io.StringIO()
     with clean_process(), contextlib.redirect_stdout(printed):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
         sys.argv = [script, *MODEL.split(), *flags.split()]
         assert importlib.import_module(script.removesuffix(".py")).main() == 0
-    return "\n".join(re.findall(r"lm loss[^|]*", printed.getvalue()))
+    return "\n".join(re.findall(r"(?:lm loss|loss scale)[^|\n]*", printed.getvalue()))
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -68,7 +68,7 @@ def test_every_family_trains_and_evaluates_on_it_with_equal_losses_in_two_runs(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = (_train(script, f"{RUNS[script]} --save {tmp_path / name}") for name in "ab")
+    first, second = (train_here(script, f"{RUNS[script]} --save {tmp_path / name}") for name in "ab")
     assert first == second
     assert first.count("\n") >= 3
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -242,3 +242,28 @@ def _first_moves() -> dict[str, torch.Tensor]:
     start = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     assert stepper.train(synthetic_batches(model.seq_length), 1).learning_rate == pytest.approx(1e-3)
     return {name: (p.detach() - start[name]).abs() for name, p in chunk.named_parameters()}
+
+
+@pytest.mark.parametrize(("level", "calls"), [(0, []), (1, [0]), (2, [0, 1])])
+def test_unused_memory_is_given_back_before_the_update_and_after_it_as_the_level_says(
+    level: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_single(_emptied, level, monkeypatch) == calls
+
+
+def _emptied(level: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each call in one step that empties the cache, how many updates were done before it."""
+    _, stepper = make_stepper(ParallelConfig())
+    stepper.empty_memory_level = level
+    found: list[int] = []
+
+    def updates() -> int:
+        counts = [
+            state.get("step", 0) for state in stepper.optimizer.chained_optimizers[0].optimizer.state.values()
+        ]
+        return int(max(counts, default=0))
+
+    # A CPU has no such cache: what can be observed is when it would be emptied.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(updates()))
+    stepper.train(synthetic_batches(MODEL.seq_length), 1)
+    return found
