@@ -17,7 +17,7 @@ from megatron_ext.testing.torchrun import environment
 from tools.convert_checkpoint import ExportConfig, ImportConfig
 
 ROOT = Path(__file__).parents[3]
-KEPT = ROOT / "tests/distributed/checkpoint/kept_megatron"
+KEPT = ROOT / "tests/distributed/checkpoint/kept_megatron/0.13.1"
 IMPORT = ("import", "--format", "megatron", "--model-dir", str(KEPT))
 
 
