@@ -52,7 +52,7 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
     elif "use_checkpoint_args" in given:
         from megatron_ext.training.checkpoint.run_directory import check_checkpoint_args
 
-        check_checkpoint_args(given, "a training run in --save")
+        check_checkpoint_args(given, "save")
     return found
 
 

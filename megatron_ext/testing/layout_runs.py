@@ -40,6 +40,7 @@ RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
 OVERLAPPED_CONTEXT = "DP2xCP2 overlapped distributed optimizer"
+OVERLAPPED_STAGES = "PP2 interleaved, overlapped"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 _MORE_LAYOUTS = {
     **CONTEXT_LAYOUTS,
@@ -51,6 +52,7 @@ _MORE_LAYOUTS = {
         replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
         4,
     ),
+    OVERLAPPED_STAGES: (replace(LAYOUTS["PP2 interleaved"], overlap_p2p_communication=True), 2),
 }
 
 SavedTensors = set[tuple[str, tuple[int, ...]]]
@@ -67,8 +69,8 @@ class Variant:
     bf16: bool = False
     fp16: bool = False
     micro_batch_size: int | None = None
-    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages or overlapped
-    communication need several micro-batches on each rank to do all that they do, else 2, which takes half the time."""
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages, overlapped
+    communication or sums that round need several micro-batches on each rank; else 2, which takes half the time."""
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `ParallelConfig`, in every layout."""
@@ -158,7 +160,12 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
     parallel = replace(parallel, **variant.parallel)
-    needs_several = parallel.pipeline_model_parallel_size > 1 or parallel.overlap_grad_reduce
+    needs_several = (
+        parallel.pipeline_model_parallel_size > 1
+        or parallel.overlap_grad_reduce
+        or variant.bf16
+        or variant.fp16
+    )
     trace, chunks = train_and_keep(
         parallel,
         variant.steps,

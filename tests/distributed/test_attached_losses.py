@@ -115,7 +115,9 @@ def _by_hand() -> ByHand:
 
 _LAYOUTS = ("TP1", "TP2", "PP2", "PP2 interleaved", "DP2")
 _RECOMPUTED = [f"{layout} recomputed" for layout in _LAYOUTS]
-RUNS = LayoutRuns({"square": Variant(make_families=families, steps=1)}, [*_LAYOUTS[1:], *_RECOMPUTED])
+RUNS = LayoutRuns(
+    {"square": Variant(make_families=families, steps=1, micro_batch_size=1)}, [*_LAYOUTS[1:], *_RECOMPUTED]
+)
 
 
 @pytest.mark.parametrize("layout", [*_LAYOUTS, *_RECOMPUTED])

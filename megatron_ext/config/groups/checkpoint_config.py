@@ -23,8 +23,8 @@ class CheckpointConfig:
     """Write checkpoints while training continues, from a copy in host memory. Only the copy holds training up."""
 
     use_checkpoint_args: bool = False
-    """Take the model's shape from the checkpoint, and say which of the given flags differ from it. Without this flag
-    the checkpoint's shape is the default, and flags that differ from it are an error."""
+    """Take the model's shape from the checkpoint, if there is one, and say which of the given flags differ from it.
+    Without this flag the checkpoint's shape is the default, and flags that differ from it are an error."""
 
     ckpt_step: int | None = None
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""

@@ -119,6 +119,9 @@ class ModelConfig:
     squared_relu: bool = False
     """Use an MLP with squared ReLU instead of GELU."""
 
+    bias_gelu_fusion: bool = False
+    """Compute GELU in its tanh approximation, as Megatron-LM's fused kernel does; its default for GELU with biases."""
+
     disable_bias_linear: Switch = False
     """Leave out the biases of the linear layers."""
 
@@ -210,6 +213,8 @@ class ModelConfig:
     def _check_mlp(self) -> None:
         if self.squared_relu and self.swiglu:
             raise ValueError("--squared-relu: cannot be given together with --swiglu")
+        if self.swiglu or self.squared_relu or self.disable_bias_linear:
+            self._require_default("bias_gelu_fusion", "an MLP with GELU and biases")
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
                 f"--hidden-size {self.hidden_size}: too small for --swiglu, whose default MLP width is 0 "

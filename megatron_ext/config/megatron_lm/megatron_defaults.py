@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 TAKEN: Mapping[str, Mapping[str, Any]] = {
-    "model": {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute"},
+    "model": {
+        "normalization": "LayerNorm",
+        "position_embedding_type": "learned_absolute",
+        "bias_gelu_fusion": True,
+    },
     "training": {"calculate_per_token_loss": False},
     "logging": {"log_throughput": False, "log_validation_ppl": False},
 }
@@ -46,6 +50,10 @@ def megatron_defaults(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ValueError: --num-query-groups was given in a way that Megatron-LM ignores.
     """
     found = {group: dict(values) for group, values in TAKEN.items()}
+    if any(given.get(name) for name in ("swiglu", "squared_relu", "disable_bias_linear")):
+        del found["model"][
+            "bias_gelu_fusion"
+        ]  # it is a kernel for GELU with biases, in its tanh approximation
     groups = given.get("num_query_groups")
     if given.get("group_query_attention"):
         found["model"]["num_query_groups"] = 1

@@ -8,7 +8,7 @@ import pickle
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -80,16 +80,22 @@ def read_torch_file(path: Path) -> Any:
         ValueError: the file is damaged, or contains something that cannot be read safely.
         OSError: the file cannot be read.
     """
-    if not zipfile.is_zipfile(path):
-        path.stat()
+    with open(path, "rb") as file:
+        return read_torch_bytes(file, path)
+
+
+def read_torch_bytes(file: BinaryIO, path: Path) -> Any:
+    """Reads what `torch.save` wrote; `path` is named in errors. Raises as `read_torch_file`."""
+    if not zipfile.is_zipfile(file):
         raise ValueError(f"{path}: cannot be read; the file is truncated or not written by torch.save")
     try:
         # torch imports nothing either with `weights_only`; names that it does not know become `Inert`.
-        foreign: list[Any] = [
-            (Inert, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        ]
+        file.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        file.seek(0)
+        foreign: list[Any] = [(Inert, name) for name in names]
         with torch.serialization.safe_globals(foreign):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:

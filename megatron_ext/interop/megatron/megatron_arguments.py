@@ -23,7 +23,7 @@ TAKEN = {
     "use_rotary_position_embeddings", "rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor",
     "normalization", "layernorm_epsilon", "norm_epsilon", "swiglu", "add_bias_linear", "disable_bias_linear",
     "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout",
-    "init_method_std", "gated_linear_unit", "activation_func", "bias_gelu_fusion",
+    "init_method_std", "gated_linear_unit", "activation_func", "bias_gelu_fusion", "squared_relu",
 }  # fmt: skip
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -51,7 +51,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False, None),
     "qk_clip": (False, None),
     # MLP
-    "squared_relu": (False, None),
     "quick_geglu": (False, None),
     "openai_gelu": (False, None),
     "onnx_safe": (False, None),
@@ -129,6 +128,7 @@ _EXPORTED_AS = {
             "num_layers", "hidden_size", "num_attention_heads", "seq_length", "position_embedding_type", "rotary_base",
             "rotary_percent", "use_rope_scaling", "normalization", "swiglu", "add_qkv_bias", "qk_layernorm",
             "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout", "init_method_std",
+            "bias_gelu_fusion", "squared_relu",
         )
     },
 }  # fmt: skip
@@ -227,6 +227,7 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         "normalization": given("normalization", "LayerNorm"),
         "norm_epsilon": given("layernorm_epsilon", given("norm_epsilon", 1e-5)),
         "swiglu": given("swiglu", False),
+        "squared_relu": given("squared_relu", False),
         "disable_bias_linear": not given("add_bias_linear", not given("disable_bias_linear", False)),
         "add_qkv_bias": given("add_qkv_bias", False),
         "qk_layernorm": given("qk_layernorm", False),
@@ -235,6 +236,9 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         "attention_dropout": given("attention_dropout", 0.1),
         "init_method_std": given("init_method_std", 0.02),
     }
+    if not fields["swiglu"] and not fields["squared_relu"] and not fields["disable_bias_linear"]:
+        # The fused kernel, Megatron-LM's default, computes GELU's tanh approximation.
+        fields["bias_gelu_fusion"] = given("bias_gelu_fusion", True)
     rotates = given("use_rotary_position_embeddings", False)
     kind = "rope" if rotates else given("position_embedding_type", "learned_absolute")
     fields["position_embedding_type"] = kind
@@ -285,8 +289,6 @@ def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str
         "rotary_interleaved": False,
         "rope_scaling_factor": _ENGINE_ROPE_FACTOR,
         "add_bias_linear": not model.disable_bias_linear,
-        "bias_gelu_fusion": False,
-        "squared_relu": False,
         "apply_layernorm_1p": False,
         "layernorm_zero_centered_gamma": False,
         "apply_query_key_layer_scaling": False,

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.interop.megatron.inert_pickle import read_torch_file
-from megatron_ext.interop.megatron.torch_dist_files import METADATA
+from megatron_ext.interop.megatron.torch_dist_files import METADATA, TorchDistFiles
 from megatron_ext.training.checkpoint.checkpoint_files import CHECKSUMS, TRACKER, checkpoint_name
 from megatron_ext.training.checkpoint.incomplete_checkpoints import RELEASE, entries, megatron_problem
 
 COMMON = "common.pt"
 BACKEND = "metadata.json"
+_COMMON_OBJECT = "common_state/shard_0_1"
 
 
 def find_megatron_checkpoint(model_dir: str | Path, ckpt_step: int | None = None) -> Path:
@@ -62,9 +63,6 @@ def _check_format(folder: Path) -> None:
     problem = megatron_problem(folder, str(folder))
     if problem is not None:
         raise ValueError(f"{folder}: {problem}")
-    for name in (COMMON, METADATA):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: the file is missing; copy the whole directory again")
     if (folder / BACKEND).is_file():
         try:
             backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))["sharded_backend"]
@@ -74,20 +72,28 @@ def _check_format(folder: Path) -> None:
             raise ValueError(f"{folder}: is in the format {backend}; save it with --ckpt-format torch_dist")
 
 
-def read_common(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Returns the content of a checkpoint's `common.pt`, and the arguments in it by name.
+def read_common(files: TorchDistFiles) -> tuple[dict[str, Any], Mapping[str, Any], str]:
+    """Returns what a checkpoint stores once for all ranks, the arguments in it by name, and where it is stored.
 
     Raises:
-        ValueError: the file is damaged or has no arguments.
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged or has no arguments.
     """
-    common = read_torch_file(folder / COMMON)
+    path = files.folder / COMMON
+    if path.is_file():
+        common = read_torch_file(path)
+    elif _COMMON_OBJECT in files.objects:  # megatron-core 0.19 and later
+        path = files.folder
+        common = files.read_object(_COMMON_OBJECT)[0]
+    else:
+        raise FileNotFoundError(f"{path}: the file is missing; copy the whole directory again")
     arguments = common.get("args") if isinstance(common, dict) else None
     if arguments is None:
         raise ValueError(
-            f"{folder / COMMON}: has no args, from which the model's shape is read; only pretrain_gpt.py's checkpoints "
+            f"{path}: has no args, from which the model's shape is read; only pretrain_gpt.py's checkpoints "
             "can be imported"
         )
-    return common, arguments if isinstance(arguments, dict) else vars(arguments)
+    return common, arguments if isinstance(arguments, dict) else vars(arguments), str(path)
 
 
 def make_arguments(values: Mapping[str, Any]) -> Namespace:

@@ -1,6 +1,7 @@
 """Imports a Megatron-LM checkpoint into a checkpoint of this package; nothing that its files name is run."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
 from megatron_ext.interop.hf_import import FLAGS_FILE, model_flags, require_one_process
 from megatron_ext.interop.megatron.megatron_arguments import read_model
-from megatron_ext.interop.megatron.megatron_directory import COMMON, find_megatron_checkpoint, read_common
+from megatron_ext.interop.megatron.megatron_directory import find_megatron_checkpoint, read_common
 from megatron_ext.interop.megatron.megatron_names import find_tensors
 from megatron_ext.interop.megatron.megatron_progress import MegatronProgress, read_progress
-from megatron_ext.interop.megatron.megatron_state import MegatronState, check_optimizer_format
+from megatron_ext.interop.megatron.megatron_state import MegatronState, check_optimizer_format, has_buffers
 from megatron_ext.interop.megatron.torch_dist_files import TorchDistFiles
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.platform import process_groups
@@ -86,9 +87,8 @@ def load_megatron(
         ValueError: a file is damaged, or a `ModelConfig` cannot express the model.
     """
     folder = find_megatron_checkpoint(model_dir, ckpt_step)
-    common, arguments = read_common(folder)
-    source = str(folder / COMMON)
     files = TorchDistFiles(folder)
+    common, arguments, source = read_common(files)
     if _WORD_EMBEDDING not in files.tensors:
         raise ValueError(
             f"{folder}: contains no tensor {_WORD_EMBEDDING}; it is no checkpoint of a GPT model"
@@ -99,9 +99,10 @@ def load_megatron(
     model, messages = read_model(arguments, built.vocab_size, rows, source, seq_length=seq_length)
     progress = None
     if with_optimizer:
-        content = common.get("content_metadata") or {}
-        check_optimizer_format(files, content.get("distrib_optim_sharding_type"), folder)
-        progress = read_progress(common, arguments, source)
+        check_optimizer_format(files, folder)
+        progress = read_progress({**common, "optimizer": _optimizer_groups(files, common)}, arguments, source)
+        if arguments.get("fp16"):
+            messages.append("the run's loss scale is not imported; it begins anew")
     return MegatronModel(
         folder=folder,
         model=model,
@@ -109,7 +110,10 @@ def load_megatron(
         tokenizer_config=config,
         tokenizer=built,
         state=MegatronState(
-            files, find_tensors(model, rows, files.tensors, str(folder)), with_optimizer=with_optimizer
+            files,
+            find_tensors(model, rows, files.tensors, str(folder)),
+            arguments,
+            with_optimizer=with_optimizer,
         ),
         progress=progress,
         messages=tuple(messages),
@@ -159,6 +163,15 @@ def import_megatron(model_dir: str | Path, save: str | Path, **options: Any) -> 
     finally:
         process_groups.shutdown()
     return found
+
+
+def _optimizer_groups(files: TorchDistFiles, common: Mapping[str, Any]) -> Any:
+    """Returns the part of the optimizer's state with its parameter groups."""
+    # With flat buffers every group of ranks has its own, which are equal.
+    groups = [name for name in files.objects if re.match(r"optimizer\.distributed\.[^.]*\.optimizer/", name)]
+    if not has_buffers(files) or not groups:
+        return common.get("optimizer")
+    return {"optimizer": files.read_object(min(groups))[0]}
 
 
 def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TokenizerConfig:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_ext.interop.megatron.megatron_buffers import BufferedOptimizer
 from megatron_ext.interop.megatron.megatron_names import Named, Shape
 from megatron_ext.interop.megatron.torch_dist_files import TorchDistFiles
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX
@@ -23,26 +25,45 @@ class MegatronState(Mapping[str, torch.Tensor]):
     Args:
         files: the checkpoint's tensors.
         tensors: the model's tensors, from `find_tensors`.
+        arguments: the checkpoint's arguments by name.
         with_optimizer: whether to add Adam's moments and, for a model that is not in fp32, the main weights.
 
     Raises:
         ValueError: a tensor has another shape than the arguments say, or the optimizer's tensors cannot be read.
     """
 
-    def __init__(self, files: TorchDistFiles, tensors: list[Named], *, with_optimizer: bool = False) -> None:
+    def __init__(
+        self,
+        files: TorchDistFiles,
+        tensors: list[Named],
+        arguments: Mapping[str, Any],
+        *,
+        with_optimizer: bool = False,
+    ) -> None:
         self._files = files
         self._model = {tensor.name: tensor for tensor in tensors}
         num_layers = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=0)
         for tensor in tensors:
             _check(files, tensor, num_layers)
-        self._kinds = self._optimizer_kinds(tensors) if with_optimizer else {}
+        self._kinds: dict[str, str] = {}
+        self._buffers: BufferedOptimizer | None = None
+        if with_optimizer and has_buffers(files):
+            self._buffers = BufferedOptimizer(files, tensors, self, arguments)
+            self._kinds = {f"{PREFIX}{kind}.": kind for kind in self._needed(tensors)}
+        elif with_optimizer:
+            self._kinds = self._optimizer_kinds(tensors)
+
+    def _needed(self, tensors: list[Named]) -> tuple[str, ...]:
+        """Returns the kinds of tensors that Adam needs: for a model that is not in fp32, its fp32 weights too."""
+        is_fp32 = self._files.tensors[tensors[0].theirs].dtype == torch.float32
+        return _MOMENTS if is_fp32 else (*_MOMENTS, "param")
 
     def _optimizer_kinds(self, tensors: list[Named]) -> dict[str, str]:
         """Returns the prefixes of the optimizer's tensors here, each with Megatron-LM's."""
         names = self._files.tensors
         main = next((kind for kind in _MAIN if f"{PREFIX}{kind}.{tensors[0].theirs}" in names), None)
         kinds = {f"{PREFIX}{kind}.": f"{PREFIX}{kind}." for kind in _MOMENTS}
-        if self.dtype(tensors[0].name) != torch.float32 or names[tensors[0].theirs].dtype != torch.float32:
+        if "param" in self._needed(tensors):
             if main is None:
                 raise ValueError(
                     f"{self._files.folder}: contains no fp32 weights of the optimizer; import without --with-optimizer"
@@ -64,6 +85,8 @@ class MegatronState(Mapping[str, torch.Tensor]):
         return read.to(self.dtype(name))
 
     def _read(self, tensor: Named, prefix: str) -> torch.Tensor:
+        if prefix and self._buffers is not None:
+            return self._buffers.read(prefix, tensor)
         stored = self._files.tensors[prefix + tensor.theirs]
         whole = self._files.tensors[tensor.theirs].shape
         # An old format (`fully_sharded_model_space`) cuts a tensor into equal blocks and stores [blocks..., values].
@@ -77,6 +100,11 @@ class MegatronState(Mapping[str, torch.Tensor]):
         rest = stored.shape[lead:]
         read = self._files.read(prefix + tensor.theirs, first + (0,) * len(rest), (1,) * lead + rest)
         return _from_blocks(read.reshape(rest), tensor.shape)
+
+    @property
+    def tensors(self) -> list[Named]:
+        """The model's tensors, without the optimizer's."""
+        return list(self._model.values())
 
     def __iter__(self) -> Iterator[str]:
         yield from self._model
@@ -123,19 +151,22 @@ def _check(files: TorchDistFiles, tensor: Named, num_layers: int) -> None:
         )
 
 
-def check_optimizer_format(files: TorchDistFiles, sharding: str | None, folder: Path) -> None:
+def has_buffers(files: TorchDistFiles) -> bool:
+    """Returns whether the optimizer is saved in its flat buffers (`dp_reshardable`)."""
+    return any(name.startswith("optimizer.distributed.") for name in files.tensors)
+
+
+def check_optimizer_format(files: TorchDistFiles, folder: Path) -> None:
     """Raises `ValueError` if the optimizer's tensors are in a format that cannot be read."""
-    names = files.tensors
-    if any(name.startswith(f"{PREFIX}{_MOMENTS[0]}.") for name in names):
+    if has_buffers(files) or any(name.startswith(f"{PREFIX}{_MOMENTS[0]}.") for name in files.tensors):
         return
-    if any(name.startswith("chained_") for name in names):
+    if any(name.startswith("chained_") for name in files.tensors):
         raise ValueError(
             f"{folder}: has several optimizers, which cannot be read; import without --with-optimizer"
         )
-    if sharding is not None or any(name.startswith("optimizer.distributed.") for name in names):
+    if any(name.startswith("optimizer.distributed.") for name in files.objects):
         raise ValueError(
-            f"{folder}: the optimizer is saved in the format {sharding or 'of its buffers'}, which depends on the "
-            "parallel layout and cannot be read; load it with Megatron-LM and save it with "
-            "--dist-ckpt-optim-fully-reshardable, or import without --with-optimizer"
+            f"{folder}: the optimizer is saved in the format dp_zero_gather_scatter, which cannot be read; load it "
+            "with Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable, or import without --with-optimizer"
         )
     raise ValueError(f"{folder}: contains no optimizer state; import without --with-optimizer")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.interop.megatron.inert_pickle import read_pickle
+from megatron_ext.interop.megatron.inert_pickle import read_pickle, read_torch_bytes
 
 METADATA = ".metadata"
 
@@ -58,6 +58,11 @@ class TorchDistFiles:
         metadata = read_pickle(folder / METADATA)
         try:
             self.tensors = dict(_stored(metadata))
+            self.objects = {
+                index.fqn: place
+                for index, place in metadata.storage_data.items()
+                if index.fqn not in self.tensors
+            }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / METADATA}: is not the metadata of a torch_dist checkpoint ({error})"
@@ -110,6 +115,14 @@ class TorchDistFiles:
                 "checkpoint is damaged"
             )
         return result
+
+    def read_object(self, name: str) -> Any:
+        """Reads an object that is no tensor, such as parameter groups; nothing that it names is imported."""
+        place = self.objects[name]
+        path = self.folder / place.relative_path
+        with open(path, "rb") as file:
+            file.seek(place.offset)
+            return read_torch_bytes(io.BytesIO(file.read(place.length)), path)
 
     def _load(self, name: str, chunk: _Chunk) -> torch.Tensor:
         path = self.folder / chunk.file

@@ -357,7 +357,7 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
         no_dropout = {"model": {"hidden_dropout": 0.0, "attention_dropout": 0.0}}
         found = [Found(source, sections), Found("NPT trains without dropout", no_dropout)]
         return [*found, *checkpoint_args(folder, given)]
-    check_checkpoint_args(given)
+    check_checkpoint_args(given, "load", "base_checkpoint")
     if "base_checkpoint" in given or "num_layers" not in given:
         raise _no_checkpoint(given)
     return []

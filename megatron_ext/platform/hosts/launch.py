@@ -62,7 +62,7 @@ def _has_option(name: str) -> bool:
 def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, socket.socket | None]:
     """Finds this host's place in the rendezvous; waits for the endpoint, or takes its port and returns that."""
     held = interfaces_by_address()
-    _check_interfaces(set(held.values()))
+    check_interfaces(set(held.values()))
     place = find_place(endpoint, held)
     chosen = _given_configuration().get("is_host")
     if chosen is not None:
@@ -70,7 +70,7 @@ def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, so
     port = None if place.is_host is False else hold_port(endpoint)
     if place.is_host and port is None:
         place = replace(place, is_host=False)  # another launcher on this host has it
-    _set_interfaces(place)
+    set_interfaces(place)
     _report(settings, place)
     if place.is_host is False:
         await_endpoint(endpoint, settings.wait, print_line)
@@ -105,7 +105,7 @@ def _given_configuration() -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def _check_interfaces(known: set[str]) -> None:
+def check_interfaces(known: set[str]) -> None:
     """Refuses a GLOO_SOCKET_IFNAME that this host does not have: gloo would fail late and not name it."""
     given = os.environ.get("GLOO_SOCKET_IFNAME", "")
     for name in filter(None, given.split(",")):
@@ -116,7 +116,7 @@ def _check_interfaces(known: set[str]) -> None:
             )
 
 
-def _set_interfaces(place: Place) -> None:
+def set_interfaces(place: Place) -> None:
     """Makes gloo and NCCL use the interface that leads to the endpoint, unless the user has chosen one."""
     if place.interface is not None:
         for name in _INTERFACE_VARIABLES:

@@ -22,7 +22,6 @@ from megatron_ext.config.command_line.merge import Found
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.run_directory import (
-    check_checkpoint_args,
     checkpoint_args,
     sections_of,
 )
@@ -146,7 +145,6 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> list[Found]:
     places += files.checkpoints_below(save)
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)
     if folder is None:
-        check_checkpoint_args(given, f"a checkpoint of the training run in --save {save}")
         return []
     sections = sections_of(folder, given, ("model", "tokenizer"))
     sections["model"].pop("num_layers", None)

@@ -37,10 +37,11 @@ def install() -> None:
     import transformer_engine
 
     transformer_engine.common = common
-    # torch would compile with triton, if it were there.
-    finder.names.discard("triton")
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
-        del sys.modules[name]
+    if "triton" in absent:
+        # torch would compile with triton, if it were there.
+        finder.names.discard("triton")
+        for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+            del sys.modules[name]
 
 
 class _Finder:

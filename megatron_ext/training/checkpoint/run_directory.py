@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.transformer_engine import on_this_machine
@@ -107,8 +108,8 @@ def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Foun
         ValueError, OSError: see `find_checkpoint`; or the configuration file is damaged.
     """
     folder = files.find_checkpoint(given["load"], given.get("ckpt_step")) if "load" in given else None
+    check_checkpoint_args(given, "load")
     if folder is None:
-        check_checkpoint_args(given)
         return []
     return [
         Found(f"checkpoint {folder}", sections_of(folder, given, names)),
@@ -116,10 +117,13 @@ def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Foun
     ]
 
 
-def check_checkpoint_args(given: Mapping[str, Any], needed: str = "a checkpoint in --load") -> None:
-    """Raises `ValueError` if `--use-checkpoint-args` is given; called if there is no checkpoint, but `needed` is."""
-    if given.get("use_checkpoint_args"):
-        raise ValueError(f"--use-checkpoint-args: requires {needed} (there is none)")
+def check_checkpoint_args(given: Mapping[str, Any], *sources: str) -> None:
+    """Raises `ValueError` if `--use-checkpoint-args` is given, but none of the fields that can name a checkpoint.
+
+    As in Megatron-LM, a named directory may have no checkpoint yet: the flags then decide.
+    """
+    if given.get("use_checkpoint_args") and not given.keys() & set(sources):
+        raise ValueError(f"--use-checkpoint-args: requires {' or '.join(map(flag_name, sources))}")
 
 
 def checkpoint_args(folder: Path, given: Mapping[str, Any], *, omitted: Sequence[str] = ()) -> list[Found]:

@@ -43,6 +43,7 @@ _MEANING = (
     "rope_high_freq_factor",
     "rope_original_max_position_embeddings",
     "norm_epsilon",
+    "bias_gelu_fusion",
 )
 """Fields of `ModelConfig` that a fine-tuning run may set differently."""
 

@@ -16,8 +16,8 @@ LOSS_SCALE = "loss_scale"
 
 def scaler_of(optimizer: MegatronOptimizer) -> MegatronGradScaler | None:
     """Returns the optimizer's loss scaler; None without fp16."""
-    # The engine makes one optimizer for dense models; several would be for the experts of sparse ones.
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    # Dense models have one part; the engine would make further ones for experts, whose scales would be the same.
+    part, *_ = getattr(optimizer, "chained_optimizers", [optimizer])
     scaler: MegatronGradScaler | None = getattr(part, "grad_scaler", None)
     return scaler
 

@@ -5,6 +5,7 @@ and the arguments go to `dist_checkpointing.save`, and the tracker names the ste
 """
 
 import warnings
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -36,7 +38,13 @@ LENGTH = 16
 VOCABULARY = 97  # 96 numbers, and the end of a document
 ROWS = 104  # of the embedding: the vocabulary, padded
 STEPS = 3
-RATES = {"lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "train_iters": 10}
+RATES: dict[str, Any] = {
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 2,
+    "train_iters": 10,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,8 @@ CASES = {
     "local names": Case(arguments={**_GPT3, "position_embedding_type": "rope"}, local_names=True),
     "numbered layers": Case(arguments={**_GROUPED, "kv_channels": 16}, numbered=True),
     "release": Case(arguments={"untie_embeddings_and_output_weights": False}, release=True),
+    "squared ReLU": Case(arguments={"swiglu": False, "squared_relu": True}),
+    "fused GELU": Case(arguments={**_GPT3, "bias_gelu_fusion": True}),
     "rope scaling": Case(arguments={"use_rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
     "LayerNorm without biases": Case(arguments={**_GROUPED, "normalization": "LayerNorm", "rotary_percent": 0.25}),
@@ -134,7 +144,7 @@ class Run:
         self.case, self.parallel, self.sharding = case, parallel, sharding
         self.arguments = case.all_arguments()
         initialize(parallel, seed=1)
-        self.config = _config(case, parallel)
+        self.config = engine_config(case, parallel)
         model = _model(self.config, self.arguments, case)
         randomize(model)
         distributed = sharding is not None
@@ -178,7 +188,7 @@ class Run:
         finalize_model_grads(self.chunks)
         self.optimizer.step()
         self.scheduler.step(GLOBAL_BATCH_SIZE)
-        total = torch.tensor([sum(float(part["loss"]) for part in reduced), len(reduced)])
+        total = torch.tensor([sum((float(part["loss"]) for part in reduced), 0.0), float(len(reduced))])
         torch.distributed.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -254,11 +264,17 @@ def token_ids() -> torch.Tensor:
 @torch.no_grad()
 def randomize(model: GPTModel) -> None:
     """Makes every parameter random, norms and biases included; padded rows of the vocabulary too."""
-    for name, parameter in sorted(model.named_parameters()):
-        parameter.normal_(0.0, 0.1).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    tied = {"output_layer.weight": "embedding.word_embeddings.weight"}  # the last stage's copy of the first's
+    for name, parameter in model.named_parameters():
+        source = tied.get(name, name) if model.share_embeddings_and_output_weights else name
+        # The engine's own stream differs between data-parallel ranks.
+        generator = torch.Generator().manual_seed(zlib.crc32(source.encode()))
+        parameter.normal_(0.0, 0.1, generator=generator)
+        parameter.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def _config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
+def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
+    """Returns the engine's configuration of a case, as Megatron-LM builds it."""
     given = case.all_arguments()
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     names = (
@@ -270,7 +286,8 @@ def _config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
         **{name: given[name] for name in names},
         num_query_groups=given["num_query_groups"] if given["group_query_attention"] else None,
         gated_linear_unit=given["swiglu"],
-        activation_func=F.silu if given["swiglu"] else F.gelu,
+        activation_func=F.silu if given["swiglu"] else squared_relu if given["squared_relu"] else F.gelu,
+        bias_activation_fusion=given["bias_gelu_fusion"],
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

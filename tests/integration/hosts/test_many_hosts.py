@@ -1,5 +1,6 @@
 """Runs on several hosts, which are network namespaces with their own addresses; started as docs/parallelism.md says."""
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 SCRIPT = "pretrain_gpt_per_layer.py"
 TENSOR_AND_PIPELINE = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-STEPS, INTERVAL = 40, 4
+STEPS, INTERVAL = 24, 4
 
 
 @pytest.fixture
@@ -159,3 +160,30 @@ def test_a_host_that_never_joins_is_reported_with_those_that_have(
     # It gives up a moment before the first host or after it.
     assert len(second) == 1 and "the host of the rendezvous" in second[0]
     assert "Traceback" not in runs.all_output(started)
+
+
+def test_the_tasks_of_a_slurm_step_find_the_interface_that_leads_to_the_first_host(
+    two_hosts: list[Host], tmp_path: Path
+) -> None:
+    data, save = write_data(tmp_path), tmp_path / "save"
+    module = [sys.executable, "-m", "megatron_ext.platform.hosts.slurm_task"]
+    command = [*module, SCRIPT, *runs.flags(data, save, "--train-iters", "2")]
+    place = {"MASTER_ADDR": two_hosts[0].address, "MASTER_PORT": str(runs.PORT), "WORLD_SIZE": "2"}
+    started = [
+        host.launch(tmp_path / host.name, *command, SLURM_PROCID=str(rank), SLURM_LOCALID="0", **place)
+        for rank, host in enumerate(two_hosts)
+    ]
+    assert [one.wait(150) for one in started] == [0, 0], runs.all_output(started)
+    assert runs.steps(started[0].output()).keys() == {1, 2}
+
+
+def test_a_slurm_task_without_a_route_to_the_first_host_ends_with_one_line(
+    two_hosts: list[Host], tmp_path: Path
+) -> None:
+    module = [sys.executable, "-m", "megatron_ext.platform.hosts.slurm_task", "script.py"]
+    place = {"MASTER_ADDR": "10.99.1.1", "MASTER_PORT": "29400", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    started = two_hosts[1].launch(tmp_path / "log", *module, **place)
+    assert started.wait(60) == 2
+    assert started.output().startswith(
+        "error: MASTER_ADDR:MASTER_PORT=10.99.1.1:29400: host host2 has no route to"
+    )

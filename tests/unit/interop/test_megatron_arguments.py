@@ -36,7 +36,7 @@ CHANGED = {
     "no_rope_freq": 2, "mrope_section": [1, 2], "rope_type": "yarn", "multi_latent_attention": True,
     "experimental_attention_variant": "dsa", "linear_attention_freq": 2, "linear_attention_type": "x",
     "softmax_scale": 0.5, "softmax_type": "learnable", "attention_output_gate": True, "window_size": (8, 0),
-    "window_attn_skip_freq": 2, "qk_l2_norm": True, "qk_clip": True, "squared_relu": True, "quick_geglu": True,
+    "window_attn_skip_freq": 2, "qk_l2_norm": True, "qk_clip": True, "quick_geglu": True,
     "openai_gelu": True, "onnx_safe": True, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0,
     "num_experts": 8, "num_moe_experts": 8, "mtp_num_layers": 1, "is_hybrid_model": True,
     "hybrid_layer_pattern": "M*", "hybrid_override_pattern": "M*", "heterogeneous_block_specs": True,

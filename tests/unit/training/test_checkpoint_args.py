@@ -49,18 +49,26 @@ def test_the_checkpoints_shape_replaces_given_flags_and_they_are_named(
     ("script", "line"),
     [
         ("pretrain_gpt_per_layer.py", "--num-layers 2"),
-        ("pretrain_npt.py", "--load {folder} --num-layers 2"),
-        ("pretrain_progressive.py", "--stack-steps 3 --save {folder}"),
+        ("pretrain_npt.py", "--num-layers 2"),
+        ("pretrain_progressive.py", "--stack-steps 3"),
     ],
 )
-def test_without_a_checkpoint_it_is_refused(
+def test_without_the_name_of_a_checkpoint_it_is_refused(
     script: str,
     line: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", [script, *line.format(folder=tmp_path).split(), "--use-checkpoint-args"])
+    monkeypatch.setattr("sys.argv", [script, *line.split(), "--use-checkpoint-args"])
     with pytest.raises(SystemExit):
         importlib.import_module(script.removesuffix(".py")).main()
-    assert "--use-checkpoint-args: requires a " in capsys.readouterr().err
+    assert "--use-checkpoint-args: requires --" in capsys.readouterr().err
+
+
+def test_before_the_first_checkpoint_the_flags_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "--num-layers 7 --hidden-size 48 --num-attention-heads 2 --seq-length 8 --lr 1 --train-iters 3"
+    where = f"--load {tmp_path} --save {tmp_path} --use-checkpoint-args --tokenizer-type ByteLevelTokenizer"
+    values, notes = shown("pretrain_gpt_per_layer.py", f"{line} {where}", monkeypatch, capsys)
+    assert values["num_layers"] == "7" and not notes

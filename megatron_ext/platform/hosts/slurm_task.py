@@ -1,0 +1,34 @@
+"""Starts a script as one task of a Slurm step, that is as one training process, without `torchrun`.
+
+    srun python -m megatron_ext.platform.hosts.slurm_task SCRIPT FLAGS ...
+
+examples/multi_node/slurm.sbatch calls it. MASTER_ADDR and MASTER_PORT name the endpoint where the processes meet; the
+interface that leads to it is found as by the launcher.
+"""
+
+import os
+import sys
+
+from megatron_ext.config.command_line.error_lines import run_main
+from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
+from megatron_ext.platform.hosts.launch import check_interfaces, set_interfaces
+from megatron_ext.platform.hosts.rendezvous import find_place
+
+
+def main() -> None:
+    """Sets what `torchrun` would set, and becomes the script.
+
+    Raises:
+        ValueError, OSError: the endpoint's name does not resolve, or no route leads to it; the message is one line.
+    """
+    os.environ["RANK"], os.environ["LOCAL_RANK"] = os.environ["SLURM_PROCID"], os.environ["SLURM_LOCALID"]
+    endpoint = Endpoint("MASTER_ADDR:MASTER_PORT", f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    held = interfaces_by_address()
+    check_interfaces(set(held.values()))
+    set_interfaces(find_place(endpoint, held))
+    # The process keeps its id: srun's signals reach the script, and srun sees its exit code.
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run_main(main)
