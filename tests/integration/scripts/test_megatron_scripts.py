@@ -82,7 +82,6 @@ LLAMA_IGNORED = [
     "--use-mcore-models",
     "--attention-backend fused",
     "--apply-layernorm-1p",
-    "--cross-entropy-loss-fusion",
     "--fp8-param-gather",
     "--no-create-attention-mask-in-dataloader",
     "--no-mmap-bin-files",
