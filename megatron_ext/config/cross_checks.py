@@ -69,6 +69,16 @@ def validate(
             raise ValueError("--grad-reduce-in-bf16: has no effect; it requires --bf16")
         if model.fp8_format is not None:
             _check_fp8(model, parallel, training)
+        if (
+            parallel.cross_entropy_loss_fusion
+            and parallel.tensor_model_parallel_size > 1
+            and parallel.cross_entropy_fusion_impl == "native"
+            and not training.bf16
+        ):
+            # mcore's kernel rounds the gradient of the logits to bf16, whatever their precision is.
+            raise ValueError(
+                "--cross-entropy-loss-fusion: requires --bf16, or --cross-entropy-fusion-impl te"
+            )
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.platform.process_groups import use_cuda
 
 _FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -35,7 +36,11 @@ def build_transformer_config(
         fp16: whether they are in fp16 instead.
     """
     dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-    pipeline = parallel.pipeline_model_parallel_size
+    pipeline, virtual = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_size(model.num_layers),
+    )
+    overlaps = parallel.overlap_p2p_communication and virtual is not None
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -68,7 +73,7 @@ def build_transformer_config(
         fp16=fp16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model.num_layers),
+        virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         recompute_granularity=parallel.recompute_granularity,
@@ -77,13 +82,17 @@ def build_transformer_config(
         recompute_modules=_recompute_modules(parallel),
         # True would send forward and backward tensors in one batch; gloo then gives wrong gradients with interleaving.
         batch_p2p_comm=False,
-        overlap_p2p_comm=False,
-        deallocate_pipeline_outputs=pipeline > 1,
+        overlap_p2p_comm=overlaps,
+        # With overlap a stage's output is freed while it is still being sent: NCCL keeps its memory, gloo does not.
+        deallocate_pipeline_outputs=pipeline > 1 and (use_cuda() or not overlaps),
         fp8=model.fp8_format,
         fp8_recipe=model.fp8_recipe,
         fp8_amax_history_len=model.fp8_amax_history_len,
         fp8_amax_compute_algo=model.fp8_amax_compute_algo,
+        cross_entropy_loss_fusion=parallel.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=parallel.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=False,
+        apply_rope_fusion=uses_te(model),
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,

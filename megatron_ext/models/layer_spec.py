@@ -22,7 +22,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.norm import Norm
-from megatron_ext.models.ops.swiglu import SwiGLU
+from megatron_ext.models.ops.swiglu import SwiGLU, TESwiGLU
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
 
@@ -65,7 +65,7 @@ def layer_spec(
     mlp = MLPSubmodules(
         linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
         linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
-        activation_func=SwiGLU if model.swiglu else None,
+        activation_func=(TESwiGLU if uses_te(model) else SwiGLU) if model.swiglu else None,
     )
     submodules = ExtendedLayerSubmodules(
         input_layernorm=norm,

@@ -34,6 +34,8 @@ def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
             raise ValueError(
                 f"{flags[-1]}: requires --transformer-impl auto or transformer_engine (got local)"
             )
+    if parallel.cross_entropy_fusion_impl == "te":
+        flags.append("--cross-entropy-fusion-impl te")
     problem = transformer_engine_problem() if flags else None
     if problem is None and model.fp8_format is not None:
         problem = _fp8_problem(model.fp8_recipe)

@@ -84,7 +84,7 @@ def npt_work(
             uses.append(_plain_use(settings, reached))
             continue
         trains = number in weights
-        layer = _layer(settings, objective, reached, trains)
+        layer = gradients_of(settings, objective, reached, trains)
         uses.append(layer.use)
         flops += _np_flops(settings, model, number, layer) + _base_flops(model, layer, settings.has_gain)
         if trains and weights[number] and objective.layer.compares_outputs:
@@ -105,7 +105,7 @@ def npt_work(
 def _layer_parallel_work(
     settings: NPTModuleConfig, model: ModelConfig, weights: Mapping[int, float]
 ) -> StepWork:
-    alone = _Layer(use=Use.PARTIAL, trains=True, to_attention=False, to_mlp=False)
+    alone = LayerGradients(use=Use.PARTIAL, trains=True, to_attention=False, to_mlp=False)
     base = mlp_flops_per_token(model) + _base_flops(model, alone, settings.has_gain)
     end = max(weights) + 1
     return StepWork(
@@ -119,7 +119,7 @@ def _layer_parallel_work(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class LayerGradients:
     """The gradients that a training step computes in one NPT layer."""
 
     use: Use
@@ -134,22 +134,25 @@ class _Layer:
 
     @property
     def any(self) -> bool:
+        """Whether the layer computes any gradient."""
         return self.trains or self.to_attention or self.to_mlp
 
 
-def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
+def gradients_of(
+    settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool
+) -> LayerGradients:
     """Returns the gradients that a layer computes; `reached` means that a trained layer lies below it."""
     # NPT layers that are not trained always get the student's hidden states as inputs; see `NPTFamily.begin_step`.
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
     to_mlp = reached and (not trains or stage.mlp_share > 0)
     if not settings.freeze_base:
-        return _Layer(use=Use.TRAINED, trains=trains, to_attention=True, to_mlp=True)
+        return LayerGradients(use=Use.TRAINED, trains=trains, to_attention=True, to_mlp=True)
     if to_attention and to_mlp:
         use = Use.GRADIENT
     else:
         use = Use.PARTIAL if trains or to_attention or to_mlp else Use.FORWARD
-    return _Layer(use=use, trains=trains, to_attention=to_attention, to_mlp=to_mlp)
+    return LayerGradients(use=use, trains=trains, to_attention=to_attention, to_mlp=to_mlp)
 
 
 def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
@@ -158,7 +161,7 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
     return Use.GRADIENT if reached else Use.FORWARD
 
 
-def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
+def _base_flops(model: ModelConfig, layer: LayerGradients, has_gain: bool) -> float:
     """Returns a PARTIAL layer's backward FLOPs per token in the base: those of fc2 and of parts that need gradients."""
     if layer.use is not Use.PARTIAL:
         return 0.0
@@ -170,7 +173,11 @@ def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
 
 
 def _local_flops(
-    settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, number: int, layer: _Layer
+    settings: NPTModuleConfig,
+    model: ModelConfig,
+    objective: StepObjective,
+    number: int,
+    layer: LayerGradients,
 ) -> float:
     """Returns the FLOPs per token of running a layer's modulated MLP again on detached inputs, for local losses."""
     if not objective.layer.local or not (layer.to_attention or layer.to_mlp):
@@ -186,7 +193,7 @@ def _local_flops(
     return mlp + backward + _np_flops(settings, model, number, again)
 
 
-def _np_flops(settings: NPTModuleConfig, model: ModelConfig, number: int, layer: _Layer) -> float:
+def _np_flops(settings: NPTModuleConfig, model: ModelConfig, number: int, layer: LayerGradients) -> float:
     """Returns the FLOPs per token of a layer's NP components, forward and backward."""
     total = 0
     for target, (of_input, of_attention, of_output) in _products(settings, model, number).items():

@@ -16,6 +16,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.gpt_model import GPTModel
@@ -24,6 +25,7 @@ from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.teacher_inputs import TEACHER
+from megatron_ext.npt.npt_activations import npt_activations
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
 from megatron_ext.npt.objective.layer_losses import LayerStepLosses
@@ -103,6 +105,14 @@ class NPTFamily(Family):
             return work
         layers = (Use.SKIPPED,) * len(work.layers) if objective.layer_parallel else work.layers
         return replace(work, layers=layers, further_forwards=0)
+
+    def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
+        """Returns what NPT adds to the activations of a step."""
+        training, layers = self.training, self._trained(layout.model.num_layers)
+        objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
+        weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
+        fidelity = "kl" if training is None else training.fidelity_loss
+        return npt_activations(self.settings, layout, objective, weights, fidelity)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the NPT layers that do not train and, unless `--no-freeze-base` is given, the base model."""

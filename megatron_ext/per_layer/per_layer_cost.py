@@ -1,4 +1,4 @@
-"""Counts the parameters that per-layer embedding (PLE) adds to a model, and the forward FLOPs per token.
+"""Counts what per-layer embedding (PLE) adds to a model: parameters, forward FLOPs per token, and activations.
 
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
     FLOPs        L 6 h p                                     + L 4 p p for concat and gated
@@ -6,9 +6,20 @@
 Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
 order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer. Only
 matrix products count as FLOPs; a table look-up costs none.
+
+Values per token that a rank keeps for the backward pass, with q = p / t and the hidden size divided under sequence
+parallelism:
+
+    a layer's block      2 h + 3 q     its input and W_out's output; W_gate's output, its activation (relu: one of
+                                       both) and the product with the vector
+    a layer's vector     2 q           projection and vector; concat: 2 p more, gated: 2 p + 3 q more
+    a stage              h             the word embedding that it receives; h (whole) if it gathers the sequence
+
+Further it keeps copies of all layers' context projections and combination matrices, which are multiplied at once.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
@@ -27,4 +38,41 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
     return ModelCost(
         parameters=layers * of_a_layer + width,
         forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
+    )
+
+
+def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout) -> FamilyActivations:
+    """Returns what PLE adds to the activations.
+
+    Args:
+        settings: PLE's configuration.
+        layout: the run's settings.
+    """
+    width, method = settings.per_layer_hidden_size, settings.per_layer_combination_method
+    tensor, size = layout.parallel.tensor_model_parallel_size, layout.element_bytes
+    value = layout.tokens * size  # bytes of one value per token
+    part = value * width / tensor
+    gate = 2 if settings.per_layer_gate_activation == "relu" else 3
+    block = 2 * layout.hidden_bytes + gate * part
+    if settings.per_layer_projection_dropout > 0:
+        block += part + part / size  # the result, and a mask of one byte per value
+    vector = 2 * part
+    matrices = width * layout.model.hidden_size / tensor * size * (layout.layers_per_chunk > 1)
+    if method != "scaled_add":
+        vector += 2 * value * width
+        matrices += 2 * width * width / tensor * size
+    if method == "gated":
+        vector += 3 * part
+    layers = layout.model.num_layers
+    streams = [vector + matrices] * layers
+    for first in range(0, layers, layout.layers_per_chunk):
+        if first:
+            streams[first] += layout.hidden_bytes
+        if layout.sequence_split > 1:
+            streams[first] += layout.hidden_bytes * layout.sequence_split
+    return FamilyActivations(
+        layers=(block,) * layers,
+        streams=tuple(streams),
+        held=(0.0,) * layers,
+        transient=layout.layers_per_chunk * part,  # the gradient of a chunk's vectors
     )

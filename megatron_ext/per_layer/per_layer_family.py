@@ -21,11 +21,12 @@ from megatron_ext.data.datasets.blends import parse_blend
 from megatron_ext.data.indexed.manifest import read_manifest
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
 from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_charts import PER_LAYER_CHARTS
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
-from megatron_ext.per_layer.per_layer_cost import per_layer_cost
+from megatron_ext.per_layer.per_layer_cost import per_layer_activations, per_layer_cost
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_IDS, stage_module
 from megatron_ext.per_layer.per_layer_statistics import start_recording, stop_recording
@@ -151,6 +152,10 @@ class PerLayerFamily(Family):
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that PLE adds to `model`."""
         return per_layer_cost(self.settings, model, self.rows)
+
+    def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
+        """Returns what PLE adds to the activations."""
+        return per_layer_activations(self.settings, layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the tables if `--freeze-per-layer-embedding` is given."""

@@ -15,13 +15,30 @@ What a training step computes in a layer depends on what trains. The trunk is th
     only adapters train                       forward, input gradients, the adapters' gradients; in the lowest such
                                               layer, above a frozen embedding, no input gradients of qkv
 
+Values per token that a layer saves for the backward pass beyond a base layer's, with h divided under sequence
+parallelism, n d and f divided by t:
+
+    trained adapters on frozen weights    2 h + f         inputs of the four linears, which a frozen layer does not keep
+                                          r per linear    their products with A
+    trained in another precision          2 h (whole) + n d + f, in that precision; without adapters in place of 2 h + f
+
 Head and final norm are always trained. Unpacking four-bit weights is not a matrix product and is not counted.
 """
 
+import torch
+
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.lora.four_bit_weights import is_packed
+from megatron_ext.lora.linear_precision import compute_dtype
 from megatron_ext.lora.parallel_linear import LayerSettings, SettingsByLayer
+from megatron_ext.models.costs.activation_memory import (
+    FamilyActivations,
+    ParallelLayout,
+    layer_activation_bytes,
+)
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
+    attention_width,
     core_attention_flops_per_token,
     layer_flops_per_token,
     linear_flops_per_token,
@@ -29,6 +46,9 @@ from megatron_ext.models.costs.model_cost import (
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+_FOUR_BITS = 0.5625
+"""Bytes per four-bit weight, with the scales of their blocks."""
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
@@ -86,6 +106,57 @@ def progressive_work(
         trained_parameters=trained + _time_parameters(config, model) * trains_embedding,
         flops_per_token=flops,
     )
+
+
+def progressive_activations(plan: SettingsByLayer, layout: ParallelLayout) -> FamilyActivations:
+    """Returns what adapters and precisions add to the activations of a training step.
+
+    Args:
+        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        layout: the run's settings, with the work of a step.
+    """
+    count = layout.model.num_layers
+    none = (0.0,) * count
+    layers = tuple(_layer_bytes(plan[number], layout, layout.use(number)) for number in range(count))
+    weights = tuple(_stored_bytes(plan[number], layout) for number in range(count))
+    return FamilyActivations(layers=layers, streams=none, held=none, weights=weights)
+
+
+def _stored_bytes(settings: LayerSettings, layout: ParallelLayout) -> float:
+    """Returns what a layer's frozen matrices take beyond the run's precision."""
+    if settings.trains_base:
+        return 0.0  # in fp32 they need no main weights: the sum is the same
+    run_dtype = _run_dtype(layout)
+    dtype = compute_dtype(settings.precision, run_dtype)
+    size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
+    matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model).values())
+    return matrices / layout.parallel.tensor_model_parallel_size * (size - layout.element_bytes)
+
+
+def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> float:
+    """Returns what a layer saves beyond the base layer; for `Use.PARTIAL`, all that it saves."""
+    adapters = bool(settings.trained_adapters)
+    products = (
+        layout.tokens * len(linear_sizes(layout.model)) * _rank(settings) * layout.element_bytes * adapters
+    )
+    if use is Use.PARTIAL:
+        # The input of the lowest norm has no gradient.
+        return layer_activation_bytes(layout) - layout.hidden_bytes + products
+    inputs = 2 * layout.hidden_bytes + layout.ffn_bytes
+    if use is Use.GRADIENT:
+        return products + inputs * adapters
+    run_dtype = _run_dtype(layout)
+    dtype = compute_dtype(settings.precision, run_dtype)
+    if use is not Use.TRAINED or dtype is run_dtype:
+        return products
+    model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
+    split = attention_width(model) + model.resolved_ffn_hidden_size
+    cast = layout.tokens * (2 * model.hidden_size + split / tensor) * dtype.itemsize
+    return products + cast - inputs * (not adapters)
+
+
+def _run_dtype(layout: ParallelLayout) -> torch.dtype:
+    return torch.bfloat16 if layout.bf16 else torch.float16 if layout.fp16 else torch.float32
 
 
 def _use(settings: LayerSettings, reached: bool) -> Use:

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.lora.trainable_layers import merge_adapters, prepare_layers, weight_bytes
+from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
@@ -37,7 +38,11 @@ from megatron_ext.progressive.growth.trunk_strategy import (
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.progressive_charts import PROGRESSIVE_CHARTS
-from megatron_ext.progressive.progressive_cost import progressive_cost, progressive_work
+from megatron_ext.progressive.progressive_cost import (
+    progressive_activations,
+    progressive_cost,
+    progressive_work,
+)
 from megatron_ext.progressive.progressive_extension import ProgressiveExtension
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.training.checkpoint.parameter_count import count_parameters
@@ -174,6 +179,10 @@ class ProgressiveFamily(Family):
             trains_embedding=self.trains_embedding,
             cached_layers=self.trunk_layers if spared else 0,
         )
+
+    def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
+        """Returns what adapters and precisions add to the activations of a step."""
+        return progressive_activations(self.plan, layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Loads the trunk, initializes the new stack, and freezes what the phase does not train."""

@@ -16,7 +16,7 @@ from megatron_ext.platform import run_phases
 from megatron_ext.rehearsal.recording.activity import Activity
 from megatron_ext.rehearsal.recording.recorder import Recorder
 from megatron_ext.rehearsal.rehearse import DOES_NOT_FIT
-from megatron_ext.rehearsal.report import Rehearsal, fits, print_report
+from megatron_ext.rehearsal.report import Rehearsal, fits, fused_kernels, print_report
 from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_kernels
 from megatron_ext.rehearsal.simulated.devices import Device, device_named
 
@@ -60,6 +60,7 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
         training=config.training,
         sequence_length=config.model.seq_length,
         device=device,
+        kernels=fused_kernels(config.model, config.parallel),
         recorder=recorder,
         seconds=time.process_time(),
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

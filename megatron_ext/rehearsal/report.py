@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.platform.run_phases import (
@@ -24,10 +25,8 @@ from megatron_ext.rehearsal.recording.memory_log import KINDS, Peak
 from megatron_ext.rehearsal.recording.recorder import Recorder
 from megatron_ext.rehearsal.simulated.devices import Device
 from megatron_ext.rehearsal.step_time import (
-    BETWEEN_TWO,
     StepTime,
     calls_in,
-    is_waited_for,
     seconds,
     step_time,
     traffic_of,
@@ -36,6 +35,7 @@ from megatron_ext.training.logging.progress_line import binary_size, compact
 
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 _PLACES = 12
+_BETWEEN_TWO = ("send", "receive")
 _SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not what a group is made for
 _LESS_MEMORY = (
     "To lower the peak: more tensor or pipeline stages, --use-distributed-optimizer, --sequence-parallel, "
@@ -54,6 +54,9 @@ class Rehearsal:
     training: TrainingConfig
     sequence_length: int
     device: Device
+    kernels: str
+    """A line about the fused kernels."""
+
     recorder: Recorder
     seconds: float
     """Processor time of the rehearsal's process."""
@@ -98,6 +101,26 @@ class Rehearsal:
     def time(self) -> StepTime:
         """The estimated time of a step."""
         return step_time(self.recorder, self.device, self.step, self.bubble)
+
+
+def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """Returns a line for a rehearsal: what is fused without Transformer Engine, and what it would fuse as well."""
+    attention = {"sdpa": ["attention"]}.get(model.attention_backend, [])
+    by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
+    own = [
+        *attention,
+        "norms",
+        *(["cross-entropy"] if by_engine else []),
+        "bias + dropout + residual",
+        "AdamW",
+    ]
+    line = f"fused kernels: {', '.join(own)}"
+    if model.transformer_impl == "local":
+        return line
+    more = ["norms with the linear layers after them"]
+    more += ["rotary embedding"] if model.position_embedding_type == "rope" else []
+    more += ["SwiGLU"] if model.swiglu else []
+    return f"{line}; also {', '.join(more)} where Transformer Engine is installed, which is not rehearsed"
 
 
 def print_report(rehearsal: Rehearsal) -> None:
@@ -154,7 +177,7 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
     ]
     reduced = [call for call in calls if call.operation in ("all-reduce", "reduce-scatter")]
     # Of two stages, each receives over the group of all ranks.
-    between_stages = any(call.operation in BETWEEN_TWO for call in calls)
+    between_stages = any(call.operation in _BETWEEN_TWO for call in calls)
     done = {
         f"sends activations over TP (size {parallel.tensor_model_parallel_size})": (
             parallel.tensor_model_parallel_size == 1 or _over("TP", calls)
@@ -198,6 +221,7 @@ def _header(rehearsal: Rehearsal) -> str:
         f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences a step (micro-batches x size), "
         f"{compact(flops)} FLOPs on this rank\n"
         f"{recorder.activity.groups:,} process groups are created at the start, which takes time on a large cluster\n"
+        f"{rehearsal.kernels}\n"
         f"rehearsed with {rehearsal.seconds:.1f} s of processor time and {binary_size(rehearsal.host_bytes)} of memory"
     )
 
@@ -260,7 +284,7 @@ def _communication_table(rehearsal: Rehearsal) -> Table:
     times: dict[tuple[str, int, int, str, bool], float] = defaultdict(float)
     for call, total in calls_in(rehearsal.recorder.activity, rehearsal.step).items():
         sort = f"{call.operation}{'' if call.device == 'cuda' else f' ({call.device})'}"
-        key = (call.group, call.size, call.hosts, sort, not is_waited_for(call))
+        key = (call.group, call.size, call.hosts, sort, call.asynchronous)
         merged[key].calls += total.calls
         merged[key].bytes += total.bytes
         times[key] += seconds(call, total, rehearsal.device)

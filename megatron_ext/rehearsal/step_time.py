@@ -20,7 +20,6 @@ from megatron_ext.rehearsal.recording.recorder import Recorder
 from megatron_ext.rehearsal.simulated.devices import Device
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16"}
-BETWEEN_TWO = ("send", "receive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,8 @@ def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> 
     update = sum(size for (phase, _), size in moved.items() if phase == UPDATE) / device.bandwidth
     other = sum(size for (phase, _), size in moved.items() if phase != UPDATE) / device.bandwidth
     calls = calls_in(recorder.activity, scope)
-    waited = sum(seconds(call, total, device) for call, total in calls.items() if is_waited_for(call))
-    hidden = sum(seconds(call, total, device) for call, total in calls.items() if not is_waited_for(call))
+    waited = sum(seconds(call, total, device) for call, total in calls.items() if not call.asynchronous)
+    hidden = sum(seconds(call, total, device) for call, total in calls.items() if call.asynchronous)
     return StepTime(
         products=products, other=other, waited=waited, hidden=hidden, update=update, bubble=bubble
     )
@@ -82,11 +81,6 @@ def peak_flops(device: Device, dtype: torch.dtype) -> float:
 def calls_in(activity: Activity, scope: str) -> Mapping[Call, Total]:
     """Returns the communication of a scope."""
     return {call: total for (of_scope, call), total in activity.communication.items() if of_scope == scope}
-
-
-def is_waited_for(call: Call) -> bool:
-    """Returns whether the rank waits for this communication; the pipeline's is asynchronous but awaited at once."""
-    return not call.asynchronous or call.operation in BETWEEN_TWO
 
 
 def seconds(call: Call, total: Total, device: Device) -> float:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.costs.memory_estimate import ParallelLayout, estimate_memory
+from megatron_ext.models.costs.activation_memory import ParallelLayout
+from megatron_ext.models.costs.memory_estimate import estimate_memory
 from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, VOCAB_SIZE, synthetic_batches

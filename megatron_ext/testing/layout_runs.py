@@ -40,6 +40,7 @@ RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
 OVERLAPPED_CONTEXT = "DP2xCP2 overlapped distributed optimizer"
+OVERLAPPED_STAGES = "PP2 interleaved, overlapped"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 _MORE_LAYOUTS = {
     **CONTEXT_LAYOUTS,
@@ -51,6 +52,7 @@ _MORE_LAYOUTS = {
         replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
         4,
     ),
+    OVERLAPPED_STAGES: (replace(LAYOUTS["PP2 interleaved"], overlap_p2p_communication=True), 2),
 }
 
 SavedTensors = set[tuple[str, tuple[int, ...]]]

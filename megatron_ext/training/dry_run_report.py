@@ -20,7 +20,8 @@ from megatron_ext.config.cross_checks import planned_processes
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.run_config import C, RunConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory
+from megatron_ext.models.costs.activation_memory import ParallelLayout
+from megatron_ext.models.costs.memory_estimate import StageMemory
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
     hardware_flops_per_token,
@@ -146,13 +147,14 @@ def _parameter_table(costs: dict[str, ModelCost]) -> Table:
 
 def _memory_table(stages: list[StageMemory]) -> Table:
     table = _table(
-        "Memory per rank (estimate; --rehearse also counts temporary tensors and the model families' activations)",
+        "Memory per rank at the peak of a step (estimate; --rehearse counts every tensor)",
         "stage",
         "parameters",
         "weights",
         "gradients",
         "optimizer",
         "activations",
+        "temporary",
         "total",
     )
     # Pipeline stages that need the same memory, as inner stages often do, share one row.
@@ -164,8 +166,9 @@ def _memory_table(stages: list[StageMemory]) -> Table:
             memory.gradient_bytes,
             memory.optimizer_bytes,
             memory.activation_bytes,
+            memory.temporary_bytes,
         )
-        table.add_row(name, compact(memory.parameters), *map(binary_size, (*sizes, memory.total_bytes)))
+        table.add_row(name, compact(memory.parameters), *map(binary_size, (*sizes, memory.peak_bytes)))
     return table
 
 

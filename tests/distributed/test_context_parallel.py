@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.costs.memory_estimate import layer_activation_bytes
+from megatron_ext.models.costs.activation_memory import layer_activation_bytes
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.context_parallel import gather_sequence, part_of_batch
 from megatron_ext.platform.process_groups import initialize

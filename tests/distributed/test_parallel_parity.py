@@ -10,6 +10,7 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.layout_runs import (
     OVERLAPPED_CONTEXT,
     OVERLAPPED_PIPELINE,
+    OVERLAPPED_STAGES,
     LayoutRuns,
     Variant,
     assert_same_run,
@@ -34,7 +35,7 @@ VARIANTS = {
 }
 OTHERS = [
     *(f"{layout} recomputed" for layout in LAYOUTS),
-    *(OVERLAPPED_PIPELINE, OVERLAPPED_CONTEXT),
+    *(OVERLAPPED_PIPELINE, OVERLAPPED_CONTEXT, OVERLAPPED_STAGES),
     *CONTEXT_LAYOUTS,
     *("CP2 recomputed", "PP2xCP2 recomputed"),
 ]

@@ -4,9 +4,7 @@ import pytest
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
-from megatron_ext.models.costs.memory_estimate import (
-    stage_parameters,
-)
+from megatron_ext.models.costs.memory_estimate import stage_parameters
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import LAYOUTS

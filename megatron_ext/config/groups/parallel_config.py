@@ -47,6 +47,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the distributed optimizer's gathering of parameters with the forward pass."""
 
+    overlap_p2p_communication: bool = False
+    """With the interleaved schedule: overlap the communication between pipeline stages with computation."""
+
     accumulate_allreduce_grads_in_fp32: bool = False
     """With --fp16: sum gradients over micro-batches and processes in fp32, as is done without --fp16."""
 
@@ -55,6 +58,14 @@ class ParallelConfig:
 
     gradient_accumulation_fusion: bool = False
     """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
+
+    cross_entropy_loss_fusion: bool = False
+    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives; no effect without tensor
+    parallelism, where it always is."""
+
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+    """With --cross-entropy-loss-fusion: kernels of mcore (native), which require --bf16, or of Transformer Engine
+    (te)."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
@@ -89,6 +100,7 @@ class ParallelConfig:
         check_at_most(self, _MINUTES_OF_A_YEAR, "distributed_timeout_minutes")
         self._check_pipeline()
         self._check_overlap()
+        self._check_cross_entropy()
         self._check_recompute()
 
     def _check_pipeline(self) -> None:
@@ -111,6 +123,15 @@ class ParallelConfig:
             raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
+        if self.overlap_p2p_communication and self.num_layers_per_virtual_pipeline_stage is None:
+            raise ValueError("--overlap-p2p-communication: requires --num-layers-per-virtual-pipeline-stage")
+
+    def _check_cross_entropy(self) -> None:
+        if self.cross_entropy_fusion_impl != "native" and not self.cross_entropy_loss_fusion:
+            raise ValueError(
+                f"--cross-entropy-fusion-impl {self.cross_entropy_fusion_impl}: has no effect; it requires "
+                "--cross-entropy-loss-fusion"
+            )
 
     def _check_recompute(self) -> None:
         if self.recompute_activations:

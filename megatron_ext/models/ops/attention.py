@@ -9,12 +9,14 @@ gathered over the ranks; each of the two chunks of queries attends to the keys u
 """
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,6 +65,8 @@ class SDPAttention(torch.nn.Module):
     def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._angles is None:
             return query, key
+        if self.config.apply_rope_fusion:
+            return self._rotated_by_te(self._angles, query, key)
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]
             self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
@@ -70,6 +74,14 @@ class SDPAttention(torch.nn.Module):
         end, start = key.size(0), key.size(0) - query.size(0)
         cos, sin = self._cos_sin
         return rotate(query, cos[start:end], sin[start:end]), rotate(key, cos[:end], sin[:end])
+
+    def _rotated_by_te(
+        self, angles: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # One kernel, which takes sine and cosine in fp32 and rounds only the result.
+        end, start = key.size(0), key.size(0) - query.size(0)
+        rotated = partial(apply_rotary_pos_emb, config=self.config)
+        return rotated(query, angles[start:end]), rotated(key, angles[:end])
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Size of one block's fp32 values in bytes: what a CPU's cache holds, or a small part of a GPU's memory."""
 
 
@@ -23,7 +23,7 @@ def blocks(rows: torch.Tensor, device: str | None = None) -> Iterator[slice]:
         rows: the logits.
         device: `cpu` or `cuda`, whose block size is used; None for the device of `rows`.
     """
-    step = max(1, _BLOCK_BYTES[device or rows.device.type] // (4 * rows.size(1)))
+    step = max(1, BLOCK_BYTES[device or rows.device.type] // (4 * rows.size(1)))
     for start in range(0, len(rows), step):
         yield slice(start, start + step)
 
@@ -39,6 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
             log_probabilities = torch.log_softmax(rows[block], dim=-1, dtype=torch.float32)
             losses[block] = log_probabilities.gather(-1, index[block]).squeeze(-1).neg_()
             softmax[block] = log_probabilities.exp_()
+            del log_probabilities  # or two blocks would exist at once
         ctx.save_for_backward(softmax, index)
         ctx.shape = logits.shape
         return losses.view(labels.shape)

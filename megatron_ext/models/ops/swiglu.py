@@ -3,7 +3,8 @@
     SwiGLU(x) = silu(gate) * up,   [gate ; up] = W_fc1 x          (arXiv 2002.05202)
 
 The forward pass equals the engine's to the bit. The engine's unfused backward pass computes the gradients of both
-halves and concatenates them; here both are written into one buffer. Shapes: [s, b, 2 f/t] -> [s, b, f/t].
+halves and concatenates them; here both are written into one buffer. Transformer Engine has one kernel for each pass.
+Shapes: [s, b, 2 f/t] -> [s, b, f/t].
 """
 
 from typing import Any
@@ -42,3 +43,31 @@ class SwiGLU(MegatronModule):
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         """Applies SwiGLU, [s, b, 2 f/t] -> [s, b, f/t]."""
         return swiglu(gate_and_up)
+
+
+class _TESwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        import transformer_engine_torch
+
+        gate_and_up = gate_and_up.contiguous()
+        ctx.save_for_backward(gate_and_up)
+        result: torch.Tensor = transformer_engine_torch.swiglu(gate_and_up, None)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        import transformer_engine_torch
+
+        (gate_and_up,) = ctx.saved_tensors
+        grad: torch.Tensor = transformer_engine_torch.dswiglu(grads[0].contiguous(), gate_and_up, None)
+        return grad
+
+
+class TESwiGLU(MegatronModule):
+    """SwiGLU with Transformer Engine's kernels; its own module would add entries to checkpoints."""
+
+    def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """Applies SwiGLU, [s, b, 2 f/t] -> [s, b, f/t]."""
+        result: torch.Tensor = _TESwiGLU.apply(gate_and_up)
+        return result

@@ -124,11 +124,8 @@ class Teacher:
             wanted: the states to add; a pipeline stage adds those of its own layers.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            return (
-                of_batch
-                for batch in batches
-                for of_batch in self._with_states(chunks, families, [batch], wanted)
-            )
+            # Without a name for them here, a micro-batch's states can be freed before the next ones are computed.
+            return (self._with_states(chunks, families, [batch], wanted).pop() for batch in batches)
         return self._with_states(chunks, families, batches, wanted)
 
     def _with_states(

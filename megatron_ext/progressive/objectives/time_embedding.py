@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.model_extension import StageInfo, StageModule
+from megatron_ext.platform import process_groups
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -27,14 +28,16 @@ class TimeEmbedding(StageModule):
         settings: contains the kind and the width of the embedding, and the number of time steps.
         """
         super().__init__()
-        width = settings.time_embedding_dim
+        width, device = settings.time_embedding_dim, process_groups.device()
         self.learned = settings.time_encoding_type == "learned"
-        self.projection = torch.nn.Parameter(torch.empty(config.hidden_size, width))
+        self.projection = torch.nn.Parameter(torch.empty(config.hidden_size, width, device=device))
         # The mean square of e(t) is 1 (learned) or 1/2 (sinusoidal).
         std = config.init_method_std / math.sqrt(width if self.learned else width / 2)
         self.projection.init_std = std  # type: ignore[attr-defined]
         if self.learned:
-            self.table = torch.nn.Parameter(torch.empty(settings.resolved_num_time_steps, width))
+            self.table = torch.nn.Parameter(
+                torch.empty(settings.resolved_num_time_steps, width, device=device)
+            )
             self.table.init_std = 1.0  # type: ignore[attr-defined]
         for parameter in self.parameters():
             # With sequence parallelism, a rank's gradient covers only its tokens; this mark makes the engine sum them.

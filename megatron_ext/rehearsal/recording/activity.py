@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +27,8 @@ class Call:
     """`cuda` or `cpu`, or `object` for Python objects."""
 
     asynchronous: bool
+    """Whether anything else was done between its start and the wait for its end."""
+
     hosts: int
     """Number of hosts on which the group's ranks run."""
 
@@ -48,6 +50,9 @@ class Activity:
     step: int = 0
     groups: int = 0
     """Number of process groups that the rank has created; it is a member of only a few of them."""
+
+    operations: int = 0
+    """Number of operations that the rank has executed."""
 
     phases: list[str] = field(default_factory=list)
     communication: dict[tuple[str, Call], Total] = field(default_factory=dict)
@@ -86,6 +91,17 @@ class Activity:
         total = self.communication.setdefault((self.scope, call), Total())
         total.calls += 1
         total.bytes += size
+
+    def is_awaited_at_once(self, scope: str, call: Call, size: int) -> None:
+        """Records that a call, counted as asynchronous in `scope`, is waited for before anything else is done."""
+        total = self.communication[scope, call]
+        total.calls -= 1
+        total.bytes -= size
+        if not total.calls:
+            del self.communication[scope, call]
+        awaited = self.communication.setdefault((scope, replace(call, asynchronous=False)), Total())
+        awaited.calls += 1
+        awaited.bytes += size
 
     def waits_for_device(self, kind: str) -> None:
         """Records that the host waits until the device has finished its work."""

@@ -90,6 +90,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.activity.operations += 1
         if func is aten._local_scalar_dense.default:
             return self._to_host(func, args[0])
         if func is aten.equal.default and args[0].is_cuda:

@@ -5,7 +5,7 @@ Every collective checks what NCCL would check (sizes, types, devices), is counte
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,14 @@ def group_name(group: Any) -> str:
 
 
 class _Work:
-    """Stands for the handle of an asynchronous collective."""
+    """Stands for the handle of asynchronous communication."""
+
+    def __init__(self, awaited: Callable[[], None] | None = None) -> None:
+        self._awaited = awaited
 
     def wait(self, *_: Any) -> bool:
+        if self._awaited is not None:
+            self._awaited()
         return True
 
     def is_completed(self) -> bool:
@@ -83,15 +88,16 @@ class Collectives:
         for tensor in sent:
             if not tensor.is_contiguous():
                 raise ValueError(f"{operation}: Tensors must be contiguous (got strides {tensor.stride()})")
-        self._record(operation, group, next(iter(devices), "cuda"), asynchronous, _bytes(sent))
-        return _Work() if asynchronous else None
+        return self._record(operation, group, next(iter(devices), "cuda"), asynchronous, _bytes(sent))
 
-    def _record(self, operation: str, group: Any, device: str, asynchronous: bool, size: int) -> None:
+    def _record(self, operation: str, group: Any, device: str, asynchronous: bool, size: int) -> _Work | None:
         activity, name, ranks = self._activity, group_name(group), dist.get_process_group_ranks(group)
         hosts = len({rank // GPUS_PER_HOST for rank in ranks})
-        activity.communicates(Call(operation, name, len(ranks), device, asynchronous, hosts, place()), size)
+        call = Call(operation, name, len(ranks), device, asynchronous, hosts, place())
+        activity.communicates(call, size)
         if device == "cpu":
             activity.is_odd(f"{operation} of a CPU tensor over {name} (by gloo, not by NCCL)")
+        return _Work(_at_wait(activity, call, size)) if asynchronous else None
 
     def _compare(self, operation: str, whole: Tensors, part: torch.Tensor, group: Any) -> None:
         """Checks the tensors of an all-gather or reduce-scatter: the whole tensor must hold one part for each rank."""
@@ -225,8 +231,7 @@ class Collectives:
     # Of objects, and without data
 
     def barrier(self, group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        self._record("barrier", group, "object", async_op, 0)
-        return _Work() if async_op else None
+        return self._record("barrier", group, "object", async_op, 0)
 
     def all_gather_object(self, object_list: list[Any], obj: Any, group: Any = None) -> None:
         self._objects("all-gather of objects", group)
@@ -258,6 +263,19 @@ class Collectives:
         self, group: Any = None, device: Any = None, async_ops: bool = False
     ) -> Iterator[_Work]:
         yield _Work()
+
+
+def _at_wait(activity: Activity, call: Call, size: int) -> Callable[[], None]:
+    """Returns the function to call when the host waits for a call that has just started."""
+    scope, started, is_awaited = activity.scope, activity.operations, False
+
+    def awaited() -> None:
+        nonlocal is_awaited
+        if not is_awaited and activity.operations == started:
+            activity.is_awaited_at_once(scope, call, size)
+        is_awaited = True
+
+    return awaited
 
 
 def install(activity: Activity) -> None:
@@ -298,8 +316,8 @@ def _patch_groups(activity: Activity, module: Any, inner: Any) -> None:
         is_split = inner._get_default_group().bound_device_id is not None
         if backend == "gloo" and is_split and len(ranks) < dist.get_world_size():
             raise RuntimeError(
-                f"new_group: hangs, because the {len(ranks)} ranks of a gloo group do not take part in the split of the "
-                "default group for which the others wait (it was initialized with device_id)"
+                f"new_group: hangs, because the {len(ranks)} ranks of a gloo group do not take part in the split of "
+                "the default group for which the others wait (it was initialized with device_id)"
             )
         kept = {name: more[name] for name in ("group_desc", "use_local_synchronization") if name in more}
         return make(ranks, backend="fake", **kept)

@@ -120,6 +120,28 @@ class Extension(ModuleType):
         return out, bias_gradient, None, None
 
     @staticmethod
+    def swiglu(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate.float()).mul(up).to(x.dtype)
+
+    @staticmethod
+    def dswiglu(gradient: torch.Tensor, x: torch.Tensor, quantizer: Any) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        slope = torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
+        return torch.cat([gradient * up * slope, gradient * F.silu(gate)], dim=-1).to(x.dtype)
+
+    @staticmethod
+    def fused_rope_forward(x: torch.Tensor, angles: torch.Tensor, *details: Any) -> torch.Tensor:
+        """Rotates [s, b, n, d] by angles [s, 1, 1, r], whose halves are equal."""
+        starts, _, interleaved, lengths, ranks, _ = details
+        assert starts is None and lengths is None and not interleaved and ranks == 1
+        return _turned(x, angles, 1.0)
+
+    @staticmethod
+    def fused_rope_backward(gradient: torch.Tensor, angles: torch.Tensor, *_: Any) -> torch.Tensor:
+        return _turned(gradient, angles, -1.0)
+
+    @staticmethod
     def rmsnorm_fwd(
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -210,3 +232,11 @@ class Extension(ModuleType):
             denominator = (second / (1 - beta2**step)).sqrt().add_(epsilon)
             update = first / (1 - beta1**step) / denominator + weight_decay * parameter
             parameter.sub_(rate * update)
+
+
+def _turned(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
+    size = angles.size(-1)
+    rotated, rest = x.float()[..., :size], x[..., size:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = rotated * angles.cos() + sign * torch.cat([-second, first], dim=-1) * angles.sin()
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)

@@ -114,13 +114,16 @@ def accumulate_gradients(
         prepare: adds fields to the micro-batches once they are on the device.
     """
     moved = _on_device(chunks, batches)
-    for place, batch in enumerate(prepare(moved)):
+    left = len(moved)
+    for batch in prepare(moved):
+        left -= 1
         with contextlib.ExitStack() as stack:
-            if place < len(moved) - 1:
+            if left:
                 # As in the schedules, gradients are reduced over data-parallel ranks after the last micro-batch only.
                 for chunk in chunks:
                     stack.enter_context(chunk.no_sync())
             backward(batch)
+        del batch  # its fields are freed before `prepare` computes those of the next one
     get_model_config(chunks[0]).finalize_model_grads_func(chunks, None)
 
 

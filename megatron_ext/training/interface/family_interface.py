@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.models.gpt_model import GPTModel
@@ -85,6 +86,15 @@ class Family:
             model: configuration of the base model.
             iteration: number of the step, from 1. The method is called after each step; before the run it is called
                 with the number of the last step.
+        """
+        return None
+
+    def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations | None:
+        """Returns what the model family adds to the activations of a training step; None if it adds none.
+
+        Args:
+            layout: the run's settings, with the work of all its model families.
+            iteration: number of the step, from 1.
         """
         return None
 

@@ -87,7 +87,24 @@ def _ours(path: str, layout: dict[str, Any], batch_size: int) -> dict[str, list[
     return _answers(HarnessModel(load=path, batch_size=batch_size, **layout))
 
 
-def _theirs(folder: Path) -> dict[str, list[Any]]:
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "two copies": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+}
+
+
+def _at_every_layout(path: str) -> dict[str, dict[str, list[Any]]]:
+    return {name: _ours(path, layout, 2) for name, layout in LAYOUTS.items()}
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(folder: Path) -> list[dict[str, dict[str, list[Any]]]]:
+    return run_distributed(_at_every_layout, 2, str(folder / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> dict[str, list[Any]]:
     return _answers(HFLM(pretrained=str(folder / "export"), device="cpu", dtype="float32", batch_size=1))
 
 
@@ -99,26 +116,20 @@ def _check_equal(found: dict[str, list[Any]], expected: dict[str, list[Any]]) ->
     assert found["texts"] == expected["texts"]
 
 
-def test_scores_and_texts_equal_those_of_the_harnesss_own_model_type_on_the_export(folder: Path) -> None:
-    expected = _theirs(folder)
-    assert len({score for score, _ in expected["scores"]}) == len(PAIRS)
-    assert any(0 < len(text) < 20 for text in expected["texts"])
-    _check_equal(alone(_ours, str(folder / "checkpoint"), {}, 3), expected)
+def test_scores_and_texts_equal_those_of_the_harnesss_own_model_type_on_the_export(
+    folder: Path, theirs: dict[str, list[Any]]
+) -> None:
+    assert len({score for score, _ in theirs["scores"]}) == len(PAIRS)
+    assert any(0 < len(text) < 20 for text in theirs["texts"])
+    _check_equal(alone(_ours, str(folder / "checkpoint"), {}, 3), theirs)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_model_parallel_size": 2},
-        {"pipeline_model_parallel_size": 2},
-        {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
-    ],
-    ids=["TP2", "PP2", "two copies"],
-)
-def test_every_rank_gets_the_same_scores_and_texts(layout: dict[str, int], folder: Path) -> None:
-    expected = _theirs(folder)
-    for found in run_distributed(_ours, 2, str(folder / "checkpoint"), layout, 2):
-        _check_equal(found, expected)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_gets_the_same_scores_and_texts(
+    layout: str, of_two_ranks: list[dict[str, dict[str, list[Any]]]], theirs: dict[str, list[Any]]
+) -> None:
+    for found in of_two_ranks:
+        _check_equal(found[layout], theirs)
 
 
 SHORT_PAIRS = [("a line", " of"), ("read ", "again"), ("small text", " that"), ("i", "s")]

@@ -1,6 +1,7 @@
 """Models of Transformer Engine's own Python classes: which modules, weights and checkpoints they have."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,13 @@ from megatron_ext.models.transformer_engine import check_te
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE, train_tiny, with_full_recompute
+from megatron_ext.testing.tiny_training import (
+    GLOBAL_BATCH_SIZE,
+    LAYOUTS,
+    VOCAB_SIZE,
+    train_tiny,
+    with_full_recompute,
+)
 from megatron_ext.testing.transformer_engine.run_with_te import needs_te, run_with_te
 from tests.distributed.transformer_engine.te_variants import LLAMA, VARIANTS, with_te
 
@@ -60,8 +67,9 @@ def _mark(parameter: torch.Tensor, name: str) -> Any:
 
 
 def _modules(chunk: GPTModel, layer: int) -> dict[str, str]:
-    """Maps the names of a layer's norms, linear layers and core attention to their classes."""
-    names = ("layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "core_attention")
+    """Maps the names of a layer's norms, linear layers, core attention and activation to their classes."""
+    names = ("layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    names = (*names, "core_attention", "activation_func")
     return {
         name: type(module).__name__
         for name, module in chunk.decoder.layers[layer].named_modules()
@@ -100,7 +108,9 @@ FUSED = {
     "pre_mlp_layernorm": "NormInLinear",
     "mlp.linear_fc1": "TELayerNormColumnParallelLinear",
     "mlp.linear_fc2": "TERowParallelLinear",
+    "mlp.activation_func": "TESwiGLU",
 }
+GELU = {name: kind for name, kind in FUSED.items() if name != "mlp.activation_func"}
 SEPARATE = FUSED | {
     "input_layernorm": "RMSNorm",
     "pre_mlp_layernorm": "RMSNorm",
@@ -120,7 +130,7 @@ LORA = SEPARATE | {
 
 @pytest.mark.parametrize(
     ("name", "modules"),
-    [("Llama", FUSED), ("GPT-2", FUSED), ("PLE", FUSED), ("NPT", SEPARATE), ("LoRA", LORA)],
+    [("Llama", FUSED), ("GPT-2", GELU), ("PLE", FUSED), ("NPT", SEPARATE), ("LoRA", LORA)],
 )
 def test_norms_are_fused_into_linear_layers_where_no_family_reads_them(
     examined: list[dict[str, Any]], name: str, modules: dict[str, str]
@@ -145,6 +155,36 @@ def test_names_shapes_marks_values_and_shards_are_those_of_the_engines_own_layer
         for key, (shape, marks, values) in ours["parameters"].items():
             assert theirs["parameters"][key][:2] == (shape, marks), key
             assert torch.equal(theirs["parameters"][key][2], values), key
+
+
+def _count_kernels() -> dict[str, int]:
+    """How often a step of a Llama-like model calls the kernels of rotary embeddings and SwiGLU."""
+    import transformer_engine_torch
+
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        kernel = getattr(transformer_engine_torch, name)
+
+        def call(*args: Any) -> Any:
+            counts[name] += 1
+            return kernel(*args)
+
+        return call
+
+    for name in KERNELS:
+        setattr(transformer_engine_torch, name, counted(name))
+    train_tiny(ParallelConfig(), 1, list, with_te(LLAMA))
+    return dict(counts)
+
+
+KERNELS = ("fused_rope_forward", "fused_rope_backward", "swiglu", "dswiglu")
+
+
+def test_every_layer_rotates_and_activates_with_tes_kernels() -> None:
+    (counts,) = run_with_te(_count_kernels, 1)
+    passes = LLAMA.num_layers * GLOBAL_BATCH_SIZE
+    assert counts == dict(zip(KERNELS, (2 * passes, 2 * passes, passes, passes), strict=True))
 
 
 def _train_otherwise() -> dict[str, list[float]]:

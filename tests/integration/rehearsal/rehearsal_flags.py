@@ -19,5 +19,6 @@ TP, PP, SP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 
 CP = "--context-parallel-size 2 "
 SHARDED = "--use-distributed-optimizer "
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1 "
+OVERLAPPED = INTERLEAVED + "--overlap-p2p-communication "
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather "
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "

@@ -35,6 +35,7 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
     assert "Other operations in step 2, by place" in done.stdout
     assert "tokens/s per GPU" in done.stdout
     assert "Communication in step 2" in done.stdout
+    assert "fused kernels: attention, norms, bias + dropout + residual, AdamW; also norms with" in done.stdout
     assert "Host waits for the device" in done.stdout
     assert "pipeline bubble 50.0%" in done.stdout
     assert done.stderr == ""

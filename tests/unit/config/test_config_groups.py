@@ -131,6 +131,16 @@ BAD = [
     ),
     (
         ParallelConfig,
+        {"overlap_p2p_communication": True, "pipeline_model_parallel_size": 2},
+        ["--overlap-p2p-communication: requires --num-layers-per-virtual-pipeline-stage"],
+    ),
+    (
+        ParallelConfig,
+        {"cross_entropy_fusion_impl": "te", "tensor_model_parallel_size": 2},
+        ["--cross-entropy-fusion-impl te: has no effect; it requires --cross-entropy-loss-fusion"],
+    ),
+    (
+        ParallelConfig,
         {"recompute_granularity": "full"},
         ["--recompute-granularity full", "--recompute-method"],
     ),

@@ -143,6 +143,11 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"fp8_format": "hybrid"}, "--fp8-format hybrid: requires --bf16"),
     (
+        2,
+        {TP: 2, "cross_entropy_loss_fusion": True},
+        "--cross-entropy-loss-fusion: requires --bf16, or --cross-entropy-fusion-impl te",
+    ),
+    (
         1,
         {**FP8, "ffn_hidden_size": 104},
         "--fp8-format e4m3: --ffn-hidden-size, 104 on each rank, must be a multiple of 16",

@@ -13,7 +13,7 @@ def test_blocks_of_any_size_give_torchs_loss_and_gradient(
     rows_of_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = 40
-    monkeypatch.setitem(module._BLOCK_BYTES, "cpu", 4 * vocabulary * rows_of_a_block)
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 4 * vocabulary * rows_of_a_block)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(5, 3, vocabulary, generator=generator)).requires_grad_()
     labels = torch.randint(0, vocabulary, (5, 3), generator=generator)
@@ -27,6 +27,6 @@ def test_blocks_of_any_size_give_torchs_loss_and_gradient(
 
 
 def test_a_row_larger_than_a_block_is_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 1)
     logits = torch.zeros(2, 8)
     assert torch.allclose(cross_entropy(logits, torch.tensor([0, 7])), torch.full((2,), 8.0).log())

@@ -271,5 +271,5 @@ def _divergences() -> list[float]:
 def test_divergences_and_their_gradients_equal_torch_in_float64(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cross_entropy._BLOCK_BYTES, "cpu", rows * 40 * 4)  # 15 tokens: four blocks, and one
+    monkeypatch.setitem(cross_entropy.BLOCK_BYTES, "cpu", rows * 40 * 4)  # 15 tokens: four blocks, and one
     assert max(run_single(_divergences)) < 1e-5

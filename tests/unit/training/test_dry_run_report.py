@@ -146,14 +146,20 @@ def test_memory_is_listed_for_every_stage_that_differs(monkeypatch: pytest.Monke
     text = dry_run(monkeypatch, training=TrainingConfig(global_batch_size=8, train_iters=1, bf16=True))
     # one micro-batch a step: inner stages are alike
     (first,), (inner,), (last,) = rows(text, "0"), rows(text, "1-14"), rows(text, "15")
-    gib = [float(cell.split()[0]) for cell in inner[2:7]]
+    weights, gradients, optimizer, activations, temporary, total = (_gib(cell) for cell in inner[2:8])
     parameters = 6 * ((12 * 12288**2 + 7 * 12288) / 8 + 6 * 12288)
-    assert gib[:3] == pytest.approx(
-        [2 * parameters / 2**30, 4 * parameters / 2**30, 1.5 * parameters / 2**30], abs=0.01
+    assert (weights, gradients, optimizer) == pytest.approx(
+        (2 * parameters / 2**30, 4 * parameters / 2**30, 1.5 * parameters / 2**30), abs=0.01
     )
-    assert gib[4] == pytest.approx(sum(gib[:4]), abs=0.02)
-    assert float(first[6].split()[0]) > gib[4]
-    assert float(last[6].split()[0]) > gib[4]
+    assert total == pytest.approx(weights + gradients + optimizer + activations + temporary, abs=0.03)
+    assert _gib(first[7]) > total
+    assert _gib(last[7]) > total
+
+
+def _gib(cell: str) -> float:
+    """A size of the table, in GiB."""
+    number, unit = cell.split()
+    return float(number) * {"MiB": 2**-10, "GiB": 1.0}[unit]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,299 @@
+"""Estimates the activations that one rank holds at the peak of a step: the base model's, and the model families'.
+
+Activations are the tensors that this engine's layers save for the backward pass; see `layer_activation_bytes`. With the
+1F1B schedule stage i of P holds the activations of up to P - i micro-batches at once. With the interleaved schedule and
+v chunks per stage these are 2 (P - i - 1) + (v - 1) P + 1 passes of one chunk. A layer that no gradient reaches saves
+nothing. At the peak a stage further holds the larger of two: what the loss needs on the last stage, or what the
+backward pass of a layer needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.model_cost import attention_width, qkv_width
+from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.models.ops.cross_entropy import BLOCK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """The settings of a run on which its memory depends."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    vocab_size: int
+    """The tokenizer's vocabulary size, before padding."""
+
+    micro_batch_size: int
+    num_microbatches: int
+    """Micro-batches per step on one data-parallel rank."""
+
+    data_parallel_size: int
+    bf16: bool = False
+    fp16: bool = False
+
+    work: StepWork | None = None
+    """Which parts of the base model a step runs and trains; None if everything trains."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one rank, with context parallelism taken into account."""
+        return self.micro_batch_size * self.model.seq_length // self.parallel.context_parallel_size
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation value or parameter."""
+        return 2 if self.is_half else 4
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights and activations are in bfloat16 or fp16."""
+        return self.bf16 or self.fp16
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one gradient."""
+        return 4 if self.parallel.reduces_in_fp32(bf16=self.bf16) else self.element_bytes
+
+    @property
+    def padded_vocab(self) -> int:
+        """Number of rows of the word embedding, after padding of the vocabulary."""
+        return padded_vocab_size(self.vocab_size, self.model, self.parallel.tensor_model_parallel_size)
+
+    @property
+    def sequence_split(self) -> int:
+        """Number of ranks over which norms and residual stream are split: TP under sequence parallelism, else 1."""
+        parallel = self.parallel
+        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Bytes of the hidden states [s, b, h] of a micro-batch on one rank, [s/t, b, h] under sequence parallelism."""
+        return self.tokens * self.model.hidden_size * self.element_bytes / self.sequence_split
+
+    @property
+    def ffn_bytes(self) -> float:
+        """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank."""
+        width = self.model.resolved_ffn_hidden_size / self.parallel.tensor_model_parallel_size
+        return self.tokens * width * self.element_bytes
+
+    @property
+    def logit_count(self) -> float:
+        """Number of a micro-batch's logits on one rank."""
+        return self.tokens * self.padded_vocab / self.parallel.tensor_model_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks per rank: more than 1 with the interleaved schedule."""
+        return self.parallel.virtual_pipeline_size(self.model.num_layers) or 1
+
+    @property
+    def layers_per_chunk(self) -> int:
+        """Number of layers per chunk."""
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
+
+    def stage_layers(self, stage: int) -> list[int]:
+        """Returns the numbers of a stage's layers, chunk by chunk."""
+        stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        # The interleaved schedule assigns chunks to stages in turn.
+        firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
+        return [first + place for first in firsts for place in range(size)]
+
+    def use(self, layer: int) -> Use:
+        """Returns how a step uses a layer."""
+        return Use.TRAINED if self.work is None else self.work.layers[layer]
+
+    def layers_of(self, stage: int, least: Use) -> int:
+        """Returns the number of layers, over all chunks of a stage, whose `Use` is at least `least`."""
+        return sum(self.use(layer) >= least for layer in self.stage_layers(stage))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyActivations:
+    """Bytes that a model family adds on a rank, most of them activations; tuples have an entry for each layer."""
+
+    layers: tuple[float, ...]
+    """What a layer saves per micro-batch beyond the base layer's; full recomputation drops it. For a layer of
+    `Use.PARTIAL`, all that it saves."""
+
+    streams: tuple[float, ...]
+    """What is kept per micro-batch for a layer even under full recomputation."""
+
+    held: tuple[float, ...]
+    """What is held once for a layer, whatever the number of micro-batches in flight."""
+
+    weights: tuple[float, ...] = ()
+    """What a layer's weights take beyond the run's precision, or below it if negative; empty if nothing."""
+
+    head: float = 0.0
+    """What the loss adds to the head's on the last stage."""
+
+    transient: float = 0.0
+    """What the forward or backward pass of one layer allocates beyond `mlp_backward_bytes` while the activations of all
+    others are kept."""
+
+
+def stage_activation_bytes(
+    layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations] = ()
+) -> float:
+    """Returns the largest number of activation bytes that one rank of a stage holds at once."""
+    kept, again = _kept_and_recomputed(layout, stage, families)
+    return max(kept + max(again, _loss_bytes(layout, stage, families)), _evaluation_bytes(layout, stage))
+
+
+def stage_temporary_bytes(
+    layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations] = ()
+) -> float:
+    """Returns what one rank of a stage allocates at the peak beyond the activations."""
+    kept, again = _kept_and_recomputed(layout, stage, families)
+    at_loss = _loss_bytes(layout, stage, families)
+    if at_loss and layout.parallel.tensor_model_parallel_size == 1:
+        at_loss += 2 * min(BLOCK_BYTES["cuda"], 4 * layout.logit_count)
+    in_layer = again
+    if layout.layers_of(stage, Use.PARTIAL):
+        in_layer += mlp_backward_bytes(layout) + sum(family.transient for family in families)
+    peak = max(kept + max(at_loss, in_layer), _evaluation_bytes(layout, stage))
+    return peak - stage_activation_bytes(layout, stage, families)
+
+
+def _kept_and_recomputed(
+    layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]
+) -> tuple[float, float]:
+    """Returns what a stage's layers keep until their backward pass, and what they recompute at one time."""
+    model, parallel = layout.model, layout.parallel
+    numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
+    saved = [
+        layer_activation_bytes(layout, layout.use(number)) + sum(family.layers[number] for family in families)
+        for number in numbers
+    ]
+    streams = sum(family.streams[number] for family in families for number in numbers)
+    held = sum(family.held[number] for family in families for number in numbers)
+    again = 0.0
+    if parallel.recompute_granularity != "full":
+        of_layers = sum(saved) / layout.chunks
+    else:
+        group = parallel.recompute_num_layers or 1
+        if parallel.recompute_method == "uniform":
+            of_layers = -(-layout.layers_per_chunk // group) * layout.hidden_bytes
+            again = group * max(saved)
+        else:
+            recomputed, again = min(group, layout.layers_per_chunk), max(saved)
+            rest = (layout.layers_per_chunk - recomputed) / layout.layers_per_chunk
+            of_layers = recomputed * layout.hidden_bytes + rest * sum(saved) / layout.chunks
+    kept = in_flight * (of_layers + streams / layout.chunks) + held
+    if stage == 0 and model.hidden_dropout > 0:
+        # The embedding's dropout mask, one byte per value; only one of the stage's chunks has it.
+        kept += in_flight / layout.chunks * layout.hidden_bytes / layout.element_bytes
+    return kept, again
+
+
+def _loss_bytes(layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]) -> float:
+    """Returns what the output's loss holds on a stage in a training step; 0 where there is none."""
+    is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
+    if not is_last or (layout.work is not None and not layout.work.head_forwards):
+        return 0.0
+    return head_activation_bytes(layout) + sum(family.head for family in families)
+
+
+def _evaluation_bytes(layout: ParallelLayout, stage: int) -> float:
+    """Returns what an evaluation holds on a stage: its loss, even if a training step computes none."""
+    is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
+    return head_activation_bytes(layout) if is_last else 0.0
+
+
+def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> float:
+    """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
+
+    Full recomputation is not taken into account. A layer saves these values per token (letters as in `model_cost`):
+    inputs and outputs of the two norms (4h); output of the fused query-key-value projection ((n + 2g) d); queries and
+    keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
+    attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
+    a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d per token of its own). Unfused core
+    attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
+    A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
+
+    Args:
+        layout: the run's settings.
+        use: how a step uses the layer. What a layer of `Use.PARTIAL` saves is counted by its model family.
+    """
+    if use < Use.GRADIENT:
+        return 0.0
+    parallel, size = layout.parallel, layout.element_bytes
+    again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+    is_frozen = use is Use.GRADIENT
+    # A recomputed norm does not keep its output, a frozen layer does not need it.
+    whole = (2 if is_frozen or "layernorm" in again else 4) * layout.hidden_bytes
+    whole += 2 * (layout.model.hidden_dropout > 0) * layout.hidden_bytes / size
+    mlp = 0 if "mlp" in again else (3 if layout.model.swiglu else 2) - is_frozen
+    return whole + attention_activation_bytes(layout) + mlp * layout.ffn_bytes
+
+
+def mlp_backward_bytes(layout: ParallelLayout) -> float:
+    """Returns the bytes of the gradient of fc1's output, and of what the derivative of the activation needs."""
+    return (4 if layout.model.swiglu else 2) * layout.ffn_bytes
+
+
+def attention_activation_bytes(layout: ParallelLayout) -> float:
+    """Returns the bytes that one layer's attention saves between its norm and its output projection."""
+    model, parallel = layout.model, layout.parallel
+    again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+    width = (
+        _context_attention_width(layout) if parallel.context_parallel_size > 1 else _attention_width(model)
+    )
+    if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
+        width += attention_width(model)  # grouped queries are copied out of the projection's output
+    shared = float(width * layout.element_bytes)
+    if model.attention_backend == "local" and "core_attn" not in again:
+        shared += _score_bytes(layout)
+    return layout.tokens * shared / parallel.tensor_model_parallel_size
+
+
+def _attention_width(model: ModelConfig) -> int:
+    """Returns the number of values per token that attention saves, without context parallelism."""
+    width = qkv_width(model) + attention_width(model)
+    if model.position_embedding_type == "rope" or model.qk_layernorm:
+        width += (qkv_width(model) + attention_width(model)) // 2
+    return width
+
+
+def _context_attention_width(layout: ParallelLayout) -> int:
+    """Returns the number of values per token of this rank that attention saves under context parallelism."""
+    model, ranks = layout.model, layout.parallel.context_parallel_size
+    rotates = model.position_embedding_type == "rope"
+    keys_and_values = qkv_width(model) - attention_width(model)
+    # The keys and values of all ranks, and the outputs of the two chunks, which are then joined.
+    width = ranks * keys_and_values + 2 * attention_width(model)
+    if rotates or model.qk_layernorm:
+        width += attention_width(model)  # the queries
+    if model.qk_layernorm or not rotates:
+        width += qkv_width(model)  # the projection's output, which a rotation does not keep
+    return width
+
+
+def head_activation_bytes(layout: ParallelLayout) -> float:
+    """Returns the bytes that final norm, logits and loss save for the backward pass of one micro-batch."""
+    # The logits in the run's precision, and the softmax for the backward pass: megatron-core's is in fp32, the one of
+    # `cross_entropy` (without tensor parallelism) in the run's precision.
+    is_split = layout.parallel.tensor_model_parallel_size > 1
+    softmax = 4 if is_split else layout.element_bytes
+    if is_split and layout.parallel.cross_entropy_fusion_impl == "te":
+        softmax = 0  # the gradient takes the logits' place
+    return 2 * layout.hidden_bytes + (layout.element_bytes + softmax) * layout.logit_count
+
+
+def _score_bytes(layout: ParallelLayout) -> float:
+    model, size = layout.model, layout.element_bytes
+    for_each = 4 + size * layout.is_half + (1 + size) * (model.attention_dropout > 0)
+    return for_each * model.num_attention_heads * model.seq_length
+
+
+def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
+    """Returns the largest number of forward passes that await their backward pass at the same time."""
+    stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
+    if chunks == 1:
+        return min(layout.num_microbatches, stages - stage)
+    warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    return min(layout.num_microbatches * chunks, warmup + 1)

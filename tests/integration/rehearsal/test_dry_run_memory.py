@@ -1,0 +1,105 @@
+"""The peak memory that a dry run estimates, against the rehearsed one, of ranks of eight in all model families."""
+
+import re
+
+import pytest
+
+from megatron_ext.testing.forked_scripts import run_script
+from megatron_ext.testing.rehearsing.rehearsals import rehearse
+from tests.integration.rehearsal.rehearsal_flags import CP, FULL, PP, SHARDED, SP, TP, needs_device
+
+pytestmark = needs_device
+
+GPT, NPT, PROGRESSIVE = "pretrain_gpt_per_layer.py", "pretrain_npt.py", "pretrain_progressive.py"
+
+# A rehearsal of large tensors takes no longer than of small ones, and small ones are no measure of a real model.
+_MODEL = (
+    "--hidden-size 1024 --num-attention-heads 16 --num-query-groups 4 --ffn-hidden-size 2816 --seq-length 2048 "
+    "--swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --tokenizer-type NullTokenizer "
+    "--vocab-size 32000 --micro-batch-size 2 --global-batch-size 16 --lr 1e-3 --bf16 "
+)
+PLAIN = _MODEL + "--num-layers 8 --train-iters 100 "
+GROWN = _MODEL + "--n-blocks 4 --target-stacks 2 --stack-steps 100 "
+PLE = PLAIN + "--use-per-layer-embedding --per-layer-hidden-size 128 --per-layer-strategy identity "
+RANK = PLAIN + "--np-rank 64 "
+INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 2 "
+TEACHER = "--mode multi_layer --npt-layers all --curriculum-stages "
+
+# The script, the rehearsed ranks (one of the first stage, one of the last), and the flags.
+CASES = {
+    "base model, one stage": (GPT, (0,), PLAIN + SHARDED),
+    "base model": (GPT, (0, 7), PLAIN + TP + PP + SP + SHARDED),
+    "PLE, one stage": (GPT, (0,), PLE + SHARDED),
+    "PLE, gemma4": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-preset gemma4 "),
+    "PLE, concat, interleaved": (
+        GPT,
+        (0, 7),
+        PLE + TP + PP + INTERLEAVED + "--per-layer-combination-method concat ",
+    ),
+    "PLE, gated": (GPT, (0,), PLE + TP + SHARDED + "--per-layer-combination-method gated "),
+    "PLE, recomputation": (GPT, (0,), PLE + TP + SP + SHARDED + FULL),
+    "PLE, context parallel": (GPT, (0,), PLE + CP + TP + SP + SHARDED),
+    "NPT, cross-entropy": (NPT, (0,), RANK + TP + SP + "--mode lm --npt-layers upper_half "),
+    "NPT, local losses": (NPT, (0,), RANK + TP + SHARDED),
+    "NPT, key_value": (
+        NPT,
+        (0,),
+        RANK + TP + SP + "--np-form key_value --np-target gate+up+down --mode lm ",
+    ),
+    "NPT, outer_product": (NPT, (0,), RANK + TP + SP + "--np-form outer_product --np-target gate+up+down "),
+    "NPT, trained base": (NPT, (0, 7), RANK + TP + PP + SP + SHARDED + "--no-freeze-base "),
+    "NPT, fidelity": (NPT, (0,), RANK + TP + TEACHER + "student:100 "),
+    "NPT, teacher inputs": (NPT, (0,), RANK + TP + TEACHER + "teacher:100 "),
+    "NPT, teacher inputs, two stages": (NPT, (0, 7), RANK + TP + PP + SP + TEACHER + "mixed:100 "),
+    "NPT, losses of the documents": (
+        NPT,
+        (0,),
+        RANK + TP + TEACHER + "student:100 --layer-losses document --fidelity-loss mse ",
+    ),
+    "NPT, layer-parallel": (NPT, (0,), RANK + TP + "--mode layer_parallel --npt-layers all "),
+    "NPT, recomputation": (NPT, (0,), RANK + TP + FULL + "--mode lm "),
+    "progressive, frozen trunk": (
+        PROGRESSIVE,
+        (0,),
+        GROWN + TP + SP + "--training-objective clm --no-qlora-enabled ",
+    ),
+    "progressive, LoRA": (
+        PROGRESSIVE,
+        (0,),
+        GROWN + TP + SP + "--training-objective mlm --trunk-strategy qlora ",
+    ),
+    "progressive, prepended": (
+        PROGRESSIVE,
+        (0, 7),
+        GROWN
+        + TP
+        + PP
+        + SP
+        + "--training-objective diffusion --time-interpretation input --building-mode prepend ",
+    ),
+}
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def estimated(script: str, flags: str) -> dict[int, float]:
+    """The estimated peak of each stage, as a dry run prints it."""
+    done = run_script(script, *flags.split(), "--dry-run", "--world-size", "8")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ +(\d+)(?:-(\d+))? .* ([\d.,]+) ([KMG]?i?B) *$", done.stdout, re.MULTILINE)
+    return {
+        stage: float(number.replace(",", "")) * _UNITS[unit]
+        for first, last, number, unit in rows
+        for stage in range(int(first), int(last or first) + 1)
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_of_a_dry_run_is_within_5_percent_of_the_rehearsed(case: str) -> None:
+    script, ranks, flags = CASES[case]
+    of_stages = estimated(script, flags)
+    for rank in ranks:
+        rehearsed = rehearse(script, *flags.split(), processes=8, rank=rank)
+        assert rehearsed.error is None
+        stage = len(of_stages) - 1 if rank else 0
+        assert of_stages[stage] == pytest.approx(rehearsed.peak.size, rel=0.05)
