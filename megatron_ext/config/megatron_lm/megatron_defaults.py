@@ -29,7 +29,6 @@ KEPT = {
     "num_query_groups": ("1", "it has an effect only with --group-query-attention, see below"),
     "overlap_p2p_communication": ("True", "it changes only speed, and has not run on NCCL yet"),
     "profile_ranks": ("[]", "it stands for all ranks, the default here"),
-    "overlap_p2p_communication": ("True", "it changes only the speed of the interleaved schedule"),
     "recompute_modules": ("None", "it stands for core_attn, the default here"),
     "split": ("None", "it stands for 969, 30, 1, the default here"),
     "tiktoken_pattern": ("None", "it stands for v2, the default here"),
