@@ -23,7 +23,7 @@ from megatron_ext.training.checkpoint.saving import tensor_writer
 
 
 class StoredState(Protocol):
-    """Unsharded tensors by global name, with shapes and dtypes; a tensor is read when it is accessed."""
+    """Unsharded tensors by global name, with shapes and dtypes; every access reads a new tensor."""
 
     def __getitem__(self, name: str) -> torch.Tensor: ...
 

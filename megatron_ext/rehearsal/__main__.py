@@ -3,21 +3,30 @@
 `--rehearse` starts it, once for each rank that is rehearsed.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
 from megatron_ext.config.command_line.error_lines import exit_with_error
 from megatron_ext.platform.engine_imports import hide_transformer_engine
+from megatron_ext.rehearsal.rehearse import DEVICE, MEMORY
 from megatron_ext.rehearsal.simulated import device_library
+from megatron_ext.rehearsal.simulated.devices import device_named
 
 
 def main() -> None:
-    """Loads the simulated device and runs the script."""
+    """Loads the simulated device, replaces torch's functions and runs the script."""
     try:
         device_library.load()
     except (OSError, ValueError) as error:
         exit_with_error(str(error))
+    # Imported late: this imports torch, which must find the device.
+    from megatron_ext.rehearsal.rehearsed_rank import simulate
+
+    # Before the script reads its flags: with --load it imports the engine, which takes functions of torch by name.
+    memory = os.environ.get(MEMORY)
+    simulate(device_named(os.environ[DEVICE], float(memory) if memory else None))
     # Its kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
     hide_transformer_engine("Transformer Engine is not rehearsed")
     sys.argv = sys.argv[1:]

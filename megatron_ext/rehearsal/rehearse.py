@@ -20,6 +20,9 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 
 _ROOT = Path(__file__).parents[2]
 
+DEVICE, MEMORY = "MEGATRON_EXT_REHEARSED_DEVICE", "MEGATRON_EXT_REHEARSED_MEMORY_GB"
+"""Environment variables that tell a child the simulated device: its name, and its memory if that was given."""
+
 DOES_NOT_FIT = 1
 """Exit code of a rehearsal whose peak exceeds the device's memory."""
 
@@ -66,7 +69,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         "in proportion to layers x micro-batches",
         flush=True,
     )
-    codes = [_start(rank, processes) for rank in ranks]
+    codes = [_start(rank, processes, config.rehearsal) for rank in ranks]
     return next((code for code in codes if code), 0)
 
 
@@ -89,7 +92,7 @@ def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, proc
     return [rank]
 
 
-def _start(rank: int, processes: int) -> int:
+def _start(rank: int, processes: int, rehearsal: RehearsalConfig) -> int:
     """Rehearses one rank in a process of its own; returns its exit code."""
     place = {
         "RANK": rank,
@@ -99,6 +102,8 @@ def _start(rank: int, processes: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 1,
         "OMP_NUM_THREADS": 1,
+        DEVICE: rehearsal.rehearsal_device,
+        MEMORY: "" if rehearsal.device_memory_gb is None else rehearsal.device_memory_gb,
     }
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "PYTHONPATH": path}

@@ -1,6 +1,7 @@
 """Runs one rank's rehearsal in a process that has the simulated device, and prints its report."""
 
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -21,10 +22,12 @@ from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_k
 from megatron_ext.rehearsal.simulated.devices import Device, device_named
 
 
+@functools.cache
 def simulate(device: Device) -> Recorder:
     """Installs the simulated device and process group in this process; returns the recorder that observes them.
 
-    Call this before the engine is imported, because the engine then imports some functions of torch by name.
+    Call this before the engine is imported, because the engine then imports some functions of torch by name. Later
+    calls return the same recorder.
     """
     recorder = Recorder(Activity())
     fake_cuda.install(device, recorder.activity, recorder.memory)

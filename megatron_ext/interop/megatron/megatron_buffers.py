@@ -169,7 +169,7 @@ class BufferedOptimizer:
 
     def _equals(self, tensors: list[Named], model: Mapping[str, torch.Tensor]) -> bool:
         for tensor in tensors:
-            weight = model[tensor.name]
-            if not torch.equal(self.read("param", tensor).to(weight.dtype), weight):
+            weight, stored = model[tensor.name], self._files.tensors[tensor.theirs].dtype
+            if not torch.equal(self.read("param", tensor).to(stored).to(weight.dtype), weight):
                 return False
         return True

@@ -80,8 +80,8 @@ def megatron_problem(folder: Path, root: str) -> str | None:
         )
     if ".metadata" in names and not names & {"common.pt", "metadata.json"}:
         return (
-            "a checkpoint in the format torch_dcp or fsdp_dtensor, which is not read; load it with the program that "
-            "wrote it, and save it with --ckpt-format torch_dist"
+            "a checkpoint of Megatron-LM in the format torch_dcp or fsdp_dtensor, which is not read; load it with the "
+            "program that wrote it, and save it with --ckpt-format torch_dist"
         )
     return None
 

@@ -38,7 +38,13 @@ LENGTH = 16
 VOCABULARY = 97  # 96 numbers, and the end of a document
 ROWS = 104  # of the embedding: the vocabulary, padded
 STEPS = 3
-RATES = {"lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "train_iters": 10}
+RATES: dict[str, Any] = {
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 2,
+    "train_iters": 10,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

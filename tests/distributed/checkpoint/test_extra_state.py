@@ -80,7 +80,7 @@ def test_a_checkpoint_loads_with_and_without_extra_states(
 def _import(folder: str) -> float:
     """Writes the model of step 2 as an import does, and loads it where norms have an extra state."""
     run = TinyRun(_settings(1))
-    tensors = dict(CheckpointState(Path(folder, "iter_0000002")).items())
+    tensors = CheckpointState(Path(folder, "iter_0000002"))
     run_config = {**read_run_config(folder), "tokenizer": {}}
     write_checkpoint(Path(folder, "imported"), tensors, run_config)
     _with_extra_state()

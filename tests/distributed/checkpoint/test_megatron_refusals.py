@@ -166,7 +166,7 @@ def test_objects_of_foreign_classes_are_read_as_inert_ones(copy: Path, tmp_path:
     (tmp_path / "plain").write_bytes(pickle.dumps(_Foreign()))
     read = read_pickle(tmp_path / "plain")
     assert type(read) is Inert
-    assert read.value == 5
+    assert vars(read) == {"value": 5}
 
 
 def test_an_optimizer_that_cannot_be_read_is_refused_by_its_format(saved: Path, copy: Path) -> None:

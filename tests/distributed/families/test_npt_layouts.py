@@ -67,7 +67,16 @@ def _round_trip(chunks: list[GPTModel]) -> dict[str, tuple[tuple[int, ...], list
 
 RECOMPUTED = ["TP1 recomputed", "TP2+SP recomputed", "PP2 interleaved recomputed", "TP2+SP MLP recomputed"]
 RUNS = LayoutRuns(
-    {name: Variant(make_families=_Make(name), model=MODEL, examine=_round_trip) for name in VARIANTS},
+    {
+        # Where the base trains, some gradients are all rounding, which Adam follows: the same sums in all layouts.
+        name: Variant(
+            make_families=_Make(name),
+            model=MODEL,
+            examine=_round_trip,
+            micro_batch_size=1 if "base trains" in name else None,
+        )
+        for name in VARIANTS
+    },
     [*LAYOUTS, *RECOMPUTED, "CP2", "CP2 MLP recomputed"],
     {layout: ["outer", "key_value", "with PLE"] for layout in ("TP2+SPxCP2", "PP2xCP2", "DP2xCP2")},
 )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 SCRIPT = "pretrain_gpt_per_layer.py"
 TENSOR_AND_PIPELINE = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-STEPS, INTERVAL = 40, 4
+STEPS, INTERVAL = 24, 4
 
 
 @pytest.fixture

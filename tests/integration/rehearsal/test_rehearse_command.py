@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.torchrun import ROOT, environment
-from tests.integration.rehearsal.rehearsal_flags import PLAIN, PP, SP, TP, needs_device
+from tests.integration.rehearsal.rehearsal_flags import OVERLAP, PLAIN, PP, SHARDED, SP, TP, needs_device
 
 pytestmark = needs_device
 
@@ -39,6 +39,18 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
     assert "Host waits for the device" in done.stdout
     assert "pipeline bubble 50.0%" in done.stdout
     assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_names_a_checkpoint_directory_communicates_as_without_it(tmp_path: Path) -> None:
+    """With --load the engine is imported while the flags are read, before the rehearsal begins."""
+    flags = [*(SHARDED + OVERLAP).split(), "--bf16", "--rehearse", "--world-size", "4"]
+    folder = str(tmp_path / "run")
+    reports = [run(tmp_path, *flags, *more) for more in ([], ["--load", folder, "--save", folder])]
+    assert [done.returncode for done in reports] == [0, 0], reports[1].stderr
+    plain, loaded = (done.stdout.split("Communication in step 2")[1].split("\n\n")[0] for done in reports)
+    assert "all-gather" in plain
+    assert loaded == plain
     assert list(tmp_path.iterdir()) == []
 
 

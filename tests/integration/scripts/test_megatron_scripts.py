@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.platform.engine_imports import transformer_engine_problem
 from megatron_ext.testing.forked_scripts import run_script
 from tests.integration.scripts.megatron_scripts import FP8, GPT3_175B, LLAMA3_8B_FP8, flags
 
@@ -82,7 +83,6 @@ LLAMA_IGNORED = [
     "--use-mcore-models",
     "--attention-backend fused",
     "--apply-layernorm-1p",
-    "--cross-entropy-loss-fusion",
     "--fp8-param-gather",
     "--no-create-attention-mask-in-dataloader",
     "--no-mmap-bin-files",
@@ -104,6 +104,13 @@ def test_the_flags_of_the_llama3_script_are_planned_unchanged(paths: dict[str, s
     layer = 2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * wide + 2 * hidden
     assert f"{32 * layer + 2 * 128384 * hidden + hidden:,}" in done.stdout
     assert not Path(paths["CHECKPOINT_PATH"]).exists()
+
+
+@pytest.mark.skipif(transformer_engine_problem() is None, reason="Transformer Engine can be used here")
+def test_the_llama3_script_is_refused_by_name_where_fp8_cannot_be_computed(paths: dict[str, str]) -> None:
+    done = run_script(*SCRIPT, *flags(LLAMA3_8B_FP8, **paths), before=functools.partial(_as_one_of, 1))
+    assert done.returncode == 2
+    assert f"error: --fp8-format hybrid: {transformer_engine_problem()}" in done.stderr
 
 
 def test_the_llama3_script_trains_with_every_flag_but_its_sizes_and_fp8(

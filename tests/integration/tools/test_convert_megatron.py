@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _continued(folder: Path, processes: int, *flags: str) -> list[str]:
+def _continued(folder: Path, processes: int, *flags: str) -> list[tuple[str, str]]:
     """Returns number and loss of each step after an import, with the run's own schedule."""
     ours = str(folder / "ours")
     run = ("--config", f"{ours}/model.yaml", "--load", ours, "--data-path", str(folder / "data"))

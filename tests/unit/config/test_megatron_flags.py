@@ -114,6 +114,7 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str], config_type: type = 
 
 def test_every_flag_of_megatron_is_in_exactly_one_class() -> None:
     assert len(FACTS) > 900
+    assert KNOWN & {*IGNORED} == {"--attention-backend"}  # some values of Megatron-LM's have no effect here
     assert {name: classes_of(name) for name in FACTS if len(classes_of(name)) != 1} == {}
 
 

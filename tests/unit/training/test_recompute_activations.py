@@ -1,6 +1,7 @@
 """--recompute-activations: the core attention runs again in the backward pass, and nothing else changes."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from megatron_ext.testing.tiny_training import VOCAB_SIZE
 from tests.unit.training.test_training_step import MODEL
 
 
-def _passes(parallel: ParallelConfig, backend: str) -> tuple[int, int, dict[str, torch.Tensor]]:
+def _passes(
+    parallel: ParallelConfig, backend: Literal["sdpa", "local"]
+) -> tuple[int, int, dict[str, torch.Tensor]]:
     """Calls of the core attention and of the MLP in a forward and backward pass, and the gradients."""
     initialize(parallel, seed=1)
     model = replace(MODEL, attention_backend=backend, attention_dropout=0.1)

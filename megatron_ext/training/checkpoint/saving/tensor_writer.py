@@ -35,7 +35,7 @@ Digests = dict[str, dict[str, Any]]
 
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""Returns the tensor with a global name, at an offset in the global tensor."""
+"""Returns the tensor with a global name, at an offset in the global tensor; a new one, which is freed once written."""
 
 
 class HostCopies:
@@ -180,11 +180,19 @@ class _Reading:
 
     def __init__(self, planner: SavePlanner, read: Read) -> None:
         self._planner, self._read = planner, read
+        self._written: torch.UntypedStorage | None = None
 
     def resolve_data(self, item: WriteItem) -> Any:
         if item.type == WriteItemType.BYTE_IO:
             return self._planner.resolve_data(item)
-        return self._read(item.index.fqn, tuple(item.index.offset or ()))
+        # torch's writer keeps every tensor of a file until the file is complete; the last one is written by now.
+        if self._written is not None and self._written.resizable():
+            self._written.resize_(0)
+        tensor = self._read(item.index.fqn, tuple(item.index.offset or ()))
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # as torch's writer would
+        self._written = tensor.untyped_storage()
+        return tensor
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
@@ -194,7 +202,8 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         self, folder: Path, cancelled: threading.Event, copies: HostCopies | None, read: Read | None
     ) -> None:
         # Copies are in host memory already; with a limit, torch would wait for the GPU every few megabytes.
-        ahead = 10_000_000 if copies is None else 0
+        # What is read when it is written must be written before the next is read.
+        ahead = 10_000_000 if copies is None and read is None else 0
         super().__init__(folder, thread_count=1, per_thread_copy_ahead=ahead)
         self.fs: _HashedFiles = _HashedFiles(cancelled)
         self.results: list[Any] = []
