@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gemma")
     alone(import_checkpoint, _file(), path / "checkpoint")
     # One token more than is predicted, which precedes them where no token begins the window.
-    write_dataset(str(path / "data"), [[_ids()]])
+    write_dataset(str(path / "data"), [[_ids()]], dtype=np.int32)  # more ids than 16 bits have
     return path
 
 
