@@ -178,8 +178,10 @@ def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
     """Returns the bytes needed for the tokens (8 each), this rank's key/value cache and the rotary table (fp32)."""
     config = model.config
     groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
-    values = 2 * len(model.decoder.layers) * groups * config.kv_channels
-    return total * (rows * (8 + values * config.params_dtype.itemsize) + 2 * 4 * config.kv_channels)
+    windows = [layer.self_attention.core_attention for layer in model.decoder.layers]
+    cached = sum(min(total, getattr(attention, "window", None) or total) for attention in windows)
+    values = 2 * cached * groups * config.kv_channels
+    return rows * (8 * total + values * config.params_dtype.itemsize) + 2 * 4 * total * config.kv_channels
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:

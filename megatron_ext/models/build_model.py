@@ -130,6 +130,7 @@ def _build_chunk(
             _merged("linear layer", number, [(e.name, e.linears(config, number)) for e in extensions]),
             bidirectional=any(extension.bidirectional for extension in extensions),
             fuses_norms=fuses_norms,
+            number=number,
         )
         for number in stage.layer_numbers
     ]
@@ -149,8 +150,11 @@ def _build_chunk(
         auxiliary=auxiliary,
         stage=stage,
         sliding_window=model.sliding_window,
+        embedding_multiplier=model.embedding_multiplier,
+        final_logit_softcapping=model.final_logit_softcapping,
     )
-    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+    scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
+    if scales or model.rotary_base_local is not None:
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for extension in extensions:
         module = extension.stage_module(config, stage, groups)

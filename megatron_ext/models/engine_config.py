@@ -50,13 +50,15 @@ def build_transformer_config(
         kv_channels=model.resolved_kv_channels,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
+        gated_linear_unit=model.is_gated,
         activation_func=_activation(model),
-        # Despite its name, this flag makes the engine build the activation that the layer spec names: our `SwiGLU`.
-        use_te_activation_func=model.swiglu,
+        # Despite its name, this flag makes the engine build the activation that the layer spec names: ours.
+        use_te_activation_func=model.is_gated,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        softmax_scale=model.softmax_scale,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         attention_softmax_in_fp32=True,
@@ -92,7 +94,8 @@ def build_transformer_config(
         cross_entropy_loss_fusion=parallel.cross_entropy_loss_fusion,
         cross_entropy_fusion_impl=parallel.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=uses_te(model),
+        # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`).
+        apply_rope_fusion=uses_te(model) and model.rotary_base_local is None,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,

@@ -44,6 +44,8 @@ class GPTModel(EngineGPTModel):
         auxiliary: AuxiliaryInputs,
         stage: StageInfo,
         sliding_window: int | None = None,
+        embedding_multiplier: float = 1.0,
+        final_logit_softcapping: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -57,10 +59,18 @@ class GPTModel(EngineGPTModel):
         # The engine transposes the word embedding, and the gradient of logits that a loss reads.
         if self.pre_process:
             self.embedding.register_forward_hook(lambda _, __, output: plain_strides(output))
+            if embedding_multiplier != 1.0:
+                self.embedding.register_forward_hook(
+                    lambda _, __, output: output * output.new_tensor(embedding_multiplier)
+                )
         if self.post_process:
             self.output_layer.register_forward_hook(
                 lambda _, __, output: (plain_strides(output[0]), output[1])
             )
+            if final_logit_softcapping is not None:
+                self.output_layer.register_forward_hook(
+                    lambda _, __, output: (softcapped(output[0], final_logit_softcapping), output[1])
+                )
 
     def add_stage_module(self, name: str, module: StageModule) -> None:
         """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""
@@ -192,6 +202,11 @@ class GPTModel(EngineGPTModel):
         if self.pg_collection.tp.size() > 1:
             return super().compute_language_model_loss(labels, logits)
         return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1)
+
+
+def softcapped(logits: torch.Tensor, limit: float) -> torch.Tensor:
+    """Returns `limit * tanh(logits / limit)`."""
+    return torch.tanh(logits / limit) * limit
 
 
 class _Replace(torch.autograd.Function):

@@ -21,10 +21,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
+from megatron_ext.models.ops.gated_activations import GeGLU, SwiGLU, TESwiGLU
 from megatron_ext.models.ops.norm import Norm
-from megatron_ext.models.ops.swiglu import SwiGLU, TESwiGLU
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
+from megatron_ext.models.windowed_self_attention import WindowedSelfAttention
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """Names of a layer's linear modules; the first and third are column-parallel, the second and fourth row-parallel."""
@@ -37,6 +38,7 @@ def layer_spec(
     linears: dict[str, ModuleSpec],
     bidirectional: bool = False,
     fuses_norms: bool = False,
+    number: int = 0,
 ) -> ModuleSpec:
     """Returns the spec of one layer.
 
@@ -47,7 +49,9 @@ def layer_spec(
         linears: maps a name in `LINEARS` to the module with which a model family replaces that linear layer.
         bidirectional: whether every position attends to all others; False for causal attention.
         fuses_norms: whether Transformer Engine's column-parallel layers compute the norms before them.
+        number: the layer's number, counted from 0 over the whole model.
     """
+    window = model.windows[number]
     backend = _backend(model)
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
@@ -57,7 +61,7 @@ def layer_spec(
     own |= linears
     attention = SelfAttentionSubmodules(
         linear_qkv=own["linear_qkv"],
-        core_attention=_core_attention(model),
+        core_attention=_core_attention(model, window),
         linear_proj=_with_bias(own["linear_proj"]) if model.add_attention_output_bias else own["linear_proj"],
         q_layernorm=norm if model.qk_layernorm else IdentityOp,
         k_layernorm=norm if model.qk_layernorm else IdentityOp,
@@ -65,12 +69,12 @@ def layer_spec(
     mlp = MLPSubmodules(
         linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
         linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
-        activation_func=(TESwiGLU if uses_te(model) else SwiGLU) if model.swiglu else None,
+        activation_func=_gated_activation(model),
     )
     submodules = ExtendedLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=SelfAttention if window is None else WindowedSelfAttention,
             params={"attn_mask_type": AttnMaskType.no_mask if bidirectional else AttnMaskType.causal},
             submodules=attention,
         ),
@@ -78,6 +82,8 @@ def layer_spec(
         pre_mlp_layernorm=norm,
         mlp=_mlp(mlp),
         mlp_bda=get_bias_dropout_add,
+        post_attention_layernorm=norm if model.sandwich_norm else IdentityOp,
+        post_mlp_layernorm=norm if model.sandwich_norm else IdentityOp,
         **slots,
     )
     return ModuleSpec(module=ExtendedTransformerLayer, params={"auxiliary": auxiliary}, submodules=submodules)
@@ -95,6 +101,14 @@ def _mlp(submodules: MLPSubmodules) -> ModuleSpec | Callable[..., MLP]:
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def _gated_activation(model: ModelConfig) -> type | None:
+    if model.geglu:
+        return GeGLU
+    if not model.swiglu:
+        return None
+    return TESwiGLU if uses_te(model) else SwiGLU
 
 
 def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
@@ -123,9 +137,14 @@ def _backend(model: ModelConfig) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def _core_attention(model: ModelConfig) -> type:
+def _core_attention(model: ModelConfig, window: int | None) -> Callable[..., Any]:
     if model.attention_backend == "te":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-    return SDPAttention if model.attention_backend == "sdpa" else LocalSpecProvider().core_attention()
+    if model.attention_backend == "local":
+        return LocalSpecProvider().core_attention()
+    if model.rotary_base_local is not None:
+        part = (int(window is not None), 2)
+        return functools.partial(SDPAttention, window=window, rotary_part=part)
+    return SDPAttention if window is None else functools.partial(SDPAttention, window=window)

@@ -7,11 +7,15 @@ With the slots `before_layer`, `feed_forward` and `after_mlp` the layer computes
     x      <- x + MLP(LN2(x))               or, instead of these two lines, x <- feed_forward(layer, x, attend, streams)
     output <- after_mlp(x, streams)
 
+With sandwich norms, norms of their own are applied to Attention(...) and MLP(...) before the sums.
+
 `streams` is a `LayerInputs`, the auxiliary streams of this layer. A family fills a slot through the layer's spec. An
 empty slot (`IdentityOp`) is not called; with all three empty the layer runs megatron-core's own code path.
 Shapes: hidden states [s, b, h] ([s/t, b, h] under sequence parallel).
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +48,12 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
     after_mlp: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, streams) -> hidden_states`, called on the layer's output."""
 
+    post_attention_layernorm: ModuleSpec | type = IdentityOp
+    """Sandwich norm of the attention's output, bias included."""
+
+    post_mlp_layernorm: ModuleSpec | type = IdentityOp
+    """Sandwich norm of the MLP's output, bias included."""
+
 
 class NormInLinear(torch.nn.Module):
     """Holds the weights of a norm that Transformer Engine's linear layer computes; returns its input unchanged.
@@ -64,6 +74,27 @@ class NormInLinear(torch.nn.Module):
         return x
 
 
+BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+
+
+def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Callable[..., BiasDropoutAdd]:
+    """Returns the engine's bias-dropout-add `add`, with a norm of the output and its bias before dropout and sum."""
+
+    def choose(*args: Any) -> BiasDropoutAdd:
+        add_residual = add(*args)
+
+        def run(
+            returned: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+        ) -> torch.Tensor:
+            output, bias = returned
+            normed = norm(output if bias is None else output + bias)
+            return add_residual((normed, None), residual, dropout)
+
+        return run
+
+    return choose
+
+
 class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
@@ -82,6 +113,21 @@ class ExtendedTransformerLayer(TransformerLayer):
                 pg_collection=self.pg_collection,
             )
             setattr(self, slot, module)
+        self.sandwich_norm = submodules.post_mlp_layernorm is not IdentityOp
+        """Whether the outputs of attention and MLP are normalized."""
+        for name, adds in (("post_attention_layernorm", "self_attn_bda"), ("post_mlp_layernorm", "mlp_bda")):
+            norm = build_module(
+                getattr(submodules, name),
+                config=self.config,
+                hidden_size=self.config.hidden_size,
+                eps=self.config.layernorm_epsilon,
+            )
+            if not isinstance(norm, IdentityOp):
+                setattr(self, name, norm)
+                setattr(self, adds, after_norm(norm, getattr(self, adds)))
+        if self.sandwich_norm:
+            # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
+            self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self.skipped = False
         """Whether the layer returns its input unchanged; see `GPTModel.run_layers`."""
 
@@ -126,7 +172,9 @@ class ExtendedTransformerLayer(TransformerLayer):
             setattr(self, name, NormInLinear(linear))
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Returns `Attention(LN1(x))` [s, b, h], with output projection, bias and dropout but without the residual."""
+        """Returns `Attention(LN1(x))` [s, b, h], with output projection, bias, sandwich norm and dropout, but without
+        the residual.
+        """
         # The engine's layer removes these two as well before it calls its attention.
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")

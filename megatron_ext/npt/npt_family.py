@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.config.command_line.flag_text import argument_text
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
@@ -90,6 +91,10 @@ class NPTFamily(Family):
     def extension(self) -> NPTExtension:
         """Returns what NPT adds to the model: NP components in the chosen layers."""
         return NPTExtension(self.settings)
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Checks that NPT can use the model's layers."""
+        self.settings.check_model(model.is_gated, model.sandwich_norm)
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that NPT adds to `model`."""

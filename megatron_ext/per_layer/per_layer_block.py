@@ -70,7 +70,8 @@ class PerLayerBlock(MegatronModule):
         }
         self.gate = ColumnParallelLinear(hidden, width, gather_output=False, **common)
         self.projection = RowParallelLinear(width, hidden, input_is_parallel=True, **common)
-        self.post_norm = RMSNorm(config, hidden, config.layernorm_epsilon)
+        # As in Gemma 3n and 4, whatever the base model's norms are.
+        self.post_norm = RMSNorm(config, hidden, config.layernorm_epsilon, zero_centered=False)
         mark(self.gate.weight, initial_std(settings, config.init_method_std, width, hidden))
         mark(self.projection.weight, initial_std(settings, config.init_method_std, hidden, width))
         mark(self.post_norm.weight, 0.0)

@@ -81,9 +81,12 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
         data_parallel_size=1,
         work=cost.work,
     )
-    own = [sum(part.parameters for part in families), sum(part.trained_parameters for part in families)]
-    (memory,) = estimate_memory(layout, *own)
-    assert memory.trained_parameters == base.trained_parameters + own[1]
+    own, own_trained = (
+        sum(part.parameters for part in families),
+        sum(part.trained_parameters for part in families),
+    )
+    (memory,) = estimate_memory(layout, own, own_trained)
+    assert memory.trained_parameters == base.trained_parameters + own_trained
     return StepFigures(
         trained=memory.trained_parameters,
         parameters=memory.parameters,

@@ -26,7 +26,14 @@ KINDS = {
     "bidirectional": (AttnMaskType.no_mask, False),
     "mask of documents": (AttnMaskType.causal, True),
 }
-CASES = {f"{kind}, {groups} key heads": (*KINDS[kind], groups) for kind in KINDS for groups in (4, 2, 1)}
+CASES: dict[str, tuple[AttnMaskType, bool, int, int | None]] = {
+    f"{kind}, {groups} key heads": (*KINDS[kind], groups, None) for kind in KINDS for groups in (4, 2, 1)
+}
+CASES |= {
+    f"{kind}, window of {window}": (*KINDS[kind], 2, window)
+    for kind in ("causal", "mask of documents")
+    for window in (1, 5, 20)
+}
 
 
 @dataclass
@@ -81,10 +88,12 @@ def _document_mask() -> torch.Tensor:
     return (later | (document.unsqueeze(2) != document.unsqueeze(1))).unsqueeze(1)
 
 
-def _attend(places: torch.Tensor, kind: AttnMaskType, masked: bool, groups: int) -> list[torch.Tensor]:
+def _attend(
+    places: torch.Tensor, kind: AttnMaskType, masked: bool, groups: int, window: int | None
+) -> list[torch.Tensor]:
     config: Any = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
     groups_of_rank: Any = SimpleNamespace(cp=_group())
-    attention = SDPAttention(config, 1, kind, "self", pg_collection=groups_of_rank)
+    attention = SDPAttention(config, 1, kind, "self", pg_collection=groups_of_rank, window=window)
     query, key, value, gradient = (tensor[places].clone().requires_grad_() for tensor in _tensors(groups))
     mask = _document_mask()[:, :, places] if masked else None
     output = attention(query, key, value, mask)
@@ -170,7 +179,7 @@ def test_gathered_sequences_are_in_order_and_their_gradients_are_summed_over_the
         assert found.part_gradient.tolist() == (found.places * factor).tolist()
 
 
-def _expected(kind: AttnMaskType, masked: bool, groups: int) -> list[torch.Tensor]:
+def _expected(kind: AttnMaskType, masked: bool, groups: int, window: int | None) -> list[torch.Tensor]:
     """The same of whole sequences, with all scores."""
     query, key, value, gradient = (tensor.requires_grad_() for tensor in _tensors(groups))
     forbidden = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -178,6 +187,8 @@ def _expected(kind: AttnMaskType, masked: bool, groups: int) -> list[torch.Tenso
         forbidden = _document_mask()
     elif kind is AttnMaskType.causal:
         forbidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    if window is not None:
+        forbidden = forbidden | torch.ones(LENGTH, LENGTH).tril(-window).bool()
     keys, values = (each.repeat_interleave(HEADS // groups, 2) for each in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, keys) * SIZE**-0.5
     weights = scores.masked_fill(forbidden, float("-inf")).softmax(-1)

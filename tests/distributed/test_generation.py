@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.inference.generation import Sampling, choose, generate, probabilities
+from megatron_ext.inference.generation import (
+    Sampling,
+    _cache_bytes,
+    choose,
+    generate,
+    probabilities,
+    stage_logits,
+)
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -33,6 +41,11 @@ MODELS: dict[str, tuple[ModelConfig, bool]] = {
     "rope": (ROPE, False),
     "learned positions": (LEARNED, False),
     "per-layer embedding": (ROPE, True),
+    "sliding window": (replace(ROPE, window_size="3,0"), False),
+    "sliding window in every other layer": (
+        replace(ROPE, window_size="3,0", window_attn_skip_freq="2"),
+        False,
+    ),
 }
 PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -88,7 +101,13 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "name"),
-    [("TP2", "rope"), ("PP2", "rope"), ("TP2", "per-layer embedding"), ("TP2xPP2", "per-layer embedding")],
+    [
+        ("TP2", "rope"),
+        ("PP2", "rope"),
+        ("TP2", "per-layer embedding"),
+        ("TP2xPP2", "per-layer embedding"),
+        ("TP2xPP2", "sliding window in every other layer"),
+    ],
 )
 def test_every_rank_of_every_layout_gives_the_same_tokens(layout: str, name: str) -> None:
     expected = run_single(_greedy_and_sampled, name, "TP1")
@@ -100,6 +119,32 @@ def _greedy_and_sampled(name: str, layout: str) -> list[list[list[int]]]:
     return [
         tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, layout, [PROMPTS], sampling)
     ]
+
+
+def test_the_cache_of_a_layer_with_a_window_holds_no_more_keys_than_later_tokens_see() -> None:
+    lengths, needed = run_single(_cached_lengths)
+    # Layers 1 and 3 have a window of 4 tokens: the next token sees 3 of the earlier ones.
+    assert lengths == [[3, 20, 3, 20]] * 2
+    assert needed["sliding window in every other layer"] < needed["rope"]
+
+
+def _cached_lengths() -> tuple[list[list[int]], dict[str, int]]:
+    needed = {
+        name: _cache_bytes(_build(name, LAYOUTS["TP1"])[0], 2, 20)
+        for name in ("rope", "sliding window in every other layer")
+    }
+    model, _ = _build("sliding window in every other layer", LAYOUTS["TP1"])
+    model.eval()
+    context, found = StaticInferenceContext(2, 20), []
+    for start, end in ((0, 9), (9, 10)):
+        tokens = torch.randint(0, VOCAB_SIZE, (2, end - start))
+        stage_logits(
+            model, [], {"tokens": tokens, "position_ids": torch.arange(start, end).expand_as(tokens)}, context
+        )
+        context.increment_sequence_len_offset(end - start)
+        cache = context.key_value_memory_dict
+        found.append([len(cache[layer][0]) for layer in sorted(cache)])
+    return found, needed
 
 
 def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:

@@ -18,6 +18,7 @@ from megatron_ext.config.command_line.field_checks import (
     flag,
     flag_name,
 )
+from megatron_ext.config.command_line.layer_windows import window_tokens, windowed_layers
 
 _ROPE_SCALING = (
     "use_rope_scaling",
@@ -39,7 +40,8 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
     if window is not None and length > window:
         raise ValueError(
             f"{asked}: a sequence of {length} tokens exceeds the model's sliding window of {window} "
-            "(--sliding-window); windowed attention is not supported, so a sequence must fit into the window"
+            "(--sliding-window); an earlier version imported the model without its window, so a sequence must fit into "
+            "it; import the model again for longer ones"
         )
 
 
@@ -60,7 +62,7 @@ class ModelConfig:
     """Tokens per training sequence."""
 
     ffn_hidden_size: int | None = None
-    """Width of the MLP. Default: 4 x hidden size (with --swiglu: 8/3 x hidden size, rounded down to a multiple of
+    """Width of the MLP. Default: 4 x hidden size (with a gate: 8/3 x hidden size, rounded down to a multiple of
     64)."""
 
     num_query_groups: int | None = None
@@ -76,15 +78,28 @@ class ModelConfig:
     max_position_embeddings: int | None = None
     """Largest number of positions. Default: the sequence length."""
 
+    window_size: Annotated[str | None, flag(metavar="LEFT,0")] = None
+    """Sliding attention window, as in Megatron-LM: the number of earlier tokens that a token attends to besides itself,
+    and 0 for later ones, such as 511,0. Default: attention to all earlier tokens."""
+
+    window_attn_skip_freq: Annotated[str | None, flag(metavar="N | LIST")] = None
+    """Layers without a window, as in Megatron-LM: every Nth layer, or a list with a 1 for each layer with a window and
+    a 0 for each layer without, such as ([1]*5+[0])*2. Default: every layer has the window."""
+
     sliding_window: int | None = None
-    """Sliding attention window of an imported model, in tokens. Windowed attention is not supported: sequences longer
-    than the window are rejected; for all others, full attention gives the same result."""
+    """Longest sequence, in tokens, of a model with a sliding window that an earlier version imported without its
+    window. Longer sequences are rejected; for all others, full attention gives the same result. Models imported now
+    have a --window-size instead."""
 
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """Position embedding: rotary, learned, or none."""
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+
+    rotary_base_local: float | None = None
+    """With --window-size: base of the rotary frequencies in layers with a window, which are then not scaled. Default:
+    the frequencies of all other layers."""
 
     rotary_percent: float = 1.0
     """Fraction of each head's channels that are rotated, in (0, 1]."""
@@ -113,8 +128,17 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
 
+    apply_layernorm_1p: bool = False
+    """Store the weight of a norm as its difference from 1, so that it starts at 0, as in Gemma."""
+
+    sandwich_norm: bool = False
+    """Normalize the outputs of attention and MLP as well, before they are added to the residual stream, as in Gemma."""
+
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
+
+    geglu: bool = False
+    """Use a gated MLP with GELU in its tanh approximation (GeGLU), as in Gemma, instead of an MLP with GELU."""
 
     squared_relu: bool = False
     """Use an MLP with squared ReLU instead of GELU."""
@@ -136,6 +160,16 @@ class ModelConfig:
 
     qk_layernorm: bool = False
     """Normalize the queries and keys of each attention head."""
+
+    softmax_scale: float | None = None
+    """Factor of the attention scores. Default: 1 / sqrt(width of one attention head)."""
+
+    embedding_multiplier: float = 1.0
+    """Factor of the word embedding where it enters the first layer, rounded to the type of the weights; in Gemma the
+    square root of the hidden size."""
+
+    final_logit_softcapping: float | None = None
+    """Limit the logits to this number C: C tanh(logit / C). Default: no limit."""
 
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weight instead of sharing the word embedding."""
@@ -183,7 +217,9 @@ class ModelConfig:
         check_at_least(
             self, 1, "num_query_groups", "kv_channels", "rotary_base", "make_vocab_size_divisible_by"
         )
+        check_at_least(self, 1, "rotary_base_local")
         check_positive(self, "norm_epsilon", "rotary_percent", "init_method_std")
+        check_positive(self, "softmax_scale", "embedding_multiplier", "final_logit_softcapping")
         check_fraction(self, "hidden_dropout", "attention_dropout")
         check_fraction(self, "rotary_percent", closed=True)
         self._check_heads()
@@ -191,6 +227,11 @@ class ModelConfig:
         self._check_rotary()
         self._check_rotary_scaling()
         self._check_window()
+        if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
+            raise ValueError(
+                f"--embedding-multiplier {self.embedding_multiplier}: cannot be given together with "
+                "--position-embedding-type learned_absolute, whose sum with the word embedding it would multiply"
+            )
         if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
             raise ValueError(
                 f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
@@ -211,13 +252,14 @@ class ModelConfig:
                 self._require_default(name, "--fp8-format with --fp8-recipe delayed")
 
     def _check_mlp(self) -> None:
-        if self.squared_relu and self.swiglu:
-            raise ValueError("--squared-relu: cannot be given together with --swiglu")
-        if self.swiglu or self.squared_relu or self.disable_bias_linear:
+        chosen = [flag_name(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[-1]}: cannot be given together with {chosen[0]}")
+        if self.is_gated or self.squared_relu or self.disable_bias_linear:
             self._require_default("bias_gelu_fusion", "an MLP with GELU and biases")
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
-                f"--hidden-size {self.hidden_size}: too small for --swiglu, whose default MLP width is 0 "
+                f"--hidden-size {self.hidden_size}: too small for a gated MLP, whose default width is 0 "
                 "(8/3 of the hidden size, rounded down to a multiple of 64); give --ffn-hidden-size"
             )
 
@@ -226,6 +268,7 @@ class ModelConfig:
         if self.position_embedding_type != "rope":
             for name in (
                 "rotary_base",
+                "rotary_base_local",
                 "rotary_percent",
                 "rotary_seq_len_interpolation_factor",
                 *_ROPE_SCALING,
@@ -234,6 +277,8 @@ class ModelConfig:
                     name, f"--position-embedding-type rope (got {self.position_embedding_type})"
                 )
             return
+        if self.window_size is None:
+            self._require_default("rotary_base_local", "--window-size")
         if not self.use_rope_scaling:
             for name in _ROPE_SCALING[1:]:
                 self._require_default(name, "--use-rope-scaling")
@@ -257,6 +302,15 @@ class ModelConfig:
     def _check_window(self) -> None:
         check_at_least(self, 1, "sliding_window")
         check_fits_window(self.sliding_window, self.seq_length, f"--seq-length {self.seq_length}")
+        windowed_layers(self.window_attn_skip_freq, self.num_layers)
+        if self.window_size is None:
+            self._require_default("window_attn_skip_freq", "--window-size")
+            return
+        window_tokens(self.window_size)
+        if self.attention_backend != "sdpa":
+            raise ValueError(
+                f"--window-size {self.window_size}: requires --attention-backend sdpa (got {self.attention_backend})"
+            )
 
     def _check_rotary_scaling(self) -> None:
         names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
@@ -300,6 +354,15 @@ class ModelConfig:
         ]
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
+        if self.window_size is None:
+            return (None,) * self.num_layers
+        tokens = window_tokens(self.window_size)
+        layers = windowed_layers(self.window_attn_skip_freq, self.num_layers)
+        return tuple(tokens if has_window else None for has_window in layers)
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether the query/key/value projection has a bias."""
         return self.add_qkv_bias or not self.disable_bias_linear
@@ -315,11 +378,16 @@ class ModelConfig:
         return self.add_mlp_bias or not self.disable_bias_linear
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.swiglu or self.geglu
+
+    @property
     def resolved_ffn_hidden_size(self) -> int:
         """Width of the MLP: --ffn-hidden-size, or the default that is described there."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.swiglu:
+        if self.is_gated:
             return int(4 * self.hidden_size * 2 / 3 / 64) * 64
         return 4 * self.hidden_size
 

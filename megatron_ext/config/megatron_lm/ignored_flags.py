@@ -64,9 +64,6 @@ IGNORED = {
     "--attention-softmax-in-fp32": Ignored("attention weights are computed in fp32 anyway"),
     "--apply-query-key-layer-scaling": Ignored("attention scores are summed in fp32, which cannot overflow"),
     "--no-query-key-layer-scaling": Ignored("attention scores are summed in fp32, which cannot overflow"),
-    "--apply-layernorm-1p": Ignored(
-        "a norm's weight begins at 1 and has no weight decay, which trains alike"
-    ),
     "--no-position-embedding": Ignored(
         "Megatron-LM accepts it with rotary positions only, which have no embedding"
     ),

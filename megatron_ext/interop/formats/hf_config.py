@@ -1,35 +1,52 @@
 """Converts the config.json of a Llama-like model to a `ModelConfig` and back; raises if that cannot be done exactly.
 
-All supported models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. What each `model_type` may have
-in addition:
+All supported models have RMSNorm, rotary positions, a gated MLP (SwiGLU, except for Gemma) and grouped-query attention.
+What each `model_type` may have in addition:
 
     llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
     mistral      a sliding window
-    qwen2        biases in q, k and v
-    qwen3        norms on queries and keys; attention_bias as in Llama
+    qwen2        biases in q, k and v; a sliding window in some layers
+    qwen3        norms on queries and keys; attention_bias as in Llama; a sliding window in some layers
+    gemma3_text  see `hf_gemma`
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.interop.formats.hf_fields import check_fields, sliding_window
-from megatron_ext.interop.formats.hf_rope import read_rotary
+from megatron_ext.interop.formats.hf_fields import check_fields
+from megatron_ext.interop.formats.hf_gemma import expresses_gemma, gemma_fields, gemma_flags, is_plain
+from megatron_ext.interop.formats.hf_rope import read_gemma_rotary, read_rotary
+from megatron_ext.interop.formats.hf_windows import (
+    FIELDS,
+    expresses_windows,
+    read_windows,
+    window_fields,
+    window_flags,
+)
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
 # Defaults of transformers' configuration classes, for fields that a config.json leaves out.
-_DEFAULT_HEAD_SIZE = {"qwen3": 128}
-_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-_DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256}
+_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4}
+_DEFAULT_POSITIONS = {
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "gemma3_text": 131072,
+}
+_TIES_BY_DEFAULT = ("gemma3_text",)
 
 
 @dataclass(frozen=True)
@@ -94,9 +111,13 @@ def to_model_config(
     kind = ARCHITECTURES[architecture]
     field_notes = check_fields(config, kind, source)
     vocab_size: int = config["vocab_size"]
-    longest: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
-    rotary, rotary_notes = read_rotary(config, longest, source)
-    positions, window_notes = _longest_position(config, kind, longest, source)
+    positions: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    windows = read_windows(config, kind, source)
+    if kind == "gemma3_text":
+        has_windows = any(window is not None for window in windows)
+        rotary, rotary_notes = read_gemma_rotary(config, positions, source, has_windows=has_windows)
+    else:
+        rotary, rotary_notes = read_rotary(config, positions, source)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
             f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
@@ -112,19 +133,22 @@ def to_model_config(
         **_heads(config, kind, source),
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
-        "sliding_window": positions if window_notes else None,
+        **window_flags(windows),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "swiglu": True,
+        "swiglu": kind != "gemma3_text",
         "qk_layernorm": kind == "qwen3",
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not config.get(
+            "tie_word_embeddings", kind in _TIES_BY_DEFAULT
+        ),
         "hidden_dropout": 0.0,
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
         "init_method_std": config.get("initializer_range", 0.02),
         "make_vocab_size_divisible_by": divisor,
         **_biases(config, kind),
         **rotary,
+        **(gemma_flags(config) if kind == "gemma3_text" else {}),
     }
-    messages += (*window_notes, *field_notes, *rotary_notes)
+    messages += (*field_notes, *rotary_notes)
     try:
         return HFModel(ModelConfig(**fields), vocab_size, architecture, messages)
     except (TypeError, ValueError) as error:
@@ -137,7 +161,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     groups = heads if groups is None else groups
     if heads % groups:
         raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
-    if kind == "llama" and hidden % heads:
+    if kind in ("llama", "gemma3_text") and hidden % heads:
         raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
     size = config.get("head_dim", _DEFAULT_HEAD_SIZE.get(kind))
     width = hidden // heads if size is None else size
@@ -149,23 +173,11 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
 
-def _longest_position(
-    config: dict[str, Any], kind: str, positions: int, source: str
-) -> tuple[int, tuple[str, ...]]:
-    window = sliding_window(config, kind, source)
-    if window is None or window >= positions:
-        return positions, ()
-    # Full attention equals windowed attention on sequences up to the window. So the model is imported with the window
-    # as its maximum position, and longer sequences are refused.
-    message = (
-        f"sliding window {window}: not supported, so the model is imported for sequences of up to {window} tokens, "
-        "for which full attention gives the same result"
-    )
-    return window, (message,)
+_HAVE_ATTENTION_BIAS = ("llama", "qwen3", "gemma3_text")
 
 
 def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
-    attention = kind in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    attention = kind in _HAVE_ATTENTION_BIAS and bool(config.get("attention_bias"))
     mlp = kind == "llama" and bool(config.get("mlp_bias"))
     if attention and mlp:
         return {"disable_bias_linear": False}
@@ -191,7 +203,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
         "--normalization": (model.normalization, "RMSNorm"),
         "--position-embedding-type": (model.position_embedding_type, "rope"),
         "--rotary-percent": (model.rotary_percent, 1.0),
-        "--swiglu": (model.swiglu, True),
+        "--swiglu": (model.is_gated, True),
     }
     for flag, (ours, theirs) in obstacles.items():
         if ours != theirs:
@@ -203,20 +215,29 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
         raise ValueError(
-            f"--architecture {wanted}: cannot express this model's biases or query and key norms"
+            f"--architecture {wanted}: cannot express this model's biases, norms, scales or sliding windows"
             + (f"; use {' or '.join(fitting)}" if fitting else "")
         )
     if not fitting:
         raise ValueError(
-            "no Llama-like architecture can express this model's combination of biases and query and key norms"
+            "no Llama-like architecture can express this model's combination of biases, norms, scales and sliding "
+            "windows"
         )
     return wanted or fitting[0]
 
 
 def _fits(model: ModelConfig, kind: str) -> bool:
+    if not expresses_windows(model, kind):
+        return False
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
+    is_even = (
+        model.hidden_size % model.num_attention_heads == 0
+    )  # transformers requires it of Llama and Gemma
+    if kind == "gemma3_text":
+        return qkv == output and not mlp and is_even and expresses_gemma(model)
+    if not is_plain(model):
+        return False
     if kind == "llama":
-        is_even = model.hidden_size % model.num_attention_heads == 0  # transformers requires it only of Llama
         return qkv == output and not model.qk_layernorm and is_even
     if kind == "mistral":
         return not (qkv or output or mlp or model.qk_layernorm)
@@ -238,8 +259,6 @@ _REPLACED = {
     "_commit_hash",
 }
 """Fields of an imported config.json that an export drops: it writes a substitute, or they describe the old files."""
-
-_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
 def from_model_config(
@@ -267,14 +286,16 @@ def from_model_config(
     if imported["model_type"] != kind:
         ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
         return {**config, **free, **ids}
-    kept = {name: value for name, value in imported.items() if name not in _REPLACED}
+    kept = {name: value for name, value in imported.items() if name not in _REPLACED.union(FIELDS)}
     config = {**kept, **config}
-    window, longest = sliding_window(imported, kind), model.resolved_max_position_embeddings
-    if window is None or window >= longest:
-        config = {name: value for name, value in config.items() if name not in _WINDOW}
-        config |= {name: imported[name] for name in _WINDOW if name in imported}
-    if window == longest:
-        # The import lowered the maximum position to the window (see `_longest_position`); undo that.
+    windows = read_windows(imported, kind)
+    # An earlier version imported a model without its windows, with the shortest one as its longest position.
+    shortest = min((window for window in windows if window is not None), default=None)
+    is_earlier = shortest is not None and shortest == model.sliding_window
+    if windows == model.windows or is_earlier:
+        config = {name: value for name, value in config.items() if name not in FIELDS}
+        config |= {name: imported[name] for name in FIELDS if name in imported}
+    if is_earlier:
         config["max_position_embeddings"] = imported.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
     return config
 
@@ -301,15 +322,14 @@ def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dic
         "attention_dropout": model.attention_dropout,
         "torch_dtype": dtype,
     }
-    if kind in ("llama", "qwen3"):
+    if kind in _HAVE_ATTENTION_BIAS:
         config["attention_bias"] = model.has_qkv_bias
     if kind == "llama":
         config["mlp_bias"] = model.has_mlp_bias
-    if kind != "llama":
-        config["sliding_window"] = None
-    if kind.startswith("qwen"):
-        config["use_sliding_window"] = False
-    return config
+    if kind == "gemma3_text":
+        del config["hidden_act"]
+        config |= gemma_fields(model)
+    return config | window_fields(model, kind)
 
 
 def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 Each field is of one of these kinds:
 
-    imported         read by `hf_config`, `hf_rope` and `sliding_window` below
+    imported         read by `hf_config`, `hf_rope` and `hf_windows`
     without effect   does not change the model's outputs; kept for a later export
     rejected         changes the computation in a way that is not supported here
     unknown          not a field of the class in transformers, which ignores it; ignored here too, with a message
@@ -10,7 +10,7 @@ Each field is of one of these kinds:
 Types and defaults follow the classes in transformers 5.23; a value that transformers rejects is rejected here too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,8 +62,24 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     # Qwen2's class has no head_dim, but its layers use one that is in the file, and fail on null.
     "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
+    "gemma3_text": {
+        "head_dim": (int,),
+        "num_key_value_heads": (int,),
+        "attention_bias": (bool,),
+        "attention_dropout": (float, int, _NONE),
+        "hidden_activation": (str,),
+        "query_pre_attn_scalar": (int,),
+        "sliding_window": (int, _NONE),
+        "layer_types": (list, _NONE),
+        "final_logit_softcapping": (float, _NONE),
+        "attn_logit_softcapping": (float, _NONE),
+        "use_bidirectional_attention": (bool, _NONE),
+    },
 }
 """For each model_type, the types of fields that only this model has, or that have another type in other models."""
+
+_NOT_IN: dict[str, set[str]] = {"gemma3_text": {"hidden_act"}}
+"""For each model_type, fields of the other models that its class ignores."""
 
 _COUNTS = (
     "vocab_size",
@@ -115,6 +131,14 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
+_OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
+}
+"""The same for fields that only one model_type has."""
+
+_OWN_WITHOUT_EFFECT = {"gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"}}
+"""Fields that only one model_type has and that other modules check."""
+
 """Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
 
 
@@ -132,18 +156,20 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
     Raises:
         ValueError: a field has a type or value that transformers rejects, or a value that is not supported here.
     """
-    types = _TYPES | _OWN_TYPES[kind]
+    types = {name: kinds for name, kinds in _TYPES.items() if name not in _NOT_IN.get(kind, ())}
+    types |= _OWN_TYPES[kind]
+    refused = _REFUSED | _OWN_REFUSED.get(kind, {})
     for name in _REQUIRED:
         if name not in config:
             raise ValueError(f"{source}: {name} is missing")
     for name, value in config.items():
         if name in types:
             _check_type(name, value, types[name], source)
-        if name in _REFUSED and value not in _REFUSED[name]:
+        if name in refused and value not in refused[name]:
             raise ValueError(f"{source}: {name} {_short(value)}: {_reason(name, value)}")
     _check_values(config, kind, source)
     messages = []
-    known = {*types, *_REFUSED, *_WITHOUT_EFFECT}
+    known = {*types, *refused, *_WITHOUT_EFFECT, *_OWN_WITHOUT_EFFECT.get(kind, ())}
     unknown = sorted(name for name, value in config.items() if value and name not in known)
     if unknown:
         messages.append(
@@ -170,7 +196,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
     dropout, pad = config.get("attention_dropout") or 0.0, config.get("pad_token_id")
     named = config.get("dtype") or config.get("torch_dtype") or "float32"
     for name, value, holds, wanted in (
-        ("hidden_act", config.get("hidden_act", "silu"), lambda v: v in ("silu", "swish"), "silu"),
+        *_own_values(config, kind),
         ("rms_norm_eps", epsilon, lambda v: v > 0, "above 0"),
         (
             "initializer_range",
@@ -191,6 +217,18 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
             raise ValueError(f"{source}: {name} {value}: must be {wanted}")
 
 
+def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
+    """Returns name, value, condition and its text for fields that differ between models."""
+    if kind != "gemma3_text":
+        return [("hidden_act", config.get("hidden_act", "silu"), lambda v: v in ("silu", "swish"), "silu")]
+    tanh, limit = "gelu_pytorch_tanh", config.get("final_logit_softcapping")
+    return [
+        ("hidden_activation", config.get("hidden_activation", tanh), lambda v: v == tanh, tanh),
+        ("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256), lambda v: v > 0, "above 0"),
+        ("final_logit_softcapping", limit, lambda v: v is None or v > 0, "above 0, or null"),
+    ]
+
+
 def _reason(name: str, value: Any) -> str:
     if name in ("quantization_config", "compression_config"):
         method = value.get("quant_method", "quantized") if isinstance(value, dict) else "quantized"
@@ -204,63 +242,3 @@ def _reason(name: str, value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else "null" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.json") -> int | None:
-    """Returns the smallest attention window of any layer, in tokens; None if all layers attend to the whole sequence.
-
-    Args:
-        config: parsed content of the file.
-        kind: model_type of the file, such as `llama`.
-        source: path of the file, for error messages.
-
-    Raises:
-        ValueError: the fields contradict each other, or the window cannot be imported.
-    """
-    if not kind.startswith("qwen"):
-        return _uniform_window(config, kind, source)
-    window: int | None = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    types = _layer_types(config, source)
-    if types is None:
-        is_used = config.get("max_window_layers", 28) < config["num_hidden_layers"]
-    else:
-        is_used = "sliding_attention" in types
-        if is_used and window is None:
-            raise ValueError(
-                f"{source}: layer_types has sliding_attention, so use_sliding_window and sliding_window must be set"
-            )
-    return _at_least_one(window, source) if is_used else None
-
-
-def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
-    types: list[str] | None = config.get("layer_types")
-    if types is None:
-        return None
-    layers, known = config["num_hidden_layers"], ("full_attention", "attention", "sliding_attention")
-    if len(types) != layers or any(name not in known for name in types):
-        raise ValueError(
-            f"{source}: layer_types {_short(types)}: must be full_attention or sliding_attention "
-            f"for each of {layers} layers"
-        )
-    return types
-
-
-def _uniform_window(config: Mapping[str, Any], kind: str, source: str) -> int | None:
-    if kind == "mistral":
-        if "layer_types" in config:
-            raise ValueError(
-                f"{source}: layer_types cannot be imported for mistral: transformers reads the model as ministral"
-            )
-        return _at_least_one(config.get("sliding_window", 4096), source)
-    if config.get("sliding_window") is not None:
-        # transformers' llama ignores the window on prompts, but its KV cache drops older tokens: two different models.
-        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: llama requires null")
-    if "sliding_attention" in (_layer_types(config, source) or ()):
-        raise ValueError(f"{source}: layer_types: llama requires full_attention in every layer")
-    return None
-
-
-def _at_least_one(window: int | None, source: str) -> int | None:
-    if window is not None and window < 1:
-        raise ValueError(f"{source}: sliding_window {window}: must be a number of at least 1")
-    return window

@@ -7,6 +7,10 @@ Each value may be given in several places, listed in the right column. The first
     type                          `rope_type` in the rope dict, `type` in it, "default"
     original length (llama3)      `original_max_position_embeddings` at the top level, in the rope dict, the model's
                                   maximum position
+
+Gemma 3 has two rope dicts, `full_attention` and `sliding_attention` in `rope_parameters`; the second is for layers with
+a sliding window and cannot be scaled here. `rope_scaling` is merged into the first. The bases default to `rope_theta`
+(1e6) and `rope_local_base_freq` (1e4) at the top level.
 """
 
 from collections.abc import Mapping
@@ -35,6 +39,44 @@ def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"{source}: {name} {nested[0]}: rotary parameters per layer type cannot be imported")
+    return _read(rope, name, config, positions, source)
+
+
+def read_gemma_rotary(
+    config: Mapping[str, Any], positions: int, source: str, *, has_windows: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the same for a Gemma 3 model; `has_windows` says whether any layer has a sliding window."""
+    ropes: Mapping[str, Any] = config.get("rope_parameters") or {}
+    unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(
+            f"{source}: rope_parameters.{unknown[0]}: must hold full_attention and sliding_attention only"
+        )
+    full = {**(ropes.get("full_attention") or {"rope_type": "default"}), **(config.get("rope_scaling") or {})}
+    local = dict(ropes.get("sliding_attention") or {"rope_type": "default"})
+    full.setdefault("rope_theta", config.get("rope_theta", 1e6))
+    local.setdefault("rope_theta", config.get("rope_local_base_freq", 1e4))
+    if full.get("rope_type") == "llama3" and "original_max_position_embeddings" in config:
+        raise ValueError(
+            f"{source}: original_max_position_embeddings: must be in rope_parameters.full_attention, where "
+            "transformers reads it"
+        )
+    found, notes = _read(full, "rope_parameters.full_attention", config, positions, source)
+    own, more = _read(local, "rope_parameters.sliding_attention", config, positions, source)
+    if set(own) != {"rotary_base"}:
+        raise ValueError(
+            f"{source}: rope_parameters.sliding_attention: rope_type must be default; the rotary embedding of layers "
+            "with a sliding window cannot be scaled"
+        )
+    if has_windows:
+        found["rotary_base_local"] = own["rotary_base"]
+    return found, [*notes, *more]
+
+
+def _read(
+    rope: Mapping[str, Any], name: str, config: Mapping[str, Any], positions: int, source: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads one rope dict, which is called `name` in messages."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _KEYS:
         raise ValueError(f"{source}: rope scaling {kind}: only llama3, linear and default can be imported")

@@ -46,7 +46,7 @@ _WEIGHTS = (
 _CODE = (".py", ".pyc", ".sh", ".so", ".ipynb")
 _LARGEST = 32 * 2**20
 
-_DEFAULT_EOS = {"llama": 2, "mistral": 2}
+_DEFAULT_EOS = {"llama": 2, "mistral": 2, "gemma3_text": 1}
 """The `eos_token_id` that transformers assumes for each model_type if config.json has none."""
 
 

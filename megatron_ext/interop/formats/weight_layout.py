@@ -6,11 +6,16 @@
       self_attention.linear_qkv.{weight,bias} [(n + 2g) d, ..]   self_attn.{q,k,v}_proj.{weight,bias}
       self_attention.{q,k}_layernorm.weight   [d]                self_attn.{q,k}_norm.weight
       self_attention.linear_proj.{weight,bias}                   self_attn.o_proj.{weight,bias}
-      pre_mlp_layernorm.weight                                   post_attention_layernorm.weight
+      pre_mlp_layernorm.weight                                   post_attention_layernorm.weight (1)
       mlp.linear_fc1.{weight,bias}            [2 f, ..]          mlp.{gate,up}_proj.{weight,bias}: gate, then up
       mlp.linear_fc2.{weight,bias}                               mlp.down_proj.{weight,bias}
     decoder.final_layernorm.weight                               model.norm.weight
     output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
+
+(1) With sandwich norms, as in Gemma:
+      post_attention_layernorm.weight                            post_attention_layernorm.weight
+      pre_mlp_layernorm.weight                                   pre_feedforward_layernorm.weight
+      post_mlp_layernorm.weight                                  post_feedforward_layernorm.weight
 
 The rows of linear_qkv are ordered by key/value group: the group's n/g query heads, then its key head, then its value
 head. Both formats rotate the two halves of a head, so the channels within a head keep their order. Names and shapes are
@@ -116,6 +121,14 @@ def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+_PLAIN = {"pre_mlp_layernorm": "post_attention_layernorm"}
+_SANDWICH = {
+    "post_attention_layernorm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "pre_feedforward_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
+}
+
+
 def _layer_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     hidden, ffn, head = model.hidden_size, model.resolved_ffn_hidden_size, model.resolved_kv_channels
     queries, keys = model.num_attention_heads * head, model.resolved_num_query_groups * head
@@ -131,8 +144,8 @@ def _layer_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
             name = f"{theirs}.self_attn.{letter}_norm.weight"
             found.append(_same(f"{attention}.{letter}_layernorm.weight", name, (head,)))
     found += _linear(f"{attention}.linear_proj", output, queries, "same", model.has_attention_output_bias)
-    norm = f"{theirs}.post_attention_layernorm.weight"
-    found.append(_same(f"{ours}.pre_mlp_layernorm.weight", norm, (hidden,)))
+    for name, in_theirs in (_SANDWICH if model.sandwich_norm else _PLAIN).items():
+        found.append(_same(f"{ours}.{name}.weight", f"{theirs}.{in_theirs}.weight", (hidden,)))
     found += _linear(f"{mlp}.linear_fc1", gate_up, hidden, "rows", model.has_mlp_bias)
     return found + _linear(f"{mlp}.linear_fc2", down, ffn, "same", model.has_mlp_bias)
 

@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.interop.formats.hf_config import ARCHITECTURES
 from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
 from megatron_ext.interop.gguf.gguf_tensors import ROPE_FACTORS, GGUFTensors
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""Maps each GGUF architecture that can be imported (also the `model_type` in transformers) to transformers' class."""
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+"""Maps each GGUF architecture that can be imported to transformers' class."""
+
+_GEMMA_27B_LAYERS = 62
+"""Number of layers by which llama.cpp recognizes Gemma 3 27B, the only one with another scale of the scores."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -45,7 +54,8 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
         raise ValueError(
             f"--model-dir {place}: general.architecture {kind}: must be one of {', '.join(_ARCHITECTURES)}"
         )
-    config: dict[str, Any] = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind}
+    architecture = _ARCHITECTURES[kind]
+    config: dict[str, Any] = {"architectures": [architecture], "model_type": ARCHITECTURES[architecture]}
     for key, field in _SIZES.items():
         config[field] = _scalar(metadata, key)
     # The file stores fp32: 1e-5 comes back as 9.999999747378752e-06.
@@ -55,7 +65,7 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
     )
     _check_head_size(metadata, head_size)
     # Without head_dim, transformers' class for qwen3 assumes 128.
-    if f"{kind}.attention.key_length" in metadata or kind == "qwen3":
+    if f"{kind}.attention.key_length" in metadata or kind in ("qwen3", "gemma3"):
         config["head_dim"] = head_size
     config["vocab_size"] = tensors.shape("model.embed_tokens.weight")[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors.names
@@ -67,7 +77,24 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
     for key, field in _SPECIAL_TOKENS.items():
         if f"tokenizer.ggml.{key}" in metadata:
             config[field] = metadata[f"tokenizer.ggml.{key}"]
+    if kind == "gemma3":
+        return config | _gemma(config, metadata)
     return config | _window(metadata)
+
+
+def _gemma(config: dict[str, Any], metadata: GGUFMetadata) -> dict[str, Any]:
+    """Returns Gemma 3's own fields; some of them are not in the file, but in llama.cpp's code."""
+    rope = config["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": metadata.of_model("rope.freq_base_swa", 10000.0)}
+    limit = metadata.of_model("final_logit_softcapping", None)
+    is_27b = config["num_hidden_layers"] == _GEMMA_27B_LAYERS
+    scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    return {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        "sliding_window": metadata.require("gemma3.attention.sliding_window"),
+        "query_pre_attn_scalar": scalar,
+        **({} if limit is None else {"final_logit_softcapping": float(limit)}),
+    }
 
 
 def _check_head_size(metadata: GGUFMetadata, size: int) -> None:

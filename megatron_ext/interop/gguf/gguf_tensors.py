@@ -1,7 +1,8 @@
 """Reads the tensors of a GGUF model under their Hugging Face names; a tensor is dequantized when it is read.
 
 Files of the architecture `llama` store the rows of the query and key projections in another order: within a head, GGUF
-alternates the two halves that the rotary embedding pairs, and transformers stores one half after the other.
+alternates the two halves that the rotary embedding pairs, and transformers stores one half after the other. Files of
+the architecture `gemma3` store the weights of norms, and transformers stores them less 1.
 """
 
 import re
@@ -14,7 +15,7 @@ from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with a divisor for every rotary frequency, in files of models with Llama 3's rotary scaling."""
 
-SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Tensor types that are read; a file usually mixes several."""
 
 _GLOBAL = {
@@ -34,6 +35,12 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_IN_GEMMA_LAYER = {
+    **_IN_LAYER,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 
@@ -56,6 +63,7 @@ class GGUFTensors:
             "k_proj": metadata.of_model("attention.head_count_kv", None),
         }
         self._interleaves = metadata.architecture == "llama"
+        self._is_gemma = metadata.architecture == "gemma3"
         stored = [tensor for reader in metadata.readers for tensor in reader.tensors]
         factors = [tensor.data for tensor in stored if tensor.name == ROPE_FACTORS]
         self.rope_factors = factors[0] if factors else None
@@ -71,7 +79,8 @@ class GGUFTensors:
     def _name(self, stored: str) -> str:
         """Converts the name of a tensor in the file to its Hugging Face name."""
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", stored)
-        table = _GLOBAL if match is None or match[1] is None else _IN_LAYER
+        in_layer = _IN_GEMMA_LAYER if self._is_gemma else _IN_LAYER
+        table = _GLOBAL if match is None or match[1] is None else in_layer
         if match is None or match[2] not in table:
             raise ValueError(
                 f"--model-dir {self.folder}: tensor {stored} belongs to a model that cannot be imported"
@@ -114,6 +123,8 @@ class GGUFTensors:
         projection = name.split(".")[-2]
         if self._interleaves and projection in self._heads:
             values = _halves_in_order(values, self._heads[projection])
+        if self._is_gemma and name.endswith("norm.weight"):
+            values = values - 1
         return values.to(self.dtype(name))
 
 

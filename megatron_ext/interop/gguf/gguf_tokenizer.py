@@ -45,6 +45,9 @@ _WORDS: dict[str, list[Any]] = {
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types, in GGUF as in SentencePiece: a special token, and a text that is never cut."""
 
+_SPACE = "\u2581"
+"""The character that stands for a space in SentencePiece's pieces."""
+
 _NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -123,19 +126,25 @@ def _sentencepiece(metadata: GGUFMetadata) -> bytes:
     model = protobuf.ModelProto()
     model.trainer_spec.model_type = protobuf.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
+    tokens = metadata["tokenizer.ggml.tokens"]
     for name in ("bos", "eos", "unknown"):
-        setattr(model.trainer_spec, f"{name[:3]}_id", metadata.get(f"tokenizer.ggml.{name}_token_id", -1))
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id", -1)
+        setattr(model.trainer_spec, f"{name[:3]}_id", number)
+        if number >= 0:  # SentencePiece looks a special token up by its piece
+            setattr(model.trainer_spec, f"{name[:3]}_piece", tokens[number])
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     model.normalizer_spec.remove_extra_whitespaces = False
     pieces = zip(
-        metadata["tokenizer.ggml.tokens"],
+        tokens,
         metadata["tokenizer.ggml.scores"],
         metadata["tokenizer.ggml.token_type"],
         strict=True,
     )
     for piece, score, kind in pieces:
-        model.pieces.add(piece=piece, score=score, type=kind)
+        # The format spells spaces in texts that are never cut as themselves, SentencePiece as in all other pieces.
+        spelled = piece.replace(" ", _SPACE) if kind == _USER_DEFINED else piece
+        model.pieces.add(piece=spelled, score=score, type=kind)
     return bytes(model.SerializeToString())
 
 

@@ -208,10 +208,12 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> fl
     """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
 
     Full recomputation is not taken into account. A layer saves these values per token (letters as in `model_cost`):
-    inputs and outputs of the two norms (4h); output of the fused query-key-value projection ((n + 2g) d); queries and
-    keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
-    attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
-    a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d per token of its own). Unfused core
+    inputs and outputs of the two norms (4h), inputs of sandwich norms (2h); output of the fused query-key-value
+    projection ((n + 2g) d); queries and keys again if they are rotated or normalized ((n + g) d, and n d more for
+    grouped queries that are normalized); attention output (n d); the MLP's inner tensors (GELU: 2f, gated: 3f); dropout
+    masks of one byte per value (as on a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d
+    per token of its own). With a sliding window shorter than the sequence, attention keeps joined keys and values, and
+    its output twice; where only some layers have one, every layer counts the mean over all layers. Unfused core
     attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
     A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
 
@@ -226,23 +228,26 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> fl
     is_frozen = use is Use.GRADIENT
     # A recomputed norm does not keep its output, a frozen layer does not need it.
     whole = (2 if is_frozen or "layernorm" in again else 4) * layout.hidden_bytes
+    whole += 2 * layout.model.sandwich_norm * layout.hidden_bytes
     whole += 2 * (layout.model.hidden_dropout > 0) * layout.hidden_bytes / size
-    mlp = 0 if "mlp" in again else (3 if layout.model.swiglu else 2) - is_frozen
+    mlp = 0 if "mlp" in again else (3 if layout.model.is_gated else 2) - is_frozen
     return whole + attention_activation_bytes(layout) + mlp * layout.ffn_bytes
 
 
 def mlp_backward_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes of the gradient of fc1's output, and of what the derivative of the activation needs."""
-    return (4 if layout.model.swiglu else 2) * layout.ffn_bytes
+    return (4 if layout.model.is_gated else 2) * layout.ffn_bytes
 
 
 def attention_activation_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes that one layer's attention saves between its norm and its output projection."""
     model, parallel = layout.model, layout.parallel
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    width = (
-        _context_attention_width(layout) if parallel.context_parallel_size > 1 else _attention_width(model)
-    )
+    windowed = [window is not None and window < model.seq_length for window in model.windows]
+    share = sum(windowed) / model.num_layers
+    in_parts = _divided_attention_width(layout)
+    plain = in_parts if parallel.context_parallel_size > 1 else _attention_width(model)
+    width = share * in_parts + (1 - share) * plain
     if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
         width += attention_width(model)  # grouped queries are copied out of the projection's output
     shared = float(width * layout.element_bytes)
@@ -259,12 +264,15 @@ def _attention_width(model: ModelConfig) -> int:
     return width
 
 
-def _context_attention_width(layout: ParallelLayout) -> int:
-    """Returns the number of values per token of this rank that attention saves under context parallelism."""
+def _divided_attention_width(layout: ParallelLayout) -> int:
+    """Returns the number of values per token of this rank that attention saves if it computes in several parts.
+
+    It does so under context parallelism and with a sliding window.
+    """
     model, ranks = layout.model, layout.parallel.context_parallel_size
     rotates = model.position_embedding_type == "rope"
     keys_and_values = qkv_width(model) - attention_width(model)
-    # The keys and values of all ranks, and the outputs of the two chunks, which are then joined.
+    # The keys and values of all ranks, and the outputs of the parts, which are then joined.
     width = ranks * keys_and_values + 2 * attention_width(model)
     if rotates or model.qk_layernorm:
         width += attention_width(model)  # the queries
@@ -281,7 +289,9 @@ def head_activation_bytes(layout: ParallelLayout) -> float:
     softmax = 4 if is_split else layout.element_bytes
     if is_split and layout.parallel.cross_entropy_fusion_impl == "te":
         softmax = 0  # the gradient takes the logits' place
-    return 2 * layout.hidden_bytes + (layout.element_bytes + softmax) * layout.logit_count
+    # Limited logits: their hyperbolic tangent.
+    capped = layout.element_bytes * (layout.model.final_logit_softcapping is not None)
+    return 2 * layout.hidden_bytes + (layout.element_bytes + softmax + capped) * layout.logit_count
 
 
 def _score_bytes(layout: ParallelLayout) -> float:

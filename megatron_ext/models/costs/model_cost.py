@@ -3,15 +3,17 @@
 The FLOPs of each part:
 
     linear layer           2 * inputs * outputs
-    core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
+    core attention         2 * (2 * k * n * d)        scores and weighted sum, over k keys: s, or w if fewer
     layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
     forward                L * layer + linear(h, V)
     forward and backward   3 * forward                every product has two in the backward pass
 
-Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
+Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, w sliding window of the layer,
+V padded vocabulary.
 This is the usual 6ND (N weights, D tokens) plus attention (arXiv 2204.02311, appendix B). N counts the weights that
 take part in a matrix product: the output layer always, the word embedding's lookup never. By convention
-attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
+attention counts the full s x s square (s x w with a window) although it is causal; norms, activations and softmax are
+not counted. Where only some layers have a window, each layer counts the mean over all layers.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
 model family reports its own part in another `ModelCost`.
 
@@ -142,8 +144,9 @@ def layer_flops_per_token(model: ModelConfig) -> float:
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one layer's attention (scores, weighted sum), over the full sequence."""
-    return 4.0 * model.seq_length * attention_width(model)
+    """Returns the forward FLOPs per token of one layer's attention (scores, weighted sum); the mean over the layers."""
+    keys = [min(model.seq_length, window or model.seq_length) for window in model.windows]
+    return 4.0 * sum(keys) / model.num_layers * attention_width(model)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
@@ -163,7 +166,7 @@ def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return {
         "qkv": (hidden, qkv_width(model)),
         "proj": (width, hidden),
-        "fc1": (hidden, ffn * (1 + model.swiglu)),
+        "fc1": (hidden, ffn * (1 + model.is_gated)),
         "fc2": (ffn, hidden),
     }
 
@@ -177,7 +180,7 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     hidden, sizes = model.hidden_size, linear_sizes(model)
     shared = sum(inner * outer for inner, outer in sizes.values())
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
-    replicated = 2 * norm_parameters(model, hidden)
+    replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
     if model.qk_layernorm:
         replicated += 2 * norm_parameters(model, model.resolved_kv_channels)

@@ -1,1 +1,1 @@
-"""Attention, rotary embedding, norm, SwiGLU and cross-entropy; some have hand-written gradients."""
+"""Attention, rotary embedding, norm, gated activations and cross-entropy; some have hand-written gradients."""

@@ -6,6 +6,8 @@ With a KV cache the queries are the last `s_q` of the `s_k` positions.
 
 Under context parallelism a rank has two chunks of every sequence (`context_parallel`). Rotated keys and values are
 gathered over the ranks; each of the two chunks of queries attends to the keys up to its own end.
+
+With a sliding window of `w` tokens a query attends to the last `w` of these keys only (`windowed_attention`).
 """
 
 import contextlib
@@ -22,9 +24,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.ops.causal_attention import allowed_keys, attend_at_end
-from megatron_ext.models.ops.context_parallel import chunks_of_rank, gather_sequence
+from megatron_ext.models.ops.context_parallel import chunks_of_rank, gather_sequence, positions_of_rank
 from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.rotary import rotate
+from megatron_ext.models.ops.windowed_attention import attend_in_window
+from megatron_ext.platform import process_groups
 
 
 class SDPAttention(torch.nn.Module):
@@ -39,16 +43,25 @@ class SDPAttention(torch.nn.Module):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        window: int | None = None,
+        rotary_part: tuple[int, int] = (0, 1),
         **_: Any,
     ) -> None:
         super().__init__()
+        assert window is None or attn_mask_type is AttnMaskType.causal, (
+            "a sliding window requires causal attention"
+        )
         self.config = config
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.window = window
+        """Number of keys that a query attends to, its own included; None for all earlier keys."""
         group = None if pg_collection is None else pg_collection.cp
         self.context_group = group if group is not None and group.size() > 1 else None
         """The ranks that share each sequence; None if there is one."""
+        self.rotary_part = rotary_part
+        """Which part of the rotary embedding this layer uses, and of how many; see `take_rotary`."""
         self._angles: torch.Tensor | None = None
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -57,6 +70,7 @@ class SDPAttention(torch.nn.Module):
 
         Args:
             angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation.
+                Where layers have different embeddings, each half holds all of them, one after the other.
         """
         # The engine caches its embedding, so the same object arrives at every call: keep cos and sin while it does.
         if angles is not self._angles:
@@ -69,6 +83,8 @@ class SDPAttention(torch.nn.Module):
             return self._rotated_by_te(self._angles, query, key)
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]
+            part, parts = self.rotary_part
+            half = half.chunk(parts, dim=-1)[part]
             self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
         # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.
         end, start = key.size(0), key.size(0) - query.size(0)
@@ -124,6 +140,8 @@ class SDPAttention(torch.nn.Module):
         with self._random_stream(dropout):
             if group is not None and attention_mask is None and kind is not AttnMaskType.no_mask:
                 return self._of_two_chunks(group, query, key, value, dropout)
+            if self.window is not None and (attention_mask is None or self._decodes(kind)):
+                return plain_strides(_by_position(self._at_end(query, key, value, dropout)))
             return self._of_all(query, key, value, attention_mask, kind, dropout)
 
     def _of_all(
@@ -161,26 +179,44 @@ class SDPAttention(torch.nn.Module):
         outputs = []
         for number, of_chunk in zip(numbers, query.chunk(2, dim=2), strict=True):
             end = (number + 1) * of_chunk.size(2)
-            known = key[:, :, :end], value[:, :, :end]
-            context = attend_at_end(of_chunk, *known, dropout=dropout, scale=self.softmax_scale)
+            context = self._at_end(of_chunk, key[:, :, :end], value[:, :, :end], dropout)
             outputs.append(_by_position(context))
         return torch.cat(outputs)
+
+    def _at_end(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        """Returns the causal attention, within the window, of queries at the last positions of the keys."""
+        if self.window is None:
+            return attend_at_end(query, key, value, dropout=dropout, scale=self.softmax_scale)
+        return attend_in_window(query, key, value, self.window, dropout=dropout, scale=self.softmax_scale)
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType
     ) -> tuple[torch.Tensor | None, bool]:
         """Returns torch's `attn_mask` (True where attention is allowed) and `is_causal`."""
         queries, keys = query.size(2), key.size(2)
-        # The engine passes `no_mask` when a causal model decodes with a cache; `attention_mask` does not apply then.
-        decoding = kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
-        if attention_mask is not None and not decoding:
-            return attention_mask.logical_not(), False
+        if attention_mask is not None and not self._decodes(kind):
+            allowed = attention_mask.logical_not()
+            return allowed if self.window is None else allowed & self._window_mask(queries, keys), False
         if queries == keys or self.context_group is not None:
             return None, kind is not AttnMaskType.no_mask
         if queries == 1:
             return None, False
         # torch aligns `is_causal` at the first key; with a KV cache the queries end at the last one.
         return allowed_keys(queries, keys, query.device), False
+
+    def _decodes(self, kind: AttnMaskType) -> bool:
+        """Returns whether a causal model decodes with a cache; `attention_mask` does not apply then."""
+        return kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
+
+    def _window_mask(self, queries: int, keys: int) -> torch.Tensor:
+        """Returns [s_q, s_k], True where a key is not too early; `attention_mask` says which later ones are allowed."""
+        assert self.window is not None
+        positions = torch.arange(keys - queries, keys)
+        if self.context_group is not None:
+            positions = positions_of_rank(keys, self.context_group)
+        return (positions.unsqueeze(1) - torch.arange(keys) < self.window).to(process_groups.device())
 
     def _random_stream(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
         if dropout == 0.0 or self.config.sequence_parallel:

@@ -32,6 +32,10 @@ def attend_at_end(
         scale: factor of the scores; None for d^-0.5.
     """
     queries, keys, is_grouped = query.size(2), key.size(2), query.size(1) != key.size(1)
+    if queries == 1:  # attends to all keys
+        return F.scaled_dot_product_attention(
+            query, key, value, None, dropout, scale=scale, enable_gqa=is_grouped
+        )
     if queries != keys and query.is_cuda:
         return attend_on_gpu(query, key, value, dropout=dropout, scale=scale)
     if queries != keys and dropout == 0.0:

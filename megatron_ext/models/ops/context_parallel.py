@@ -19,6 +19,11 @@ def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
     return rank, 2 * ranks - 1 - rank
 
 
+def positions_of_rank(length: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns the positions [s / C] of this rank's tokens in sequences of `length` tokens."""
+    return _part(torch.arange(length), 0, group)
+
+
 def part_of_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
     """Returns this rank's part of a micro-batch of whole sequences.
 

@@ -2,6 +2,8 @@
 
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight        (arXiv 1910.07467)
 
+With `layernorm_zero_centered_gamma` (--apply-layernorm-1p) a norm's parameter is weight - 1.
+
 megatron-core's `WrappedTorchNorm` refuses sequence parallelism. Shapes: input and output [..., h], parameters [h].
 """
 
@@ -47,37 +49,76 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         weight: [h].
         eps: added to the mean square before the root.
     """
+    if hidden_states.is_cuda and weight.dtype != hidden_states.dtype:
+        # A weight around 1 would lose half of its bits in bf16.
+        return F.rms_norm(hidden_states.float(), weight.shape, weight, eps).to(hidden_states.dtype)
     if hidden_states.is_cuda:
-        return F.rms_norm(hidden_states, weight.shape, weight.to(hidden_states.dtype), eps)
+        return F.rms_norm(hidden_states, weight.shape, weight, eps)
     return _CpuRMSNorm.apply(hidden_states, weight, eps)
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm (formula at the top of this file) with megatron-core's norm interface."""
+def full_weight(norm: Any) -> torch.Tensor:
+    """Returns the factor [h] of a norm, ours or Transformer Engine's; in fp32 if it is stored as weight - 1."""
+    is_centered = getattr(norm, "zero_centered", None)
+    if is_centered is None:
+        is_centered = getattr(norm, "zero_centered_gamma", False)
+    weight: torch.Tensor = norm.weight
+    return weight.float() + 1.0 if is_centered else weight
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm (formula at the top of this file) with megatron-core's norm interface.
+
+    Args:
+        config: megatron-core's transformer configuration.
+        hidden_size: size of the last dimension.
+        eps: added to the mean square before the root.
+        zero_centered: whether the parameter is weight - 1; None for what the configuration says.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        zero_centered: bool | None = None,
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 1.0))
+        self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
+        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 0.0 if self.zero_centered else 1.0))
         _mark(config, self.weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
-        return rms_norm(hidden_states, self.weight, self.eps)
+        return rms_norm(hidden_states, full_weight(self), self.eps)
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm (arXiv 1607.06450) with megatron-core's norm interface."""
+    """LayerNorm (arXiv 1607.06450) with megatron-core's norm interface; arguments as for `RMSNorm`."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        zero_centered: bool | None = None,
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 1.0))
+        self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
+        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 0.0 if self.zero_centered else 1.0))
         self.bias = torch.nn.Parameter(_constant(config, hidden_size, 0.0))
         _mark(config, self.weight, self.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
+        if self.zero_centered:
+            # A weight around 1 would lose half of its bits in bf16.
+            exact = F.layer_norm(
+                hidden_states.float(), self.weight.shape, full_weight(self), self.bias.float(), self.eps
+            )
+            return exact.to(hidden_states.dtype)
         return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -24,10 +24,21 @@ def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     interpolates. The engine implements Llama 3's scaling only for fixed thresholds and a fixed original length.
 
     Returns:
-        [r / 2], fp32, on the CPU.
+        [r / 2], fp32, on the CPU. With a base of their own for layers with a window, [r]: the frequencies of the other
+        layers, then those of layers with a window, which are not scaled.
     """
+    frequencies = _scaled(model, _unscaled(model, model.rotary_base))
+    if model.rotary_base_local is None:
+        return frequencies
+    return torch.cat([frequencies, _unscaled(model, model.rotary_base_local)])
+
+
+def _unscaled(model: ModelConfig, base: float) -> torch.Tensor:
     rotated = int(model.resolved_kv_channels * model.rotary_percent)
-    frequencies = 1.0 / model.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    return 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+
+
+def _scaled(model: ModelConfig, frequencies: torch.Tensor) -> torch.Tensor:
     if model.rotary_seq_len_interpolation_factor is not None:
         return frequencies / model.rotary_seq_len_interpolation_factor
     if not model.use_rope_scaling:

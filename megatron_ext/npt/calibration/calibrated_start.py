@@ -26,6 +26,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.norm import full_weight
 from megatron_ext.npt.calibration.document_forms import calibrate_form
 from megatron_ext.npt.calibration.factors import DOWN, FC1, Place, Spectrum, choose_ranks, decompose, place_of
 from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
@@ -236,9 +237,8 @@ def _spectra(config: NPTRunConfig, layer: Any, moments: LayerMoments) -> dict[st
 
 def _output_metric(layer: Any) -> torch.Tensor:
     """Returns diag(g) W^T W diag(g), summed over tensor-parallel ranks; [h, h] in fp64."""
-    weight = (
-        target_weight(FC1, layer.mlp).detach().double() * layer.pre_mlp_layernorm.weight.detach().double()
-    )
+    scale = full_weight(layer.pre_mlp_layernorm).detach().double()
+    weight = target_weight(FC1, layer.mlp).detach().double() * scale
     metric = weight.t() @ weight
     dist.all_reduce(metric, group=layer.pg_collection.tp)
     return metric

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.norm import full_weight
 from megatron_ext.npt.calibration.calibration_run import (
     UNIFORM,
     LayerHooks,
@@ -141,7 +142,7 @@ class _Hooks(LayerHooks):
         _add_products(moments.inputs, centred(attention, layer.config) * seen.inverse_rms, kept)
         _add_products(moments.attention, attention, kept)
         if self._gradients:
-            weight, scale = layer.pre_mlp_layernorm.weight.detach().float(), self.scale
+            weight, scale = full_weight(layer.pre_mlp_layernorm).detach().float(), self.scale
             seen.normed.register_hook(
                 lambda grad: _add_products(moments.metric, grad.float() * (weight * scale), kept)
             )

@@ -28,6 +28,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.models.ops.norm import full_weight
 from megatron_ext.npt.modules.modulation import Modulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 
@@ -65,7 +66,8 @@ class KeyValueModulation(Modulation):
         """
         gain, inverse_rms = norm_gain(hidden_states, attention_output, self.settings, self.config)
         normed = with_gain(norm(hidden_states), gain, norm)
-        return add_product(normed, self.code(attention_output, inverse_rms), self.B * norm.weight)
+        factor = (self.B * full_weight(norm)).to(self.B.dtype)
+        return add_product(normed, self.code(attention_output, inverse_rms), factor)
 
     def code(self, attention_output: torch.Tensor, inverse_rms: torch.Tensor) -> torch.Tensor:
         """Returns scale * u A of fc1, [s, b, r], from a and 1 / rms(h + a)."""

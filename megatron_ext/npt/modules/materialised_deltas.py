@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.models.ops.norm import full_weight
 from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
@@ -106,7 +107,7 @@ def _key_value_deltas(
     gain, inverse_rms = norm_gain(hidden_states, attention_output, modulation.settings, modulation.config)
     norm, weight = layer.pre_mlp_layernorm, layer.mlp.linear_fc1.weight
     changes, bias = (
-        modulation.code(attention_output, inverse_rms) @ modulation.B * norm.weight,
+        modulation.code(attention_output, inverse_rms) @ modulation.B * full_weight(norm),
         norm_bias(norm),
     )
     if bias is not None:

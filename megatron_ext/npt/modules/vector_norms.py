@@ -47,6 +47,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from megatron_ext.models.ops.norm import full_weight
 from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 
@@ -228,7 +229,7 @@ def _key_value_norms(
     gain, inverse_rms = norm_gain(hidden_states, attention_output, settings, config)
     normed = layer.pre_mlp_layernorm(hidden_states).float()
     change, norm = gain - 1, layer.pre_mlp_layernorm
-    written = (modulation.code(attention_output, inverse_rms) @ modulation.B * norm.weight).float()
+    written = (modulation.code(attention_output, inverse_rms) @ modulation.B * full_weight(norm)).float()
     bias = norm_bias(norm)
     if bias is not None:
         written = written - change * bias.float()

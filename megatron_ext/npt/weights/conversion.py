@@ -28,7 +28,8 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
         ValueError: the settings do not fit the model.
     """
     config = chunks[0].config
-    settings.check_model(config.gated_linear_unit)
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    settings.check_model(config.gated_linear_unit, any(layer.sandwich_norm for layer in layers))
     chosen = settings.layers(config.num_layers)
     for chunk in chunks:
         for layer in chunk.decoder.layers:

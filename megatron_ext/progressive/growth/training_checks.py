@@ -107,7 +107,7 @@ def _parts(model: ModelConfig, ranks: int) -> list[Part]:
     """Returns the parts of a layer's four weight matrices that one tensor-parallel rank holds."""
     hidden, width = model.hidden_size, model.resolved_kv_channels
     queries, keys = model.num_attention_heads * width, model.resolved_num_query_groups * width
-    inner, gates = model.resolved_ffn_hidden_size, 2 if model.swiglu else 1
+    inner, gates = model.resolved_ffn_hidden_size, 2 if model.is_gated else 1
     return [
         Part(rows=(queries + 2 * keys) // ranks, row=hidden, splits_input=False),
         Part(rows=hidden, row=queries // ranks, splits_input=True),

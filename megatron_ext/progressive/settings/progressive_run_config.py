@@ -20,6 +20,32 @@ class ProgressiveRunConfig(RunConfig):
     progressive: ProgressiveConfig
     """How the model grows, what is trained, and the objective."""
 
+    def __post_init__(self) -> None:
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        """Checks that every layer keeps its sliding window, or none, as the model grows."""
+        size, skip = self.model.window_size, self.model.window_attn_skip_freq
+        if size is not None and self.progressive.bidirectional:
+            raise ValueError(
+                f"--window-size {size}: requires --training-objective clm (got "
+                f"{self.progressive.training_objective}, with which a token attends to all tokens)"
+            )
+        if skip is None:
+            return
+        if not skip.isdecimal():
+            raise ValueError(
+                f"--window-attn-skip-freq {skip}: must be a number in progressive training, because a list is for one "
+                "number of layers"
+            )
+        own = self.progressive
+        for index in range(1, own.num_stacks):
+            if own.mode_of(index) == "prepend" and own.blocks_of(index) % int(skip):
+                raise ValueError(
+                    f"--window-attn-skip-freq {skip}: must divide --n-blocks {own.blocks_of(index)} with "
+                    "--building-mode prepend, which moves the layers above by that number"
+                )
+
 
 _LENGTHS = ("train_iters", "train_samples", "num_epochs")
 

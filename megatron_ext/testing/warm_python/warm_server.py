@@ -42,7 +42,9 @@ def warm_python() -> str:
     atexit.register(held.close)  # the server then ends
     client = [sys.executable, "-I", "-S", str(Path(__file__).with_name("warm_client.py"))]
     executable = folder / "python"
-    executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} {folder / "socket"} "$@"\n')
+    executable.write_text(
+        f'#!/bin/sh\nexec {shlex.join(client)} {folder / "socket"} "$@"\n', encoding="utf-8"
+    )
     executable.chmod(0o755)
     return str(executable)
 

@@ -20,8 +20,11 @@ _SHAPE = (
     "kv_channels",
     "ffn_hidden_size",
     "swiglu",
+    "geglu",
     "squared_relu",
     "normalization",
+    "apply_layernorm_1p",
+    "sandwich_norm",
     "position_embedding_type",
     "sliding_window",
     "disable_bias_linear",
@@ -29,12 +32,16 @@ _SHAPE = (
     "add_attention_output_bias",
     "add_mlp_bias",
     "qk_layernorm",
+    "softmax_scale",
+    "embedding_multiplier",
+    "final_logit_softcapping",
     "untie_embeddings_and_output_weights",
 )
 """Fields of `ModelConfig` that determine a layer's tensors and what it computes with them."""
 
 _MEANING = (
     "rotary_base",
+    "rotary_base_local",
     "rotary_percent",
     "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
@@ -42,6 +49,8 @@ _MEANING = (
     "rope_low_freq_factor",
     "rope_high_freq_factor",
     "rope_original_max_position_embeddings",
+    "window_size",
+    "window_attn_skip_freq",
     "norm_epsilon",
     "bias_gelu_fusion",
 )

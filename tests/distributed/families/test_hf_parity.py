@@ -14,6 +14,7 @@ import transformers
 from megatron.core import parallel_state
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import (
     base_state,
@@ -32,7 +33,13 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY
 from tests.unit.interop.hf_models import KINDS, SIZES, Kind, alone, logits_of, tensors_in, tokens
 
-CUT_KINDS = ("Llama, all biases", "Qwen3")
+CUT_KINDS = (
+    "Llama, all biases",
+    "Qwen3",
+    "Qwen2, sliding windows",
+    "Gemma3",
+    "Gemma3, scaled and limited",
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +161,44 @@ def test_a_model_loads_at_two_tensor_ranks_and_two_stages_from_a_checkpoint_and_
     folder: Path,
 ) -> None:
     found = run_distributed(_logits_at_layouts, 2, str(folder))[1]
-    assert len(found) == 8
+    assert len(found) == 4 * len(CUT_KINDS)
     for (layout, name, _), logits in found.items():
         expected = logits_of(KINDS[name].build())
         vocabulary = expected.size(-1)
         torch.testing.assert_close(logits[..., :vocabulary], expected, atol=1e-5, rtol=0)
         # An odd vocabulary has a row of padding at two tensor ranks, which an import leaves zero.
         assert logits.size(-1) == (98 if layout == "TP2" and name == "Llama, all biases" else vocabulary)
+
+
+WINDOWED = ("Mistral, sliding window", "Qwen2, sliding windows", "Gemma3", "Gemma3, scaled and limited")
+PROMPT, NEW_TOKENS = [70, 71], 45
+
+
+def _generated(path: str, layouts: list[str]) -> dict[tuple[str, str], list[int]]:
+    found = {}
+    for layout in layouts:
+        for name in WINDOWED:
+            loaded = load_model(
+                f"{path}/checkpoint-{name}",
+                {},
+                tensor_model_parallel_size=LAYOUTS[layout].tensor_model_parallel_size,
+                pipeline_model_parallel_size=LAYOUTS[layout].pipeline_model_parallel_size,
+            )
+            greedy = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
+            found[layout, name] = generate(loaded.model, [], [PROMPT], greedy, 96)[0]
+    return found
+
+
+def test_greedy_generation_far_past_the_window_is_that_of_transformers(folder: Path) -> None:
+    found = alone(_generated, str(folder), ["TP1"])
+    found |= run_distributed(_generated, 2, str(folder), ["TP2", "PP2"])[1]
+    for name in WINDOWED:
+        prompt = torch.tensor([PROMPT])
+        whole = KINDS[name].build().generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+        expected = whole[len(PROMPT) :]
+        assert len(set(expected)) > 3, "the model repeats itself"
+        for layout in ("TP1", "TP2", "PP2"):
+            assert found[layout, name] == expected, (layout, name)
 
 
 def _through_memory(path: str) -> str:

@@ -69,11 +69,11 @@ def _mark(parameter: torch.Tensor, name: str) -> Any:
 def _modules(chunk: GPTModel, layer: int) -> dict[str, str]:
     """Maps the names of a layer's norms, linear layers, core attention and activation to their classes."""
     names = ("layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    names = (*names, "core_attention", "activation_func")
+    named = (*names, "core_attention", "activation_func")
     return {
         name: type(module).__name__
         for name, module in chunk.decoder.layers[layer].named_modules()
-        if name.endswith(names) and not isinstance(module, IdentityOp)
+        if name.endswith(named) and not isinstance(module, IdentityOp)
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.config.command_line.layer_windows import skip_frequency
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.logging_config import LoggingConfig
@@ -105,6 +106,52 @@ BAD = [
     ),
     (ModelConfig, {"sliding_window": 31}, ["--seq-length 32", "sliding window of 31"]),
     (ModelConfig, {"sliding_window": 0}, ["--sliding-window 0"]),
+    (ModelConfig, {"swiglu": True, "geglu": True}, ["--geglu", "--swiglu"]),
+    (ModelConfig, {"softmax_scale": 0.0}, ["--softmax-scale 0.0"]),
+    (ModelConfig, {"final_logit_softcapping": -1.0}, ["--final-logit-softcapping -1.0"]),
+    (ModelConfig, {"embedding_multiplier": 0.0}, ["--embedding-multiplier 0.0"]),
+    (
+        ModelConfig,
+        {"embedding_multiplier": 8.0, "position_embedding_type": "learned_absolute"},
+        ["--embedding-multiplier 8.0: cannot be given", "learned_absolute"],
+    ),
+    (
+        ModelConfig,
+        {"rotary_base_local": 100.0},
+        ["--rotary-base-local 100.0: has no effect", "--window-size"],
+    ),
+    (
+        ModelConfig,
+        {"rotary_base_local": 100.0, "window_size": "7,0", "position_embedding_type": "none"},
+        ["--rotary-base-local 100.0: has no effect", "(got none)"],
+    ),
+    (ModelConfig, {"window_size": "512"}, ["--window-size 512", "511,0"]),
+    (ModelConfig, {"window_size": "511,1"}, ["--window-size 511,1", "0 for later ones"]),
+    (ModelConfig, {"window_size": "-1,0"}, ["--window-size -1,0"]),
+    (ModelConfig, {"window_size": "7,0", "attention_backend": "local"}, ["--window-size 7,0", "sdpa"]),
+    (
+        ModelConfig,
+        {"window_attn_skip_freq": "2"},
+        ["--window-attn-skip-freq 2: has no effect", "--window-size"],
+    ),
+    *[
+        (
+            ModelConfig,
+            {"window_size": "7,0", "window_attn_skip_freq": skip},
+            [f"--window-attn-skip-freq {skip}"],
+        )
+        for skip in (
+            "0",
+            "x",
+            "[1]",
+            "[1,2]*9",
+            "[1]*1000000000*1000000000",
+            "[1]+1",
+            "print()",
+            "True",
+            "-2",
+        )
+    ],
     (ModelConfig, {"num_layers": 10**12}, ["--num-layers 1000000000000", "at most 100000"]),
     (ModelConfig, {"rotary_base": float("inf")}, ["--rotary-base inf", "finite"]),
     (ModelConfig, {"seq_length": 2**63}, ["--seq-length 9223372036854775808", "64 bits"]),
@@ -289,3 +336,27 @@ def test_the_global_batch_size_follows_from_what_is_given() -> None:
     assert make(TrainingConfig, global_batch_size=12, micro_batch_size=2).resolved_global_batch_size(3) == 12
     with pytest.raises(ValueError, match="--global-batch-size 7: must be divisible by --micro-batch-size 2"):
         make(TrainingConfig, global_batch_size=7, micro_batch_size=2).resolved_global_batch_size(1)
+
+
+@pytest.mark.parametrize(
+    ("skip", "windows"),
+    [
+        (None, [8, 8, 8, 8, 8, 8]),
+        ("3", [8, 8, None, 8, 8, None]),
+        ("1", [None] * 6),
+        ("[0, 1, 1, 1, 1, 1]", [None, 8, 8, 8, 8, 8]),
+        ("([1]*2+[0])*2", [8, 8, None, 8, 8, None]),
+    ],
+)
+def test_windows_are_those_of_megatron_cores_rule(skip: str | None, windows: list[int | None]) -> None:
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    model = make(ModelConfig, num_layers=6, window_size="7,0", window_attn_skip_freq=skip)
+    assert list(model.windows) == windows
+    frequency: Any = eval(skip) if skip else None
+    theirs = [is_layer_window_attention((7, 0), frequency, number) for number in range(1, 7)]
+    assert [window is not None for window in windows] == theirs
+    found = skip_frequency(tuple(theirs))
+    assert make(ModelConfig, num_layers=6, window_size="7,0", window_attn_skip_freq=found).windows == tuple(
+        windows
+    )

@@ -23,6 +23,12 @@ NAMES = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
+GEMMA_NAMES = {
+    **NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def write_gguf(
@@ -33,7 +39,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     split: int = 1,
 ) -> list[Path]:
-    """Writes a Llama, Mistral, Qwen2 or Qwen3 model; returns the paths of the `split` files.
+    """Writes a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 model; returns the paths of the `split` files.
 
     Args:
         model: transformers' model.
@@ -43,7 +49,7 @@ def write_gguf(
         split: number of files.
     """
     config = model.config
-    kind = "llama" if config.model_type == "mistral" else config.model_type
+    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     files = [path] if split == 1 else [path.with_name(_numbered(path, i, split)) for i in range(split)]
     entries = _metadata(config, kind) | (metadata or {})
     tensors = list(_tensors(model, kind).items())
@@ -81,7 +87,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _metadata(config: Any, kind: str) -> dict[str, Any]:
-    rope = config.rope_parameters
+    is_gemma, rope = kind == "gemma3", config.rope_parameters
+    rope = rope["full_attention"] if is_gemma else rope
     found = {
         "block_count": config.num_hidden_layers,
         "embedding_length": config.hidden_size,
@@ -90,7 +97,10 @@ def _metadata(config: Any, kind: str) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "attention.sliding_window": config.sliding_window if config.model_type == "mistral" else None,
+        "attention.sliding_window": config.sliding_window
+        if config.model_type in ("mistral", "gemma3_text")
+        else None,
+        "final_logit_softcapping": config.final_logit_softcapping if is_gemma else None,
         "rope.freq_base": rope["rope_theta"],
     }
     if rope["rope_type"] == "linear":
@@ -113,7 +123,12 @@ def _tensors(model: Any, kind: str) -> dict[str, torch.Tensor]:
             size = tensor.size(0) // heads[part]
             tensor = tensor.reshape(heads[part], 2, size // 2, *tensor.shape[1:]).swapaxes(1, 2)
             tensor = tensor.reshape(model.state_dict()[name].shape)
-        found[f"{layer}{NAMES[part]}.{ending}"] = tensor.detach().contiguous()
+        if kind == "gemma3" and part.endswith("norm"):
+            tensor = tensor + 1
+        names = GEMMA_NAMES if kind == "gemma3" else NAMES
+        found[f"{layer}{names[part]}.{ending}"] = tensor.detach().contiguous()
+    if kind == "gemma3":
+        return found
     if model.config.rope_parameters["rope_type"] == "llama3":
         inverse = model.model.rotary_emb.inv_freq.double()
         base = model.config.rope_parameters["rope_theta"]
@@ -141,7 +156,7 @@ def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> np
     """Valid blocks of a quantized type with random content, [rows, bytes]; scales are finite fp16 numbers."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(4).integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    scales = {"Q4_K": (0, 2), "Q6_K": (size - 2,)}[kind.name]
+    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (size - 2,)}[kind.name]
     for start in scales:
         blocks[..., start : start + 2] = np.frombuffer(np.float16(0.01).tobytes(), dtype=np.uint8)
     return blocks.reshape(shape[0], -1)

@@ -40,14 +40,20 @@ class Kind:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def config_class(self) -> Any:
+        """transformers' configuration class."""
+        return getattr(transformers, f"{self.name}{'TextConfig' if self.name == 'Gemma3' else 'Config'}")
+
     def build(self) -> Any:
         """The model, every parameter random, norms and biases included."""
-        config_class = getattr(transformers, f"{self.name}Config")
+        config_class = self.config_class
         torch.manual_seed(1)
         model = getattr(transformers, f"{self.name}ForCausalLM")(config_class(**{**SIZES, **self.changes}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.normal_(0.0, 0.15).add_(1.0 if "norm" in name else 0.0)
+                # Gemma stores the weights of its norms less 1.
+                parameter.normal_(0.0, 0.15).add_(1.0 if "norm" in name and self.name != "Gemma3" else 0.0)
         return model.eval()
 
 
@@ -61,10 +67,45 @@ KINDS = {
     "Llama, attention bias": Kind("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
     "Llama, MLP bias": Kind("Llama", {"mlp_bias": True}),
     "Llama, all biases": Kind("Llama", {"mlp_bias": True, "attention_bias": True, "vocab_size": 97}),
-    "Mistral": Kind("Mistral", {"sliding_window": 48, "head_dim": 8}),
+    "Mistral": Kind("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "Mistral, sliding window": Kind("Mistral", {"sliding_window": 16, "head_dim": 8}),
     "Qwen2": Kind("Qwen2", {"tie_word_embeddings": True}),
+    "Qwen2, sliding windows": Kind(
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}
+    ),
     "Qwen3": Kind("Qwen3", {"head_dim": 12}),
     "Qwen3, attention bias": Kind("Qwen3", {"head_dim": 12, "attention_bias": True}),
+    # A padding id would keep transformers from training its row of the embedding.
+    "Gemma3": Kind(
+        "Gemma3",
+        {
+            "head_dim": 12,
+            "sliding_window": 10,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
+    "Gemma3, scaled and limited": Kind(
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 2.5,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "Gemma3, no windows": Kind(
+        "Gemma3", {"head_dim": 8, "layer_types": ["full_attention"] * 4, "pad_token_id": None}
+    ),
 }
 
 

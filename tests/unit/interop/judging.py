@@ -90,14 +90,20 @@ def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tens
 
 def _configuration(folder: Path) -> dict[str, Any]:
     of_directory = ("_name_or_path", "architectures", "dtype", "auto_map")
-    said_otherwise = ("hidden_act", "head_dim", "rope_parameters", "original_max_position_embeddings")
+    said_otherwise = (
+        "hidden_act",
+        "head_dim",
+        "rope_parameters",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+    )
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     config["attention_dropout"] = config["attention_dropout"] or 0.0  # null is none
     return {name: value for name, value in config.items() if name not in of_directory + said_otherwise}
 
 
 def _content(kind: Kind, change: dict[str, Any]) -> dict[str, Any]:
-    content = {"model_type": kind.name.lower(), **SIZES, **kind.changes, **change}
+    content = {"model_type": kind.config_class.model_type, **SIZES, **kind.changes, **change}
     return {name: value for name, value in content.items() if value is not ...}
 
 
@@ -113,8 +119,9 @@ def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if "norm" in name else 0.0)
-    tied = content.get("tie_word_embeddings", False)
+            is_around_one = "norm" in name and kind.name != "Gemma3"
+            parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if is_around_one else 0.0)
+    tied = model.config.tie_word_embeddings
     tensors = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -26,13 +26,37 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize("name", KINDS)
+_LLAMA3 = {**LLAMA3_SCALING, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_GEMMA = {
+    # What the format does not store is as in Gemma's own models.
+    "num_hidden_layers": 7,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 10,
+}
+STORED = {
+    name: kind for name, kind in KINDS.items() if kind.name != "Gemma3" and "sliding windows" not in name
+}
+STORED |= {
+    "Llama 3 scaling": Kind("Llama", {"rope_parameters": {**_LLAMA3, "rope_theta": 5e5}, "head_dim": 32}),
+    "Gemma3": Kind("Gemma3", {**_GEMMA, "final_logit_softcapping": 3.0}),
+    "Gemma3, linear scaling": Kind(
+        "Gemma3",
+        {
+            **_GEMMA,
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_a_file_gives_the_tensors_and_the_configuration_of_its_directory(name: str, tmp_path: Path) -> None:
-    kind = KINDS[name]
-    if name == "Llama 3 scaling":
-        scaling = {**LLAMA3_SCALING, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        kind = Kind("Llama", {"rope_parameters": {**scaling, "rope_theta": 5e5}, "head_dim": 32})
-    model = kind.build()
+    model = STORED[name].build()
+    if STORED[name].name == "Gemma3":
+        # Files hold 1 + weight: take weights for which the sum is exact.
+        for parameter in (value for key, value in model.named_parameters() if "norm" in key):
+            parameter.data.mul_(1024).round_().div_(1024)
     model.save_pretrained(tmp_path / "hf")
     write_gguf(model, tmp_path / "model.gguf")
     theirs, ours = load_hf(tmp_path / "hf"), load_hf(tmp_path / "model.gguf")
@@ -43,7 +67,9 @@ def test_a_file_gives_the_tensors_and_the_configuration_of_its_directory(name: s
 
 
 @pytest.mark.parametrize(
-    "dtype", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1], ids=lambda t: t.name
+    "dtype",
+    [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1],
+    ids=lambda t: t.name,
 )
 def test_transformers_reads_the_same_tensors_from_a_quantized_file(dtype: Type, tmp_path: Path) -> None:
     vocab, merges = _trained([TEXT] * 3)
@@ -60,7 +86,7 @@ def test_transformers_reads_the_same_tensors_from_a_quantized_file(dtype: Type, 
     assert dtype.name in tensors.types
 
 
-@pytest.mark.parametrize("dtype", [Type.Q4_K, Type.Q6_K], ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", [Type.Q4_K, Type.Q5_K, Type.Q6_K], ids=lambda t: t.name)
 def test_k_quantized_tensors_are_dequantized_row_by_row(dtype: Type, tmp_path: Path) -> None:
     blocks = random_blocks(dtype, (96, 512))
     writer = gguf.GGUFWriter(str(tmp_path / "one.gguf"), "qwen2")
@@ -180,7 +206,8 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_the_models_own(
 _REFERENCES = (_gpt2, _smollm, _qwen2, _llama3)
 
 
-def test_a_sentencepiece_tokenizer_gives_the_ids_of_its_model_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spaces", [[], ["\u2581\u2581", "\u2581\u2581\u2581"]], ids=["Llama", "Gemma"])
+def test_a_sentencepiece_tokenizer_gives_the_ids_of_its_model_file(spaces: list[str], tmp_path: Path) -> None:
     source = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT, *(f"{TEXT} {word}" for word in TEXT.split())]),
@@ -191,14 +218,22 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_its_model_file(tmp_path: Pat
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        user_defined_symbols=spaces,
+        bos_piece="<bos>" if spaces else "<s>",
     )
     original = sentencepiece.SentencePieceProcessor(model_proto=source.getvalue())
     count = original.get_piece_size()
     entries = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in range(count)],
+        # The format spells spaces in texts that are never cut as themselves.
+        "tokenizer.ggml.tokens": [
+            piece.replace("\u2581", " ") if piece in spaces else piece
+            for piece in (original.id_to_piece(i) for i in range(count))
+        ],
         "tokenizer.ggml.scores": [original.get_score(i) for i in range(count)],
-        "tokenizer.ggml.token_type": [_piece_type(original, i) for i in range(count)],
+        "tokenizer.ggml.token_type": [
+            4 if original.id_to_piece(i) in spaces else _piece_type(original, i) for i in range(count)
+        ],
         "tokenizer.ggml.bos_token_id": original.bos_id(),
         "tokenizer.ggml.eos_token_id": original.eos_id(),
         "tokenizer.ggml.unknown_token_id": original.unk_id(),
@@ -206,9 +241,10 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_its_model_file(tmp_path: Pat
     model = Kind("Llama", {"vocab_size": count}).build()
     path = write_gguf(model, tmp_path / "model.gguf", metadata=entries)[0]
     ours = load_hf(path).tokenizer
-    for text in (*TEXT.split(), "\u3042 unseen", "two  spaces"):
+    for text in (*TEXT.split(), "\u3042 unseen", "two  spaces", "a   b     c"):
         assert ours.tokenize(text) == original.encode(text), text
     assert ours.adds_bos
+    assert ours.bos == original.bos_id() == 1
 
 
 def _piece_type(model: Any, number: int) -> int:
@@ -259,11 +295,11 @@ def test_a_file_that_was_cut_is_refused_in_one_line(keep: int, tmp_path: Path) -
 
 def test_another_architecture_and_a_tensor_type_that_is_not_read_are_named(tmp_path: Path) -> None:
     for architecture, dtype, message in [
-        ("gemma2", Type.F32, "general.architecture gemma2: must be one of llama, qwen2, qwen3"),
-        ("llama", Type.Q5_0, "holds tensors of type Q5_0"),
+        ("gemma2", Type.F32, "general.architecture gemma2: must be one of llama, qwen2, qwen3, gemma3"),
+        ("llama", Type.TQ1_0, "holds tensors of type TQ1_0"),
     ]:
         writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), architecture)
-        values = gguf.quants.quantize(torch.ones(4, 32).numpy(), dtype)
+        values = gguf.quants.quantize(torch.ones(4, 256).numpy(), dtype)
         writer.add_tensor("token_embd.weight", values, raw_dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -11,7 +11,7 @@ from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
-ALL = ("Llama", "Mistral", "Qwen2", "Qwen3")
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
 QWEN = ("Qwen2", "Qwen3")
 TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
@@ -19,6 +19,9 @@ BASES = {
     "Mistral": Kind("Mistral", {**TWO_LAYERS, "sliding_window": None}),
     "Qwen2": Kind("Qwen2", TWO_LAYERS),
     "Qwen3": Kind("Qwen3", {**TWO_LAYERS, "head_dim": 8}),
+    "Gemma3": Kind(
+        "Gemma3", {**TWO_LAYERS, "head_dim": 8, "sliding_window": 20, "sliding_window_pattern": 2}
+    ),
 }
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
@@ -86,6 +89,27 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"layer_types": MIXED}, REFUSED),
         ({"layer_types": FULL[:1]}, REFUSED),
         ({"layer_types": ["chunked_attention"] * 2}, REFUSED),
+    ],
+    # Of Gemma 3 only.
+    "hidden_activation": [
+        ({"hidden_activation": "gelu_pytorch_tanh"}, SAME),
+        ({"hidden_activation": "gelu"}, REFUSED),
+        ({"hidden_activation": "silu"}, REFUSED),
+    ],
+    "query_pre_attn_scalar": [
+        ({"query_pre_attn_scalar": 20}, TAKEN),
+        ({"query_pre_attn_scalar": 0}, REFUSED),
+        ({"query_pre_attn_scalar": 1.5}, REFUSED),
+    ],
+    "final_logit_softcapping": [
+        ({"final_logit_softcapping": 2.0}, TAKEN),
+        ({"final_logit_softcapping": 0.0}, REFUSED),
+        ({"final_logit_softcapping": 30}, REFUSED),
+    ],
+    "attn_logit_softcapping": [({"attn_logit_softcapping": 50.0}, REFUSED)],
+    "use_bidirectional_attention": [
+        ({"use_bidirectional_attention": True}, REFUSED),
+        ({"use_bidirectional_attention": None}, SAME),
     ],
     # Of the base class.
     "transformers_version": [({"transformers_version": "4.40.0"}, SAME)],
@@ -159,6 +183,38 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         for family in QWEN
     },
     ("Mistral", "hidden_size"): [({"hidden_size": 34}, TAKEN)],
+    ("Gemma3", "num_attention_heads"): [
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, TAKEN),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2}, REFUSED),
+    ],
+    ("Gemma3", "tie_word_embeddings"): [
+        ({"tie_word_embeddings": False}, TAKEN),
+        ({"tie_word_embeddings": True}, SAME),
+        ({"tie_word_embeddings": None}, REFUSED),
+    ],
+    ("Gemma3", "sliding_window"): [
+        ({"sliding_window": 16}, TAKEN),
+        ({"sliding_window": 0}, REFUSED),
+        ({"sliding_window": None}, REFUSED),
+        ({"sliding_window": None, "layer_types": FULL}, REFUSED),
+    ],
+    ("Gemma3", "layer_types"): [
+        ({"layer_types": FULL}, TAKEN),
+        ({"layer_types": MIXED}, TAKEN),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, SAME),
+        ({"layer_types": FULL[:1]}, REFUSED),
+        ({"layer_types": ["chunked_attention"] * 2}, REFUSED),
+    ],
+    ("Gemma3", "rope_parameters"): [
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}}, TAKEN),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}}, TAKEN),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, TAKEN),
+        ({"rope_parameters": {"full_attention": LLAMA3_SCALING}}, TAKEN),
+        ({"rope_parameters": {"full_attention": YARN}}, REFUSED),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
+        ({"rope_parameters": None}, SAME),
+    ],
     ("Mistral", "layer_types"): [({"layer_types": MIXED, "sliding_window": 16}, REFUSED)],
 }
 NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
@@ -175,16 +231,39 @@ NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
         "attention_bias": [({"attention_bias": True, "mlp_bias": True}, SAME)],
     },
     "Qwen3": {"mlp_bias": [({"mlp_bias": True}, SAME)]},
+    "Gemma3": {
+        "mlp_bias": [({"mlp_bias": True, "hidden_act": "relu"}, SAME)],
+        "sliding_window_pattern": [
+            ({"sliding_window_pattern": 1}, TAKEN),
+            ({"sliding_window_pattern": 0}, REFUSED),
+        ],
+        "rope_local_base_freq": [({"rope_local_base_freq": 5.0}, TAKEN)],
+        "cache_implementation": [({"cache_implementation": "hybrid"}, SAME)],
+    },
+}
+# What a family takes beside its fields otherwise than is said above.
+BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
+    ("Gemma3", "rope_scaling"): [
+        ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
+        ({"rope_scaling": LLAMA3_SCALING}, TAKEN),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
+    ],
+    ("Gemma3", "original_max_position_embeddings"): [
+        ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 16}, REFUSED),
+        ({"original_max_position_embeddings": 16}, SAME),
+    ],
 }
 
 
 def _class_fields(family: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(getattr(transformers, f"{family}Config"))]
+    return [field.name for field in dataclasses.fields(BASES[family].config_class)]
 
 
 def _cases(family: str) -> list[tuple[str, dict[str, Any], str]]:
     of_class = {name: OTHERWISE.get((family, name), FIELDS[name]) for name in _class_fields(family)}
-    sections = (of_class, NOT_IN_ITS_CLASS[family], BESIDE)
+    beside = {name: BESIDE_OTHERWISE.get((family, name), cases) for name, cases in BESIDE.items()}
+    sections = (of_class, NOT_IN_ITS_CLASS[family], beside)
     return [(name, *case) for section in sections for name, cases in section.items() for case in cases]
 
 

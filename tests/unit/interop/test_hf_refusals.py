@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop import export_checkpoint, export_hf, import_checkpoint, load_hf
-from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.formats.hf_config import choose_architecture, from_model_config, to_model_config
 from megatron_ext.interop.output_directory import complete_directory
 from megatron_ext.testing.tiny_training import TINY
 from tests.unit.interop.hf_models import KINDS, SIZES
@@ -153,14 +154,119 @@ def test_a_tied_head_saved_beside_the_embedding_and_old_rotary_buffers_are_harml
     assert "output_layer.weight" not in load_hf(tmp_path / "hf").state
 
 
-def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, tmp_path: Path) -> None:
+def test_a_sliding_window_is_taken_over_and_does_not_bound_the_longest_position(
+    saved: Path, tmp_path: Path
+) -> None:
     shutil.copytree(saved, tmp_path / "hf")
     _config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)(tmp_path / "hf")
     found = load_hf(tmp_path / "hf")
-    assert found.model.max_position_embeddings == found.model.seq_length == 20
-    assert "sliding window 20" in found.messages[0]
+    assert found.model.max_position_embeddings == found.model.seq_length == SIZES["max_position_embeddings"]
+    assert found.model.window_size == "19,0"
+    assert set(found.model.windows) == {20}
+    assert not any("window" in message for message in found.messages)
     _config(sliding_window=None)(tmp_path / "hf")
-    assert load_hf(tmp_path / "hf").model.max_position_embeddings == SIZES["max_position_embeddings"]
+    assert load_hf(tmp_path / "hf").model.window_size is None
+
+
+def test_what_an_earlier_version_imported_without_its_window_is_exported_with_it() -> None:
+    imported = {
+        **SIZES,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 20,
+        "max_position_embeddings": 64,
+    }
+    now = to_model_config(imported, "config.json").model
+    earlier = replace(
+        now,
+        window_size=None,
+        window_attn_skip_freq=None,
+        sliding_window=20,
+        max_position_embeddings=20,
+        seq_length=20,
+    )
+    for model in (now, earlier):
+        config = from_model_config(model, 96, "MistralForCausalLM", "float32", imported)
+        assert (config["sliding_window"], config["max_position_embeddings"]) == (20, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        ({"window_size": "7,0"}, "MistralForCausalLM"),
+        ({"window_size": "7,0", "qk_layernorm": True, "window_attn_skip_freq": "2"}, "Qwen3ForCausalLM"),
+        ({"window_size": "7,0", "add_qkv_bias": True, "window_attn_skip_freq": "2"}, "Qwen2ForCausalLM"),
+    ],
+)
+def test_a_model_of_ones_own_with_windows_is_exported_as_what_has_them(
+    changes: dict[str, Any], architecture: str
+) -> None:
+    model = replace(LLAMA, **changes)
+    assert choose_architecture(model) == architecture
+    config = from_model_config(model, 96, architecture, "float32")
+    assert to_model_config(config, "config.json").model.windows == model.windows
+    assert getattr(transformers, architecture).config_class.from_dict(config).sliding_window == 8
+
+
+GEMMA = replace(
+    LLAMA,
+    swiglu=False,
+    geglu=True,
+    apply_layernorm_1p=True,
+    sandwich_norm=True,
+    qk_layernorm=True,
+    embedding_multiplier=32**0.5,
+    softmax_scale=0.25,
+    final_logit_softcapping=4.0,
+    window_size="7,0",
+    window_attn_skip_freq="2",
+    rotary_base_local=100.0,
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window_size": None, "window_attn_skip_freq": None, "rotary_base_local": None},
+        {"rotary_seq_len_interpolation_factor": 8.0, "add_qkv_bias": True, "add_attention_output_bias": True},
+    ],
+)
+def test_a_model_of_ones_own_with_all_of_gemmas_pieces_is_exported_as_gemma_3(
+    changes: dict[str, Any],
+) -> None:
+    model = replace(GEMMA, **changes)
+    assert choose_architecture(model) == "Gemma3ForCausalLM"
+    config = from_model_config(model, 96, "Gemma3ForCausalLM", "float32")
+    found = to_model_config(config, "config.json").model
+    resolved: dict[str, Any] = {
+        "kv_channels": 8,
+        "max_position_embeddings": 16,
+        "make_vocab_size_divisible_by": 32,
+    }
+    assert found == replace(model, **resolved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sandwich_norm": False},
+        {"apply_layernorm_1p": False},
+        {"qk_layernorm": False},
+        {"embedding_multiplier": 1.0},
+        {"softmax_scale": 0.3},
+        {"rotary_base_local": None, "rotary_seq_len_interpolation_factor": 8.0},
+    ],
+)
+def test_a_model_with_a_part_of_gemmas_pieces_is_not_exported(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no Llama-like architecture can express .* norms, scales"):
+        choose_architecture(replace(GEMMA, **changes))
+
+
+def test_windows_in_some_layers_of_a_llama_are_refused_by_name() -> None:
+    model = replace(LLAMA, window_size="7,0", window_attn_skip_freq="2")
+    with pytest.raises(ValueError, match="sliding windows"):
+        choose_architecture(model)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ SAVED = {
     "SwiGLU": (replace(MODEL, swiglu=True, disable_bias_linear=True), ParallelConfig(), False),
     "norm on queries and keys": (replace(MODEL, qk_layernorm=True), ParallelConfig(), True),
     "LayerNorm": (replace(MODEL, normalization="LayerNorm"), ParallelConfig(), False),
+    "GeGLU": (replace(MODEL, geglu=True, disable_bias_linear=True), ParallelConfig(), False),
+    "sandwich norms": (replace(MODEL, sandwich_norm=True), ParallelConfig(), False),
+    "sandwich norms of zero-centered weights": (
+        replace(MODEL, sandwich_norm=True, apply_layernorm_1p=True, disable_bias_linear=True),
+        ParallelConfig(),
+        True,
+    ),
+    "sliding window": (replace(MODEL, window_size="7,0"), ParallelConfig(), False),
+    "window of the whole sequence": (replace(MODEL, window_size="31,0"), ParallelConfig(), False),
 }
 
 

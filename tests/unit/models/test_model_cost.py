@@ -43,6 +43,9 @@ VARIANTS = {
     "norms on queries and keys": replace(BASE, qk_layernorm=True),
     "SwiGLU": replace(BASE, swiglu=True, disable_bias_linear=True),
     "SwiGLU with biases": replace(BASE, swiglu=True),
+    "GeGLU": replace(BASE, geglu=True, disable_bias_linear=True),
+    "sandwich norms": replace(BASE, sandwich_norm=True, apply_layernorm_1p=True),
+    "sandwich LayerNorms": replace(BASE, sandwich_norm=True, normalization="LayerNorm"),
     "narrow MLP": replace(BASE, ffn_hidden_size=96),
     "LayerNorm": replace(BASE, normalization="LayerNorm", qk_layernorm=True),
     "learned positions": replace(
@@ -195,3 +198,17 @@ def test_a_familys_cost_adds_up() -> None:
     uniform = hardware_flops_per_token(BASE, RECOMPUTE["uniform"], [model_cost(BASE, VOCAB), family])
     alone = hardware_flops_per_token(BASE, RECOMPUTE["uniform"], [model_cost(BASE, VOCAB)])
     assert uniform - alone == pytest.approx(4 * 20.0)
+
+
+def test_a_window_counts_its_keys_only_and_a_pattern_the_mean_over_the_layers() -> None:
+    size = BASE.num_attention_heads * BASE.resolved_kv_channels
+    for window, skip, keys in (
+        ("7,0", None, 8),
+        ("7,0", "2", (8 + SEQUENCE) / 2),
+        ("9999,0", None, SEQUENCE),
+    ):
+        model = replace(BASE, window_size=window, window_attn_skip_freq=skip)
+        less = (
+            model_cost(BASE, VOCAB).forward_flops_per_token - model_cost(model, VOCAB).forward_flops_per_token
+        )
+        assert less == BASE.num_layers * 4 * (SEQUENCE - keys) * size

@@ -19,9 +19,14 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
 
 
-def build(kind: str, dtype: torch.dtype) -> Any:
+def build(kind: str, dtype: torch.dtype, *, zero_centered: bool = False) -> Any:
     """A norm with random weights."""
-    config: Any = SimpleNamespace(params_dtype=dtype, sequence_parallel=False, normalization=kind)
+    config: Any = SimpleNamespace(
+        params_dtype=dtype,
+        sequence_parallel=False,
+        normalization=kind,
+        layernorm_zero_centered_gamma=zero_centered,
+    )
     norm = Norm(config, HIDDEN, EPS)
     assert isinstance(norm, {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[kind])
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +83,41 @@ def assert_close(found: torch.Tensor | None, expected: torch.Tensor | None, tole
 
 
 def test_norms_mark_their_parameters_for_sequence_parallelism() -> None:
-    config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
+    config: Any = SimpleNamespace(
+        params_dtype=torch.float32, sequence_parallel=True, layernorm_zero_centered_gamma=False
+    )
     for norm in (RMSNorm(config, HIDDEN), LayerNorm(config, HIDDEN)):
         assert all(vars(parameter)["sequence_parallel"] for parameter in norm.parameters())
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_zero_centered_weight_is_the_difference_from_one_and_keeps_its_bits(
+    kind: str, dtype: torch.dtype
+) -> None:
+    norm = build(kind, dtype, zero_centered=True)
+    assert not type(norm)(norm_config(kind), HIDDEN).weight.any()
+    values = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = (norm.weight.double() + 1).detach().requires_grad_()
+    exact = values.double()
+    if kind == "RMSNorm":
+        expected = F.rms_norm(exact, (HIDDEN,), weight, EPS)
+    else:
+        expected = F.layer_norm(exact, (HIDDEN,), weight, norm.bias.double(), EPS)
+    output = norm(values)
+    output.sum().backward()
+    expected.sum().backward()
+    # In bf16 only the result is rounded: 1 + weight in bf16 would be off by twice as much.
+    assert (output.double() - expected).abs().max() <= expected.abs().max() * (
+        2e-6 if dtype == torch.float32 else 2**-9
+    )
+    assert_close(norm.weight.grad, weight.grad, 2e-6 if dtype == torch.float32 else 2**-7)
+
+
+def norm_config(kind: str) -> Any:
+    return SimpleNamespace(
+        params_dtype=torch.float32,
+        sequence_parallel=False,
+        normalization=kind,
+        layernorm_zero_centered_gamma=True,
+    )

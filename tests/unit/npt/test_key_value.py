@@ -62,7 +62,7 @@ def test_at_full_rank_the_deltas_give_the_base_layer_exactly(settings: NPTModule
     torch.testing.assert_close(found, hidden + a + mlp, rtol=1e-12, atol=1e-11)
 
 
-def _layer(settings: NPTModuleConfig, norm: Any) -> Any:
+def _layer(settings: NPTModuleConfig, norm: Any, zero_centered: bool = False) -> Any:
     initialize(ParallelConfig(), seed=3)
     model = replace(
         MODEL,
@@ -70,6 +70,7 @@ def _layer(settings: NPTModuleConfig, norm: Any) -> Any:
         ffn_hidden_size=FFN,
         seq_length=TOKENS,
         normalization=norm,
+        apply_layernorm_1p=zero_centered,
         disable_bias_linear=False,
         init_method_std=0.3,
     )
@@ -83,9 +84,9 @@ def _layer(settings: NPTModuleConfig, norm: Any) -> Any:
     return layer
 
 
-def _engine_error(settings: NPTModuleConfig, norm: str) -> tuple[float, float]:
+def _engine_error(settings: NPTModuleConfig, norm: str, zero_centered: bool) -> tuple[float, float]:
     """Of the converted layer against the engine's own, attention included: exact factors, and initial ones."""
-    layer = _layer(settings, norm)
+    layer = _layer(settings, norm, zero_centered)
     hidden = _inputs()[0].unsqueeze(1)
     with torch.no_grad():
         initial, _ = layer(hidden, attention_mask=None)
@@ -99,10 +100,13 @@ def _engine_error(settings: NPTModuleConfig, norm: str) -> tuple[float, float]:
         return tuple(float((value - base).norm() / base.norm()) for value in (found, initial))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("zero_centered", [False, True], ids=["weight", "weight - 1"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("settings", [KEEP, DROP], ids=["keep", "drop"])
-def test_at_full_rank_the_layer_equals_the_engines(settings: NPTModuleConfig, norm: str) -> None:
-    exact, initial = run_single(_engine_error, settings, norm)
+def test_at_full_rank_the_layer_equals_the_engines(
+    settings: NPTModuleConfig, norm: str, zero_centered: bool
+) -> None:
+    exact, initial = run_single(_engine_error, settings, norm, zero_centered)
     assert exact < 1e-6 < 1e-2 < initial
 
 

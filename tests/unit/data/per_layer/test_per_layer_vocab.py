@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table
@@ -115,6 +115,7 @@ def test_identity_is_the_token_id(tokenizer: Any) -> None:
     )
 
 
+@settings(deadline=None)
 @given(text=st.text(), starts_word=st.booleans())
 def test_every_text_has_a_form_and_a_known_shape(text: Any, starts_word: Any) -> None:
     form = form_of(text, starts_word=starts_word)
@@ -122,6 +123,7 @@ def test_every_text_has_a_form_and_a_known_shape(text: Any, starts_word: Any) ->
     assert form.form == form.form.strip()
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(st.text(max_size=6), unique=True, min_size=1, max_size=20), data=st.data())
 def test_every_table_maps_every_token_into_the_vocabulary(pieces: Any, data: Any) -> None:
     tokenizer = ListTokenizer(["<eod>", *(piece for piece in pieces if piece != "<eod>")])

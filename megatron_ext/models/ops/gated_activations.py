@@ -1,6 +1,7 @@
-"""SwiGLU, the MLP's gated activation, in few passes over memory.
+"""The MLP's gated activations, in few passes over memory.
 
     SwiGLU(x) = silu(gate) * up,   [gate ; up] = W_fc1 x          (arXiv 2002.05202)
+    GeGLU(x)  = gelu(gate) * up,   gelu with its tanh approximation, as in Gemma
 
 The forward pass equals the engine's to the bit. The engine's unfused backward pass computes the gradients of both
 halves and concatenates them; here both are written into one buffer. Transformer Engine has one kernel for each pass.
@@ -32,9 +33,32 @@ class _SwiGLU(torch.autograd.Function):
         return grad
 
 
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_and_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grads[0], F.gelu(gate, approximate="tanh"), out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grads[0] * up, gate, approximate="tanh", grad_input=grad_gate)
+        return grad
+
+
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """Returns silu(first half) * second half, [..., 2 f] -> [..., f]."""
     return _SwiGLU.apply(gate_and_up)
+
+
+def geglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Returns gelu(first half) * second half, [..., 2 f] -> [..., f]."""
+    return _GeGLU.apply(gate_and_up)
 
 
 class SwiGLU(MegatronModule):
@@ -43,6 +67,14 @@ class SwiGLU(MegatronModule):
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         """Applies SwiGLU, [s, b, 2 f/t] -> [s, b, f/t]."""
         return swiglu(gate_and_up)
+
+
+class GeGLU(MegatronModule):
+    """GeGLU as a module, for the `activation_func` entry of the engine's MLP spec."""
+
+    def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """Applies GeGLU, [s, b, 2 f/t] -> [s, b, f/t]."""
+        return geglu(gate_and_up)
 
 
 class _TESwiGLU(torch.autograd.Function):

@@ -1,0 +1,75 @@
+"""Reads --window-size and --window-attn-skip-freq: which layers attend to a sliding window only.
+
+The values are spelled as in Megatron-LM. `--window-size 511,0` means 511 earlier tokens, besides the token itself, and
+no later ones. `--window-attn-skip-freq` is a number N, if layers N, 2 N, ... (counted from 1) attend to all earlier
+tokens, or a list with a 1 for each layer with a window and a 0 for each layer without; lists may be added and repeated.
+"""
+
+import ast
+
+
+def window_tokens(size: str) -> int:
+    """Returns the number of tokens that a query attends to, its own included, for a value of --window-size.
+
+    Raises:
+        ValueError: the value is not a number of earlier tokens and 0.
+    """
+    parts = size.strip().strip("()").split(",")
+    numbers = [part.strip() for part in parts]
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) != 0:
+        raise ValueError(
+            f"--window-size {size}: must be two numbers such as 511,0: how many earlier tokens a token attends to, and "
+            "0 for later ones"
+        )
+    return int(numbers[0]) + 1
+
+
+def windowed_layers(skip: str | None, num_layers: int) -> tuple[bool, ...]:
+    """Returns for each layer whether it has a window, for a value of --window-attn-skip-freq.
+
+    Raises:
+        ValueError: the value is neither a number of at least 1 nor a list of one 0 or 1 per layer.
+    """
+    if skip is None:
+        return (True,) * num_layers
+    wanted = f"must be a number of at least 1, or a list of {num_layers} zeros and ones such as ([1]*5+[0])*2"
+    try:
+        value = _value(ast.parse(skip.strip(), mode="eval").body, num_layers)
+    except (SyntaxError, ValueError):
+        raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}") from None
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}")
+        return tuple((number + 1) % value != 0 for number in range(num_layers))
+    if len(value) != num_layers or not set(value) <= {0, 1}:
+        raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}")
+    return tuple(entry == 1 for entry in value)
+
+
+def skip_frequency(layers: tuple[bool, ...]) -> str | None:
+    """Returns the shortest value of --window-attn-skip-freq for the given layers; None if all have a window."""
+    if all(layers):
+        return None
+    first = layers.index(False) + 1
+    if layers == windowed_layers(str(first), len(layers)):
+        return str(first)
+    return "[" + ",".join(str(int(layer)) for layer in layers) + "]"
+
+
+def _value(node: ast.expr, longest: int) -> int | list[int]:
+    """Computes a number, a list of numbers, a sum of lists, or a list times a number."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.List):
+        entries = [_value(entry, longest) for entry in node.elts]
+        if all(isinstance(entry, int) for entry in entries):
+            return [entry for entry in entries if isinstance(entry, int)]
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, longest), _value(node.right, longest)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        if not isinstance(node.op, ast.Mult) or not isinstance(left, list) or not isinstance(right, int):
+            raise ValueError
+        if len(left) * right <= longest:
+            return left * right
+    raise ValueError

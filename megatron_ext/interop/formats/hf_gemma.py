@@ -1,0 +1,74 @@
+"""Reads and writes what a Gemma 3 text model has beside a Llama: norms, scales, activation, and two rotary bases.
+
+    config.json                       flag
+    (always)                          --geglu, --apply-layernorm-1p, --sandwich-norm, --qk-layernorm
+    sqrt(`hidden_size`)               --embedding-multiplier
+    1 / sqrt(`query_pre_attn_scalar`) --softmax-scale
+    `final_logit_softcapping`         --final-logit-softcapping
+    `rope_local_base_freq`            --rotary-base-local, see `hf_rope`
+    windows                           see `hf_windows`
+
+Attention logit softcapping (`attn_logit_softcapping`, Gemma 2) and bidirectional attention are refused by `hf_fields`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.config.groups.model_config import ModelConfig
+
+_LOCAL_BASE = 10000.0
+"""Rotary base of layers with a window that transformers assumes if a config.json has none."""
+
+
+def gemma_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns these fields of `ModelConfig` for a config.json that has passed `check_fields`."""
+    return {
+        "geglu": True,
+        "apply_layernorm_1p": True,
+        "sandwich_norm": True,
+        "qk_layernorm": True,
+        "embedding_multiplier": config["hidden_size"] ** 0.5,
+        "softmax_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+    }
+
+
+def expresses_gemma(model: ModelConfig) -> bool:
+    """Returns whether Gemma 3 can express the model's norms, scales, activation and rotary embedding."""
+    always = model.geglu and model.apply_layernorm_1p and model.sandwich_norm and model.qk_layernorm
+    multiplier = math.isclose(model.embedding_multiplier, model.hidden_size**0.5, rel_tol=1e-9)
+    scale = math.isclose(_scalar(model) ** -0.5, _scale(model), rel_tol=1e-9)
+    has_windows = any(window is not None for window in model.windows)
+    scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
+    # Scaled frequencies in layers with a window would have to be written in transformers 5's words only.
+    rotary = model.rotary_base_local is not None or not (has_windows and scaled)
+    return always and multiplier and scale and rotary
+
+
+def is_plain(model: ModelConfig) -> bool:
+    """Returns whether the model has none of Gemma's norms, scales and activation, as all other architectures."""
+    scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
+    own = model.geglu or model.apply_layernorm_1p or model.sandwich_norm
+    is_changed = model.embedding_multiplier != 1.0 or model.final_logit_softcapping is not None
+    return not own and not is_changed and scale and model.rotary_base_local in (None, model.rotary_base)
+
+
+def gemma_fields(model: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json for a model that `expresses_gemma`."""
+    has_windows = any(window is not None for window in model.windows)
+    base = model.rotary_base if has_windows else _LOCAL_BASE
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": _scalar(model),
+        "final_logit_softcapping": model.final_logit_softcapping,
+        "rope_local_base_freq": base if model.rotary_base_local is None else model.rotary_base_local,
+    }
+
+
+def _scale(model: ModelConfig) -> float:
+    return model.resolved_kv_channels**-0.5 if model.softmax_scale is None else model.softmax_scale
+
+
+def _scalar(model: ModelConfig) -> int:
+    return max(1, round(_scale(model) ** -2))

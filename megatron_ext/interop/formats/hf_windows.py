@@ -1,0 +1,142 @@
+"""Reads and writes the sliding windows of a config.json: how many tokens each layer attends to.
+
+    llama          none
+    mistral        `sliding_window` in every layer
+    gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
+                   in all but every sixth (`sliding_window_pattern`) layer
+    qwen2, qwen3   `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
+                   without `layer_types`, from layer `max_window_layers` on
+
+A window counts the tokens that a token attends to, its own included; --window-size leaves the token itself out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.config.command_line.layer_windows import skip_frequency
+from megatron_ext.config.groups.model_config import ModelConfig
+
+FIELDS = (
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "sliding_window_pattern",
+)
+"""Fields of a config.json that describe windows."""
+
+Windows = tuple[int | None, ...]
+"""For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
+
+_DEFAULT_WINDOW = 4096
+"""Window that transformers assumes if a config.json has none."""
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.json") -> Windows:
+    """Returns the window of every layer.
+
+    Args:
+        config: parsed content of the file.
+        kind: model_type of the file, such as `llama`.
+        source: path of the file, for error messages.
+
+    Raises:
+        ValueError: the fields contradict each other, or the windows cannot be imported.
+    """
+    layers: int = config["num_hidden_layers"]
+    if kind == "llama":
+        return _of_llama(config, source)
+    window: int | None = config.get("sliding_window", _DEFAULT_WINDOW)
+    if kind == "mistral":
+        if "layer_types" in config:
+            raise ValueError(
+                f"{source}: layer_types cannot be imported for mistral: transformers reads the model as ministral"
+            )
+        return (_at_least_one(window, source),) * layers
+    types = _layer_types(config, source)
+    if kind == "gemma3_text":
+        if window is None:  # transformers makes a mask of the window even if no layer uses it
+            raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
+        types = types or _gemma_types(config, layers, source)
+    else:
+        window = window if config.get("use_sliding_window") else None
+        first = config.get("max_window_layers", 28)
+        suffix = [_FULL if layer < first or window is None else _SLIDING for layer in range(layers)]
+        types = suffix if types is None else types
+    if _SLIDING in types and window is None:
+        raise ValueError(
+            f"{source}: layer_types has sliding_attention, so use_sliding_window and sliding_window must be set"
+        )
+    if _SLIDING in types:
+        _at_least_one(window, source)
+    return tuple(window if name == _SLIDING else None for name in types)
+
+
+def window_flags(windows: Windows) -> dict[str, Any]:
+    """Returns the fields of `ModelConfig` for the windows of all layers."""
+    sizes = {window for window in windows if window is not None}
+    if not sizes:
+        return {}
+    (size,) = sizes
+    skip = skip_frequency(tuple(window is not None for window in windows))
+    return {"window_size": f"{size - 1},0", "window_attn_skip_freq": skip}
+
+
+def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
+    """Returns the fields of a config.json for a model's windows; `kind` must be able to express them."""
+    if kind == "llama":
+        return {}
+    size = next((window for window in model.windows if window is not None), None)
+    if kind == "mistral":
+        return {"sliding_window": size}
+    types = [_FULL if window is None else _SLIDING for window in model.windows]
+    if kind == "gemma3_text":
+        return {"sliding_window": size or _DEFAULT_WINDOW, "layer_types": types}
+    if size is None:
+        return {"sliding_window": None, "use_sliding_window": False}
+    return {"sliding_window": size, "use_sliding_window": True, "layer_types": types}
+
+
+def expresses_windows(model: ModelConfig, kind: str) -> bool:
+    """Returns whether a `model_type` can express the model's windows."""
+    windows = set(model.windows)
+    if kind in ("llama", "mistral"):
+        return windows == {None} or (kind == "mistral" and None not in windows)
+    return True
+
+
+def _of_llama(config: Mapping[str, Any], source: str) -> Windows:
+    if config.get("sliding_window") is not None:
+        # transformers' llama ignores the window on prompts, but its KV cache drops older tokens: two different models.
+        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: llama requires null")
+    if _SLIDING in (_layer_types(config, source) or ()):
+        raise ValueError(f"{source}: layer_types: llama requires full_attention in every layer")
+    return (None,) * int(config["num_hidden_layers"])
+
+
+def _gemma_types(config: Mapping[str, Any], layers: int, source: str) -> list[str]:
+    every = config.get("sliding_window_pattern", 6)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{source}: sliding_window_pattern {every}: must be a number of at least 1")
+    return [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
+
+
+def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
+    types: list[str] | None = config.get("layer_types")
+    if types is None:
+        return None
+    layers, known = config["num_hidden_layers"], (_FULL, "attention", _SLIDING)
+    if len(types) != layers or any(name not in known for name in types):
+        text = str(types) if len(str(types)) <= 60 else f"{str(types)[:57]}..."
+        raise ValueError(
+            f"{source}: layer_types {text}: must be full_attention or sliding_attention for each of {layers} layers"
+        )
+    return types
+
+
+def _at_least_one(window: int | None, source: str) -> int | None:
+    if window is not None and window < 1:
+        raise ValueError(f"{source}: sliding_window {window}: must be a number of at least 1")
+    return window

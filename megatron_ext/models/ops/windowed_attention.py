@@ -1,0 +1,118 @@
+"""Causal attention within a sliding window, in blocks of queries: neither [s_q, s_k] scores nor a mask of that size.
+
+The query at position p attends to the keys p - w + 1 .. p, at most w of them. Queries are at the last positions of the
+keys, as in `causal_attention`. The queries below position w attend to all earlier keys. Of the others, each block of B
+attends to the B + w - 1 keys that at least one of its queries sees, under a mask of this size:
+
+    B = w / 2, but at least 128 and at most 512
+
+Time and memory are linear in the sequence. Shapes: queries [b, n, s_q, d], keys and values [b, g, s_k, d], where g
+divides n.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.models.ops.causal_attention import attend_at_end
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 128, 512
+
+
+def attend_in_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Computes attention, [b, n, s_q, d].
+
+    Args:
+        query: [b, n, s_q, d].
+        key: [b, g, s_k, d]; s_k must be at least s_q.
+        value: [b, g, s_k, d].
+        window: w, the number of keys that a query attends to, its own included.
+        dropout: rate at which attention weights are dropped.
+        scale: factor of the scores; None for d^-0.5.
+    """
+    queries, keys = query.size(2), key.size(2)
+    if keys <= window:
+        return attend_at_end(query, key, value, dropout=dropout, scale=scale)
+    # Joined, so that each block's keys and values are taken, and their gradients added, by one operation.
+    joined = torch.cat([key, value], dim=-1)
+    before = keys - queries
+    outputs = []
+    for start, end in _blocks(before, keys, window):
+        first = max(0, start - window + 1)
+        part, joined = _Take.apply(joined, first, end)
+        keys_seen, values_seen = part.split([key.size(-1), value.size(-1)], dim=-1)
+        of_block = query[:, :, start - before : end - before]
+        if end <= window:
+            outputs.append(attend_at_end(of_block, keys_seen, values_seen, dropout=dropout, scale=scale))
+            continue
+        mask = _allowed(start - first, end - start, window, query.device)
+        outputs.append(_attend(of_block, keys_seen, values_seen, mask, dropout, scale))
+    return torch.cat(outputs, dim=2)
+
+
+def _allowed(before: int, queries: int, window: int, device: torch.device) -> torch.Tensor:
+    """Returns the mask [s_q, before + s_q] of a block, True where attention is allowed."""
+    positions = torch.arange(before + queries, device=device)
+    distance = positions[before:].unsqueeze(1) - positions
+    return (distance >= 0) & (distance < window)
+
+
+def _blocks(start: int, end: int, window: int) -> list[tuple[int, int]]:
+    """Divides the positions of the queries, from `start` to `end`, into blocks."""
+    size = min(max(window // 2, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    causal = [(start, min(window, end))] if start < window else []
+    starts = range(max(start, window), end, size)
+    return causal + [(block, min(block + size, end)) for block in starts]
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
+    is_grouped = query.size(1) != key.size(1)
+    if is_grouped and query.is_cuda:
+        # On a GPU no fused kernel takes both a mask and grouped keys.
+        repeats = query.size(1) // key.size(1)
+        key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
+        is_grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, scale=scale, enable_gqa=is_grouped
+    )
+
+
+class _Take(torch.autograd.Function):
+    """Returns rows first .. end of the keys, and the keys themselves, from which the next block takes its own.
+
+    The backward pass of a plain slice allocates a tensor of all keys for every block. Here the gradient passes through
+    the chain of blocks, and each adds its part in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.place, ctx.shape = (first, end), keys.shape
+        ctx.set_materialize_grads(False)
+        return keys[:, :, first:end], keys.view_as(keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        grad, later = grads
+        if grad is None:
+            return later, None, None
+        if later is None:
+            later = grad.new_zeros(ctx.shape)
+        first, end = ctx.place
+        later[:, :, first:end].add_(grad)
+        return later, None, None
