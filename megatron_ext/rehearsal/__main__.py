@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from megatron_ext.config.command_line.error_lines import exit_with_error
+from megatron_ext.config.command_line.megatron_words import REHEARSED_DEVICE
 from megatron_ext.platform.engine_imports import hide_transformer_engine
-from megatron_ext.rehearsal.rehearse import DEVICE, MEMORY
+from megatron_ext.rehearsal.rehearse import MEMORY
 from megatron_ext.rehearsal.simulated import device_library
 from megatron_ext.rehearsal.simulated.devices import device_named
 
@@ -26,9 +27,9 @@ def main() -> None:
 
     # Before the script reads its flags: with --load it imports the engine, which takes functions of torch by name.
     # A script that is started without --rehearse chooses and simulates its device by itself.
-    if DEVICE in os.environ:
+    if REHEARSED_DEVICE in os.environ:
         memory = os.environ.get(MEMORY)
-        simulate(device_named(os.environ[DEVICE], float(memory) if memory else None))
+        simulate(device_named(os.environ[REHEARSED_DEVICE], float(memory) if memory else None))
     # Its kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
     hide_transformer_engine("Transformer Engine is not rehearsed")
     sys.argv = sys.argv[1:]

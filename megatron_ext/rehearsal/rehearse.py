@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_ext.config.command_line.megatron_words import REHEARSED_DEVICE
 from megatron_ext.config.cross_checks import planned_processes
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.rehearsal_config import ALL_KINDS, RehearsalConfig
@@ -20,8 +21,8 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 
 _ROOT = Path(__file__).parents[2]
 
-DEVICE, MEMORY = "MEGATRON_EXT_REHEARSED_DEVICE", "MEGATRON_EXT_REHEARSED_MEMORY_GB"
-"""Environment variables that tell a child the simulated device: its name, and its memory if that was given."""
+MEMORY = "MEGATRON_EXT_REHEARSED_MEMORY_GB"
+"""Environment variable that tells a child the memory of the simulated device, if it was given."""
 
 DOES_NOT_FIT = 1
 """Exit code of a rehearsal whose peak exceeds the device's memory."""
@@ -74,7 +75,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
 
 
 def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:
-    """Returns the given rank, or for `all-kinds` the first ranks of the first, of an inner and of the last stage.
+    """Returns the given rank, or for `all-kinds` the first ranks of the first, the second and the last stage.
 
     Raises:
         ValueError: the run has no such rank, or the parallel layout does not fit the number of processes.
@@ -82,8 +83,9 @@ def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, proc
     parallel.data_parallel_size(processes)
     if rehearsal.rehearse == ALL_KINDS:
         stages = parallel.pipeline_model_parallel_size
-        # megatron-core numbers the ranks of a stage one after the other.
-        return [stage * (processes // stages) for stage in sorted({0, stages // 2, stages - 1})]
+        # Of the inner stages, the second holds the most micro-batches. megatron-core numbers the ranks of a stage one
+        # after the other.
+        return [stage * (processes // stages) for stage in sorted({0, min(1, stages - 1), stages - 1})]
     rank = int(rehearsal.rehearse or 0)
     if rank >= processes:
         raise ValueError(
@@ -102,7 +104,7 @@ def _start(rank: int, processes: int, rehearsal: RehearsalConfig) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 1,
         "OMP_NUM_THREADS": 1,
-        DEVICE: rehearsal.rehearsal_device,
+        REHEARSED_DEVICE: rehearsal.rehearsal_device,
         MEMORY: "" if rehearsal.device_memory_gb is None else rehearsal.device_memory_gb,
     }
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))

@@ -23,7 +23,7 @@ from megatron_ext.rehearsal.recording.activity import Activity, Call, Total
 from megatron_ext.rehearsal.recording.memory_log import GRADIENTS as GRADIENT_MEMORY
 from megatron_ext.rehearsal.recording.memory_log import KINDS, Peak
 from megatron_ext.rehearsal.recording.recorder import Recorder
-from megatron_ext.rehearsal.simulated.devices import Device
+from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, Device
 from megatron_ext.rehearsal.step_time import (
     StepTime,
     calls_in,
@@ -37,10 +37,6 @@ _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 _PLACES = 12
 _BETWEEN_TWO = ("send", "receive")
 _SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not what a group is made for
-_LESS_MEMORY = (
-    "To lower the peak: more tensor or pipeline stages, --use-distributed-optimizer, --sequence-parallel, "
-    "--recompute-granularity full, a smaller micro-batch; see docs/parallelism.md."
-)
 _ROOM = 0.1  # share of the memory that CUDA, NCCL and fragmentation may take: a rule of thumb
 
 
@@ -130,11 +126,12 @@ def print_report(rehearsal: Rehearsal) -> None:
         console.width = _PLAIN_WIDTH
     peak = rehearsal.peak
     console.print(_header(rehearsal))
-    console.print(_phase_table(rehearsal.recorder))
+    unit = "GiB" if peak.size >= 2**30 else "MiB"
+    console.print(_phase_table(rehearsal.recorder, unit))
     in_steps = rehearsal.peak_of_steps()
     for each in (peak,) if peak.size == in_steps.size else (peak, in_steps):
-        console.print(_place_table(each))
-    console.print(_verdict(peak, rehearsal.device))
+        console.print(_place_table(each, unit))
+    console.print(_verdict(rehearsal))
     console.print(_communication_table(rehearsal))
     console.print(_wait_table(rehearsal.recorder.activity, rehearsal.step))
     console.print(_time_text(rehearsal))
@@ -233,8 +230,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _phase_table(recorder: Recorder) -> Table:
-    table = _table("Largest memory of each phase, in MiB", "phase", *KINDS, "total")
+def _phase_table(recorder: Recorder, unit: str) -> Table:
+    table = _table(f"Largest memory of each phase, in {unit}", "phase", *KINDS, "total")
     scopes = [f"step {number + 1}" for number in range(recorder.activity.step)]
     rows: list[tuple[str, list[str] | None, str]] = [
         (name, None, name) for name in (MODEL, GRADIENTS, OPTIMIZER)
@@ -244,20 +241,19 @@ def _phase_table(recorder: Recorder) -> Table:
     for title, scope, phase in rows:
         peak = recorder.memory.at_peak(scope, phase)
         if peak.size:
-            table.add_row(title, *(_mib(peak.kinds[kind]) for kind in KINDS), _mib(peak.size))
+            table.add_row(title, *(_size(peak.kinds[kind], unit) for kind in KINDS), _size(peak.size, unit))
     return table
 
 
-def _place_table(peak: Peak) -> Table:
-    table = _table(f"Allocated at the peak of {', '.join(peak.moment)}, by place", "kind", "MiB", "place")
+def _place_table(peak: Peak, unit: str) -> Table:
+    table = _table(f"Allocated at the peak of {', '.join(peak.moment)}, by place", "kind", unit, "place")
     table.columns[2].justify = "left"
     common = peak.places.most_common()
     for (kind, place), size in common[:_PLACES]:
-        table.add_row(kind, _mib(size), place)
+        table.add_row(kind, _size(size, unit), place)
     if len(common) > _PLACES:
-        table.add_row(
-            "", _mib(sum(size for _, size in common[_PLACES:])), f"{len(common) - _PLACES} more places"
-        )
+        rest = sum(size for _, size in common[_PLACES:])
+        table.add_row("", _size(rest, unit), f"{len(common) - _PLACES} more places")
     return table
 
 
@@ -268,13 +264,28 @@ def fits(peak: int, device: Device) -> str:
     return "may not fit" if peak > (1 - _ROOM) * device.memory else "fits"
 
 
-def _verdict(peak: Peak, device: Device) -> str:
+def _verdict(rehearsal: Rehearsal) -> str:
+    peak, device = rehearsal.peak, rehearsal.device
     found = fits(peak.size, device)
     return (
         f"Peak of torch's tensors: {_gib(peak.size)} of {_gib(device.memory)} GiB ({peak.size / device.memory:.0%}): "
         f"{found}. Not counted: the CUDA context, NCCL's and cuBLAS's buffers, fragmentation."
-        + ("" if found == "fits" else f"\n{_LESS_MEMORY}")
+        + ("" if found == "fits" else f"\n{_less_memory(rehearsal)}")
     )
+
+
+def _less_memory(rehearsal: Rehearsal) -> str:
+    """Returns a line about what lowers the peak, without what is set already."""
+    parallel = rehearsal.parallel
+    has_tensor = parallel.tensor_model_parallel_size > 1
+    ways = {
+        "a larger --tensor-model-parallel-size or --pipeline-model-parallel-size": True,
+        "--use-distributed-optimizer": not parallel.use_distributed_optimizer,
+        "--sequence-parallel": has_tensor and not parallel.sequence_parallel,
+        "--recompute-granularity full": parallel.recompute_granularity != "full",
+        "a smaller --micro-batch-size": rehearsal.training.micro_batch_size > 1,
+    }
+    return f"To lower the peak: {', '.join(way for way, helps in ways.items() if helps)}; see docs/parallelism.md."
 
 
 def _communication_table(rehearsal: Rehearsal) -> Table:
@@ -325,8 +336,10 @@ def _time_text(rehearsal: Rehearsal) -> str:
         f"matrix products and attention {time.products:.3f} s at the peak rate",
         f"other operations {time.other:.3f} s at {device.bandwidth / 1e12:.2f} TB/s",
         f"communication {time.waited:.3f} s ({time.hidden:.3f} s more in parallel with it) at "
-        f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s between hosts",
-        f"pipeline bubble {time.bubble:.1%}",
+        f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s per GPU between hosts, of "
+        f"{GPUS_PER_HOST} GPUs each",
+        f"pipeline bubble {time.bubble:.1%} of the time of the micro-batches, {time.idle:.3f} s, if all stages take as "
+        "long as this one",
         f"update {time.update:.3f} s",
     )
     listed = "".join(f"\n  {part}" for part in parts)
@@ -341,6 +354,10 @@ def _time_text(rehearsal: Rehearsal) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:,.1f}"
+
+
+def _size(size: float, unit: str) -> str:
+    return _gib(size) if unit == "GiB" else _mib(size)
 
 
 def _gib(size: float) -> str:

@@ -3,9 +3,11 @@
     products         FLOPs of matrix products and attention / peak FLOP rate
     other            bytes that other operations read and write / memory bandwidth
     communication    bytes that a ring sends / rate of the host's links, or of the network for groups on several hosts
-    step             (products + other + communication that is waited for) x (1 + bubble) + update
+    step             products + other + communication that is waited for + update + idle time of the pipeline
+    idle time        bubble x those products, other operations and communication that every micro-batch repeats
 
-This is a lower bound. A real step is slower: kernels reach only a part of these rates, and launching them takes time.
+This is a lower bound if no other stage of the pipeline is faster than this one. A real step is slower: kernels reach
+only a part of these rates, and launching them takes time.
 """
 
 from collections.abc import Mapping
@@ -35,13 +37,21 @@ class StepTime:
     """Asynchronous communication, which is assumed to overlap with computation."""
 
     update: float
+    once: float
+    """Seconds of `other` and `waited` that occur once per step, whatever the number of micro-batches."""
+
     bubble: float
-    """Time that the pipeline is idle, as a share of the time that it computes."""
+    """Time that the pipeline is idle, as a share of the time of all micro-batches."""
+
+    @property
+    def idle(self) -> float:
+        """Seconds for which the pipeline is idle."""
+        return (self.products + self.other + self.waited - self.once) * self.bubble
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return (self.products + self.other + self.waited) * (1 + self.bubble) + self.update
+        return self.products + self.other + self.waited + self.update + self.idle
 
 
 def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> StepTime:
@@ -54,11 +64,32 @@ def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> 
     update = sum(size for (phase, _), size in moved.items() if phase == UPDATE) / device.bandwidth
     other = sum(size for (phase, _), size in moved.items() if phase != UPDATE) / device.bandwidth
     calls = calls_in(recorder.activity, scope)
-    waited = sum(seconds(call, total, device) for call, total in calls.items() if not call.asynchronous)
+    waited = {call: seconds(call, total, device) for call, total in calls.items() if not call.asynchronous}
+    # A link sends and receives at the same time.
+    both_ways = min(
+        sum(time for call, time in waited.items() if call.operation == way) for way in ("send", "receive")
+    )
+    once = sum(time for call, time in waited.items() if not _in_every_micro_batch(call))
+    # Outside modules and their backward pass: zeroing and scaling the gradients.
+    once += sum(size for (phase, place), size in moved.items() if place == phase != UPDATE) / device.bandwidth
     hidden = sum(seconds(call, total, device) for call, total in calls.items() if call.asynchronous)
     return StepTime(
-        products=products, other=other, waited=waited, hidden=hidden, update=update, bubble=bubble
+        products=products,
+        other=other,
+        waited=sum(waited.values()) - both_ways,
+        hidden=hidden,
+        update=update,
+        once=once,
+        bubble=bubble,
     )
+
+
+def _in_every_micro_batch(call: Call) -> bool:
+    """Whether every micro-batch repeats a call; the others reduce gradients, gather weights or agree on a value."""
+    if call.operation in ("send", "receive") or call.group == "TP":
+        return True
+    # Keys and values are gathered; what is reduced over CP may be gradients.
+    return call.group == "CP" and call.operation == "all-gather"
 
 
 def traffic_of(recorder: Recorder, scope: str) -> dict[tuple[str, str], int]:

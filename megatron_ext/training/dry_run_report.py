@@ -178,7 +178,12 @@ def _flops_table(layout: ParallelLayout, training: TrainingConfig, costs: list[M
     tokens = batch * layout.model.seq_length
     run = training.resolved_train_samples(batch) * layout.model.seq_length
     table = _table(
-        "FLOPs (forward and backward)", "", "per token", "per step", "per step and process", "whole run"
+        "FLOPs (forward and backward; P = 10^15, E = 10^18, Z = 10^21, Y = 10^24)",
+        "",
+        "per token",
+        "per step",
+        "per step and process",
+        "whole run",
     )
     for name, for_token in (
         ("model (basis of MFU)", training_flops_per_token(costs)),

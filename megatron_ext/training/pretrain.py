@@ -118,7 +118,6 @@ def check_run(
     tokenizer = build_tokenizer(config.tokenizer)
     if not config.rehearsal.is_on:
         check_others(tokenizer)
-    if config.data.trained_on or not config.rehearsal.is_on:
         _check_files(config.data, config.checkpoint, tokenizer)
     return tokenizer
 

@@ -14,7 +14,7 @@ class RehearsalConfig:
 
     rehearse: Annotated[str | None, Spelling(metavar="[RANK|all-kinds]", without_value="0")] = None
     """Run two steps and an evaluation of one rank on a simulated GPU, print its memory, communication and waits, and
-    exit. Default rank: 0. all-kinds rehearses a rank of the first, of an inner and of the last pipeline stage."""
+    exit. Default rank: 0. all-kinds rehearses a rank of the first, the second and the last pipeline stage."""
 
     world_size: int | None = None
     """With --rehearse or --dry-run: number of processes of the run. Default: WORLD_SIZE, else as many as one model copy

@@ -83,9 +83,9 @@ def compact(number: float) -> str:
 
 
 def binary_size(size: float) -> str:
-    """Formats bytes, for example `1.50 GiB`, in the largest unit for which the number is at least 0.1."""
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size >= 0.1 * 2**power:
+    """Formats bytes, for example `1.50 GiB`, in the largest unit for which the number is at least 0.1 (1 for TiB)."""
+    for power, unit, least in ((40, "TiB", 1), (30, "GiB", 0.1), (20, "MiB", 0.1), (10, "KiB", 0.1)):
+        if size >= least * 2**power:
             return f"{size / 2**power:.2f} {unit}"
     return f"{size:.0f} B"
 

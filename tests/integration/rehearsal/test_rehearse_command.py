@@ -20,6 +20,14 @@ def run(folder: Path, *flags: str, **variables: str) -> "subprocess.CompletedPro
     )
 
 
+def test_a_rehearsal_needs_no_data_and_names_flags_without_effect_once(tmp_path: Path) -> None:
+    absent = [str(tmp_path / "absent"), "--save", "/proc/not-writable", "--use-mcore-models"]
+    done = run(tmp_path, "--data-path", *absent, "--rehearse")
+    assert done.returncode == 0, done.stderr
+    assert "Rehearsal of rank 0 of 1" in done.stdout
+    assert done.stderr.count("flags of Megatron-LM without effect here") == 1
+
+
 def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path) -> None:
     flags = [*(TP + PP + SP).split(), "--save", str(tmp_path / "run"), "--rehearse", "all-kinds"]
     done = run(

@@ -28,7 +28,7 @@ def build(kind: str, dtype: torch.dtype, *, zero_centered: bool = False) -> Any:
         layernorm_zero_centered_gamma=zero_centered,
     )
     norm = Norm(config, HIDDEN, EPS)
-    assert isinstance(norm, {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[kind])
+    assert isinstance(norm, RMSNorm if kind == "RMSNorm" else LayerNorm)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in norm.parameters():

@@ -12,8 +12,16 @@ from megatron_ext.rehearsal.step_time import seconds, step_time
 H100 = device_named("h100", None)
 
 
-def call(operation: str, *, size: int = 8, hosts: int = 1, device: str = "cuda", waits: bool = True) -> Call:
-    return Call(operation, "TP", size, device, not waits, hosts, "here")
+def call(
+    operation: str,
+    *,
+    group: str = "TP",
+    size: int = 8,
+    hosts: int = 1,
+    device: str = "cuda",
+    waits: bool = True,
+) -> Call:
+    return Call(operation, group, size, device, not waits, hosts, "here")
 
 
 @pytest.mark.parametrize(
@@ -42,10 +50,25 @@ def test_a_step_is_the_sum_of_its_parts_with_the_bubble_on_what_the_pipeline_doe
     recorder.traffic["step 1", UPDATE, UPDATE] = int(0.5 * 3350e9)
     recorder.activity.communicates(call("send"), int(450e9))
     recorder.activity.communicates(call("all-gather", size=2, waits=False), int(450e9))
+    recorder.activity.communicates(call("receive"), int(450e9 / 4))  # while the link sends
     time = step_time(recorder, H100, "step 1", bubble=0.5)
     assert (time.products, time.other, time.update) == pytest.approx((2.0, 1.0, 0.5))
     assert (time.waited, time.hidden) == pytest.approx((1.0, 0.5))
     assert time.total == pytest.approx(4 * 1.5 + 0.5)
+
+
+def test_the_bubble_does_not_multiply_what_a_step_does_once() -> None:
+    recorder = Recorder(Activity())
+    recorder.close()
+    recorder.activity.begin(STEP)
+    recorder.traffic["step 1", FORWARD_BACKWARD, "a layer"] = int(3350e9)
+    recorder.traffic["step 1", FORWARD_BACKWARD, FORWARD_BACKWARD] = int(3350e9)  # gradients are set to zero
+    recorder.activity.communicates(call("all-gather", group="CP", size=2), int(450e9))  # keys: 0.5 s
+    for operation in ("reduce-scatter", "all-gather"):
+        recorder.activity.communicates(call(operation, group="DP", size=2), int(450e9))
+    time = step_time(recorder, H100, "step 1", bubble=0.5)
+    assert time.once == pytest.approx(1 + 2 * 0.5)
+    assert time.total == pytest.approx((1 + 0.5) * 1.5 + time.once)
 
 
 def test_fp32_products_take_the_rate_of_fp32() -> None:

@@ -29,5 +29,6 @@ def test_times_and_sizes_have_their_units() -> None:
     assert binary_size(2**30 / 10) == "0.10 GiB"
     assert binary_size(2**30 / 11) == "93.09 MiB"
     assert binary_size(2**11) == "2.00 KiB"
+    assert binary_size(2**40 / 5) == "204.80 GiB"
     assert binary_size(5e12) == "4.55 TiB"
     assert binary_size(0) == "0 B"
