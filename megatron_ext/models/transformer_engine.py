@@ -14,6 +14,13 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform.engine_imports import transformer_engine_problem
 from megatron_ext.platform.process_groups import use_cuda
 
+_ON_A_CPU = {
+    "--attention-backend te": "--attention-backend sdpa",
+    "--transformer-impl transformer_engine": "--transformer-impl local",
+    "--distributed-backend nccl": "--distributed-backend gloo",
+}
+"""What to give on a CPU instead of a flag that requires a GPU."""
+
 
 def uses_te(model: ModelConfig) -> bool:
     """Returns whether linear layers and norms are Transformer Engine's."""
@@ -23,7 +30,10 @@ def uses_te(model: ModelConfig) -> bool:
 
 
 def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises `ValueError` if a flag requires Transformer Engine, or FP8, and it cannot be used here."""
+    """Raises `ValueError` if a flag requires Transformer Engine, or FP8, and it cannot be used here.
+
+    Where there is no GPU, the error names every flag that requires one, NCCL's too, and what to give instead.
+    """
     flags = [*model.requires_te]
     # The engine's recomputation of a norm reads Transformer Engine's FP8 state even when FP8 is off.
     if parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules:
@@ -37,10 +47,20 @@ def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.cross_entropy_fusion_impl == "te":
         flags.append("--cross-entropy-fusion-impl te")
     problem = transformer_engine_problem() if flags else None
-    if problem is None and model.fp8_format is not None:
-        problem = _fp8_problem(model.fp8_recipe)
+    if parallel.distributed_backend == "nccl" and not use_cuda():
+        flags.append("--distributed-backend nccl")
+        problem = "a CUDA device is required, and none was found"
     if problem is not None:
-        raise ValueError(f"{flags[0]}: {problem}")
+        raise ValueError(f"{', '.join(flags)}: {problem}{_advice(flags)}")
+    problem = _fp8_problem(model.fp8_recipe) if model.fp8_format is not None else None
+    if problem is not None:
+        raise ValueError(f"--fp8-format {model.fp8_format}: {problem}")
+
+
+def _advice(flags: list[str]) -> str:
+    """Returns what to give instead of these flags where there is no GPU, as the end of an error; else ""."""
+    instead = [_ON_A_CPU[one] for one in flags if one in _ON_A_CPU]
+    return f"; on a CPU use {' '.join(instead)}" if instead and not use_cuda() else ""
 
 
 def _fp8_problem(recipe: str) -> str | None:

@@ -108,7 +108,8 @@ class PerLayerFamily(Family):
             )
         if not aligned and table is None and not settings.uses_token_ids:
             raise ValueError(
-                "--use-per-layer-embedding requires per-layer ids; pass --per-layer-vocab-file or --per-layer-data-path"
+                "--use-per-layer-embedding requires per-layer ids; pass --per-layer-vocab-file or "
+                "--per-layer-data-path, or --per-layer-strategy identity, which takes the token ids"
             )
         if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
             rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))

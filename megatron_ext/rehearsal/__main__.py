@@ -25,8 +25,10 @@ def main() -> None:
     from megatron_ext.rehearsal.rehearsed_rank import simulate
 
     # Before the script reads its flags: with --load it imports the engine, which takes functions of torch by name.
-    memory = os.environ.get(MEMORY)
-    simulate(device_named(os.environ[DEVICE], float(memory) if memory else None))
+    # A script that is started without --rehearse chooses and simulates its device by itself.
+    if DEVICE in os.environ:
+        memory = os.environ.get(MEMORY)
+        simulate(device_named(os.environ[DEVICE], float(memory) if memory else None))
     # Its kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
     hide_transformer_engine("Transformer Engine is not rehearsed")
     sys.argv = sys.argv[1:]

@@ -289,6 +289,7 @@ def _build_reporter(
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
         fp16=config.training.fp16,
+        shows_batch_size=not config.training.has_constant_batch_size,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
         configuration=run_groups(config),

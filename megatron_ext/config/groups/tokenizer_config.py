@@ -91,7 +91,10 @@ class TokenizerConfig:
         """Returns the required flags that were not given; see `flag_table.missing_flags`."""
         kind = given.get("tokenizer_type", cls.tokenizer_type)
         lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if name not in given]
-        return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
+        named = [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
+        if named and "vocab_size" not in _NEEDS[kind]:
+            named[-1] += " (or --tokenizer-type NullTokenizer --vocab-size N, which needs no files)"
+        return named
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -8,57 +8,62 @@ halves and concatenates them; here both are written into one buffer. Transformer
 Shapes: [s, b, 2 f/t] -> [s, b, f/t].
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Activation(NamedTuple):
+    value: Callable[[torch.Tensor], torch.Tensor]
+    write_gradient: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor], object
+    ]  # of the output, input; to be filled
+
+
+_SILU = _Activation(
+    F.silu, lambda grad, gate, out: torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
+)
+_GELU_TANH = _Activation(
+    partial(F.gelu, approximate="tanh"),
+    lambda grad, gate, out: torch.ops.aten.gelu_backward.grad_input(
+        grad, gate, approximate="tanh", grad_input=out
+    ),
+)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate_and_up: torch.Tensor, activation: _Activation) -> torch.Tensor:
         ctx.save_for_backward(gate_and_up)
+        ctx.activation = activation
         gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return activation.value(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gate_and_up,) = ctx.saved_tensors
         gate, up = gate_and_up.chunk(2, dim=-1)
         grad = torch.empty_like(gate_and_up)
         grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad
-
-
-class _GeGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (gate_and_up,) = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_and_up)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grads[0], F.gelu(gate, approximate="tanh"), out=grad_up)
-        torch.ops.aten.gelu_backward.grad_input(grads[0] * up, gate, approximate="tanh", grad_input=grad_gate)
-        return grad
+        torch.mul(grads[0], ctx.activation.value(gate), out=grad_up)
+        ctx.activation.write_gradient(grads[0] * up, gate, grad_gate)
+        return grad, None
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """Returns silu(first half) * second half, [..., 2 f] -> [..., f]."""
-    return _SwiGLU.apply(gate_and_up)
+    result: torch.Tensor = _Gated.apply(gate_and_up, _SILU)
+    return result
 
 
 def geglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """Returns gelu(first half) * second half, [..., 2 f] -> [..., f]."""
-    return _GeGLU.apply(gate_and_up)
+    result: torch.Tensor = _Gated.apply(gate_and_up, _GELU_TANH)
+    return result
 
 
 class SwiGLU(MegatronModule):

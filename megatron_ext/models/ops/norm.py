@@ -66,13 +66,13 @@ def full_weight(norm: Any) -> torch.Tensor:
     return weight.float() + 1.0 if is_centered else weight
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm (formula at the top of this file) with megatron-core's norm interface.
+class WeightedNorm(torch.nn.Module):
+    """A norm with a weight [h] and megatron-core's norm interface.
 
     Args:
         config: megatron-core's transformer configuration.
         hidden_size: size of the last dimension.
-        eps: added to the mean square before the root.
+        eps: added to the mean square, or the variance, before the root.
         zero_centered: whether the parameter is weight - 1; None for what the configuration says.
     """
 
@@ -86,30 +86,23 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
-        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 0.0 if self.zero_centered else 1.0))
-        _mark(config, self.weight)
+        self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
+
+
+class RMSNorm(WeightedNorm):
+    """RMSNorm (formula at the top of this file); arguments as for `WeightedNorm`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
         return rms_norm(hidden_states, full_weight(self), self.eps)
 
 
-class LayerNorm(torch.nn.Module):
-    """LayerNorm (arXiv 1607.06450) with megatron-core's norm interface; arguments as for `RMSNorm`."""
+class LayerNorm(WeightedNorm):
+    """LayerNorm (arXiv 1607.06450); arguments as for `WeightedNorm`."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        zero_centered: bool | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
-        self.weight = torch.nn.Parameter(_constant(config, hidden_size, 0.0 if self.zero_centered else 1.0))
-        self.bias = torch.nn.Parameter(_constant(config, hidden_size, 0.0))
-        _mark(config, self.weight, self.bias)
+    def __init__(self, config: TransformerConfig, hidden_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, hidden_size, *args, **kwargs)
+        self.bias = _parameter(config, hidden_size, 0.0)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
@@ -131,12 +124,10 @@ class Norm:
         return kinds[config.normalization](config=config, hidden_size=hidden_size, eps=eps)
 
 
-def _constant(config: TransformerConfig, size: int, value: float) -> torch.Tensor:
-    return torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
-
-
-def _mark(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:
+def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
+    start = torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
+    parameter = torch.nn.Parameter(start)
     # Under sequence parallelism each tensor-parallel rank sees part of the sequence: the engine sums the gradients of
     # parameters with this attribute over those ranks.
-    for parameter in parameters:
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter

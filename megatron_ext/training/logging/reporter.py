@@ -55,6 +55,7 @@ class Reporter:
         charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
         fp16: bool = False,
+        shows_batch_size: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
         configuration: Mapping[str, Any] | None = None,
@@ -70,6 +71,7 @@ class Reporter:
             charts: the model families' charts for TensorBoard's Custom Scalars page.
             bf16: whether the run uses bfloat16; the device's peak rate depends on the precision.
             fp16: whether it uses fp16.
+            shows_batch_size: whether the progress line names the step's batch size, because it changes.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
             configuration: the config groups by name, as dataclasses or JSON values; written as text.
@@ -87,6 +89,7 @@ class Reporter:
         self._peak: DevicePeak | None = None
         if logging.log_throughput:
             self._peak = device_peak(bf16, logging.device_peak_tflops, fp16=fp16)
+        self._shows_batch_size = shows_batch_size
         self._interval = Interval()
         self._skipped = self._nan = 0
         self._is_silent = (process_groups.rank() if rank is None else rank) != 0
@@ -192,6 +195,8 @@ class Reporter:
         # Values of layers (names with `/`) appear in TensorBoard only; there are too many for a line.
         fields = {name: f"{loss:.4f}" for name, loss in interval.losses.items() if "/" not in name}
         fields["lr"] = f"{metrics.learning_rate:.3e}"
+        if self._shows_batch_size:
+            fields["batch size"] = str(metrics.batch_size)
         if metrics.grad_norm is not None:
             fields["grad norm"] = f"{metrics.grad_norm:.3f}"
         if metrics.params_norm is not None:

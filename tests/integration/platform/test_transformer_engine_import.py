@@ -104,24 +104,46 @@ def test_the_supported_versions_are_those_that_the_engine_names_and_the_extra_as
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "named", "on_a_cpu"),
     [
-        (["--transformer-impl", "transformer_engine"], "--transformer-impl transformer_engine"),
-        (["--attention-backend", "te"], "--attention-backend te"),
-        (["--fp8-format", "hybrid", "--bf16"], "--fp8-format hybrid"),
-        (["--gradient-accumulation-fusion"], "--gradient-accumulation-fusion"),
+        (
+            ["--transformer-impl", "transformer_engine"],
+            "--transformer-impl transformer_engine",
+            "; on a CPU use --transformer-impl local",
+        ),
+        (["--attention-backend", "te"], "--attention-backend te", "; on a CPU use --attention-backend sdpa"),
+        (["--fp8-format", "hybrid", "--bf16"], "--fp8-format hybrid", ""),
+        (["--gradient-accumulation-fusion"], "--gradient-accumulation-fusion", ""),
         (
             ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"],
             "--recompute-modules layernorm",
+            "",
         ),
     ],
 )
-def test_a_run_that_asks_for_what_only_te_can_do_ends_with_one_line(flags: list[str], named: str) -> None:
+def test_a_run_that_asks_for_what_only_te_can_do_ends_with_one_line(
+    flags: list[str], named: str, on_a_cpu: str
+) -> None:
+    done = _refused(*flags)
+    reason = "Transformer Engine is not installed (pip install 'megatron-ext[te]')"
+    if not torch.cuda.is_available():
+        reason = NO_DEVICE + on_a_cpu  # installing it would not help
+    assert done.stderr.splitlines() == [f"error: {named}: {reason}"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_flags_that_require_a_gpu_are_refused_in_one_line_that_says_what_to_use_on_a_cpu() -> None:
+    done = _refused("--transformer-impl", "transformer_engine", "--distributed-backend", "nccl")
+    assert done.stderr.splitlines() == [
+        "error: --transformer-impl transformer_engine, --distributed-backend nccl: a CUDA device is required, and none "
+        "was found; on a CPU use --transformer-impl local --distributed-backend gloo"
+    ]
+
+
+def _refused(*flags: str) -> "subprocess.CompletedProcess[str]":
+    """A run with these flags, which ends with an error in them."""
     shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1 --train-iters 1"
     rest = "--tokenizer-type ByteLevelTokenizer --data-path none"
     done = run_script("pretrain_gpt_per_layer.py", *shape.split(), *rest.split(), *flags)
-    reason = "Transformer Engine is not installed (pip install 'megatron-ext[te]')"
-    if not torch.cuda.is_available():
-        reason = NO_DEVICE  # installing it would not help
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"error: {named}: {reason}"]
+    return done

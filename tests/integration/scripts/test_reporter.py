@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,14 @@ def test_a_plain_line_comes_once_an_interval_with_means() -> None:
     assert fields[7].startswith("memory ")
     assert fields[7].endswith(" GiB")
     assert fields[8:] == ["ETA 0:00:00"]
+
+
+def test_a_line_names_the_batch_size_of_its_last_step_where_it_changes() -> None:
+    stream = io.StringIO()
+    with reporter(stream, total=4, shows_batch_size=True) as report:
+        for iteration in range(1, 5):
+            report.step(iteration, replace(metrics(iteration), batch_size=8 * iteration))
+    assert re.findall(r"\| (batch size \d+) \|", stream.getvalue()) == ["batch size 16", "batch size 32"]
 
 
 def test_the_reporters_of_several_phases_show_the_baseline_once() -> None:

@@ -190,9 +190,14 @@ def test_the_place_in_a_yaml_file_that_is_not_utf8_is_named(
             [
                 "missing required flags --hidden-size, --num-attention-heads, --seq-length, --lr, --train-iters (or",
                 "--vocab-file (for --tokenizer-type GPT2BPETokenizer), --merge-file",
+                " (or --tokenizer-type NullTokenizer --vocab-size N, which needs no files)",
             ],
         ),
         (f"{SHAPE} --train-iters 1 --tokenizer-type ByteLevelTokenizer", ["missing required flag --lr\n"]),
+        (
+            f"{SHAPE} --lr 1 --train-iters 1 --tokenizer-type NullTokenizer",
+            ["missing required flag --vocab-size (for --tokenizer-type NullTokenizer)\n"],
+        ),
         (f"{SHAPE} {REST} --num-layers two", ["--num-layers", "'two'"]),
         (f"{SHAPE} {REST} --kv-channels", ["--kv-channels"]),
         (f"{SHAPE} {REST} --normalization rms", ["--normalization", "'rms'", "RMSNorm"]),

@@ -277,7 +277,7 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
     from megatron_ext.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
-    with pytest.raises(ValueError, match="pass --per-layer-vocab-file or --per-layer-data-path"):
+    with pytest.raises(ValueError, match="--per-layer-data-path, or --per-layer-strategy identity"):
         PerLayerFamily.from_tokenizer(_settings(), tokenizer)
     guided = _settings(per_layer_strategy="attention_guidance")
     with pytest.raises(ValueError, match="attention_guidance requires --per-layer-data-path"):
