@@ -72,7 +72,7 @@ def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, so
         place = replace(place, is_host=False)  # another launcher on this host has it
     set_interfaces(place)
     _report(settings, place)
-    if place.is_host is False:
+    if port is None:
         await_endpoint(endpoint, settings.wait, print_line)
     return place, port
 
@@ -178,8 +178,9 @@ def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHo
             f"(RDZV_JOIN_TIMEOUT): {who}"
         )
     return (
-        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended, another program has its "
-        "port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
+        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended (as it does if not all of "
+        f"NNODES={settings.nodes} hosts join within {settings.join_timeout} s, RDZV_JOIN_TIMEOUT), another program has "
+        "its port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
     )
 
 

@@ -7,6 +7,7 @@ several interfaces has a name for one of them at most. So the addresses of the i
 import contextlib
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from megatron_ext.platform.hosts.host_addresses import Address, Endpoint, source_address
+from megatron_ext.platform.hosts.host_addresses import Endpoint, source_address
 from megatron_ext.platform.hosts.launch_settings import LaunchSettings
 
 _ATTEMPT_SECONDS = 5.0
@@ -23,6 +24,13 @@ _ATTEMPT_SECONDS = 5.0
 
 _PATIENCE_SECONDS = 2.0
 """Seconds without a word: hosts of one run start a moment apart."""
+
+_PROBE_SECONDS = 1.0
+"""Seconds for an answer to `_PING`. Until `torchrun` runs, the host of the store only listens and gives none."""
+
+_NONCE = struct.pack("=I", 0x6D78706C)
+_PING = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _NONCE
+"""What a client of torch's TCPStore sends first, VALIDATE and PING; the store answers with the nonce."""
 
 _BACKLOG = 4096
 """Connections that wait on the listening socket: every host connects once."""
@@ -85,7 +93,7 @@ def hold_port(endpoint: Endpoint) -> socket.socket | None:
 
 
 def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], None]) -> None:
-    """Waits until something listens at the endpoint.
+    """Waits until a launcher or its store listens at the endpoint.
 
     Args:
         endpoint: where to connect.
@@ -93,12 +101,12 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
         tell: prints a line; called once if nothing answers soon.
 
     Raises:
-        OSError: nothing has answered in that time.
+        OSError: nothing has answered in that time, or another service has answered.
     """
     started, told = time.monotonic(), False
     deadline = started + seconds
     while True:
-        reason = _try_connecting(endpoint.addresses(), endpoint.port, deadline)
+        reason = _try_connecting(endpoint, deadline)
         if reason is None:
             return
         if time.monotonic() >= deadline:
@@ -112,18 +120,35 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
         time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
 
 
-def _try_connecting(addresses: list[Address], port: int, deadline: float) -> str | None:
+def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
     """Connects to the first address that answers; returns None, or why none has answered."""
     reasons = []
-    for address in addresses:
+    for address in endpoint.addresses():
         remaining = max(0.1, min(_ATTEMPT_SECONDS, deadline - time.monotonic()))
         try:
-            socket.create_connection((address.text, port), timeout=remaining).close()
+            connection = socket.create_connection((address.text, endpoint.port), timeout=remaining)
         except OSError as error:
-            reasons.append(f"{address.text} port {port}: {(error.strerror or str(error)).lower()}")
-        else:
-            return None
+            reasons.append(f"{address.text} port {endpoint.port}: {(error.strerror or str(error)).lower()}")
+            continue
+        with connection:
+            answer = _probe(connection)
+        if not _NONCE.startswith(answer):
+            raise OSError(
+                f"{endpoint}: another service answers there (with {answer!r}), not a launcher; "
+                "give the port at which the first host's launcher listens"
+            )
+        return None
     return "; ".join(reasons)
+
+
+def _probe(connection: socket.socket) -> bytes:
+    """Returns the first bytes of the answer to a ping of torch's store; none if no answer comes soon."""
+    connection.settimeout(_PROBE_SECONDS)
+    try:
+        connection.sendall(_PING)
+        return connection.recv(len(_NONCE))
+    except OSError:
+        return b""  # the launcher gives up the port for its store in this moment, or is still importing torch
 
 
 class JoinedHosts:

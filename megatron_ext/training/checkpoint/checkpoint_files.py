@@ -226,12 +226,13 @@ def discard(root: Path, name: str) -> None:
     (root / f".{TRACKER}.part").unlink(missing_ok=True)
 
 
-def prune(root: Path, keep_last: int, iteration: int) -> None:
-    """Removes all complete checkpoints up to step `iteration` except the newest `keep_last`."""
+def prune(root: Path, keep_last: int, iteration: int) -> list[str]:
+    """Removes all complete checkpoints up to step `iteration` except the newest `keep_last`; returns their names."""
     complete = [path for step, path in complete_checkpoints(root).items() if step <= iteration]
     for path in complete[:-keep_last]:
         # Rename first: if the process is killed here, no partial checkpoint keeps its name.
         shutil.rmtree(path.rename(root / f"{_REMOVED}{path.name}"))
+    return [path.name for path in complete[:-keep_last]]
 
 
 def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:

@@ -283,9 +283,9 @@ class Checkpointer:
                     f"{left}; earlier checkpoints are intact"
                 ) from error
             raise
-        problem, *_ = yield lambda: self._remove_older(root, name) if is_first_rank() else None
-        if problem is not None:
-            self.message(problem)
+        line, *_ = yield lambda: self._remove_older(root, name) if is_first_rank() else None
+        if line is not None:
+            self.message(line)
 
     def _writing(self, path: Path, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
         """Yields the parts in which a checkpoint is written and published."""
@@ -372,7 +372,8 @@ class Checkpointer:
         """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require.
 
         Returns:
-            Why a checkpoint could not be removed, with which the run continues; None if there is no such problem.
+            A line for the user: what --keep-last has removed, or why a checkpoint could not be removed (the run
+            continues); None if nothing was to be removed.
         """
         keep, iteration = self.config.keep_last, files.step_of(name) or 0
         overwrites = self.config.overwrite_checkpoints and not self._has_saved
@@ -381,7 +382,8 @@ class Checkpointer:
             if overwrites:
                 files.remove_overwritten(root, name, self._goes_on_from)
             if keep is not None:
-                files.prune(root, keep, iteration)
+                removed = files.prune(root, keep, iteration)
+                return f"--keep-last {keep}: removed {', '.join(removed)}" if removed else None
         except OSError as error:
             flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
             return f"{flag}: an old checkpoint could not be removed: {error}"

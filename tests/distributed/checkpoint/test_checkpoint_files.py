@@ -253,7 +253,8 @@ def _make_complete(root: Path, *steps: int) -> None:
 
 def test_the_newest_checkpoints_are_kept_and_later_ones_of_another_run_untouched(tmp_path: Path) -> None:
     _make_complete(tmp_path, 9, 1, 2, 3, 4)
-    files.prune(tmp_path, keep_last=2, iteration=4)
+    removed = files.prune(tmp_path, keep_last=2, iteration=4)
+    assert removed == ["iter_0000001", "iter_0000002"]
     assert list(files.complete_checkpoints(tmp_path)) == [3, 4, 9]
     assert (tmp_path / files.TRACKER).read_text() == "4"
 

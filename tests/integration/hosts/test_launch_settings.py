@@ -1,13 +1,18 @@
 """What the launcher reads from the environment: its own variables, then torchrun's, then a Slurm step's."""
 
+import socket
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_ext.platform.hosts.host_addresses import Endpoint
 from megatron_ext.platform.hosts.launch import rendezvous_options
 from megatron_ext.platform.hosts.launch_settings import read_settings
-from megatron_ext.platform.hosts.rendezvous import Place
+from megatron_ext.platform.hosts.rendezvous import Place, await_endpoint
 
 STEP = {
     "SLURM_JOB_ID": "712345",
@@ -103,3 +108,36 @@ def test_torchruns_own_variables_for_the_rendezvous_are_respected(monkeypatch: p
     monkeypatch.setenv("PET_RDZV_CONF", "join_timeout=7,read_timeout=5")
     monkeypatch.setenv("PET_LOCAL_ADDR", "10.0.0.7")
     assert rendezvous_options(settings, place)[-1] == "join_timeout=7,read_timeout=5,is_host=true"
+
+
+def _answer(server: socket.socket, line: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(64)
+        connection.sendall(line)
+
+
+def test_another_service_at_the_endpoint_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        service = threading.Thread(target=_answer, args=(server, b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+        service.start()
+        endpoint = Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(OSError, match=r"another service answers there \(with b'HTTP'\), not a launcher"):
+            await_endpoint(endpoint, 30, print)
+        assert time.monotonic() - started < 5
+        service.join()
+
+
+def test_a_launcher_that_only_listens_and_the_store_of_torch_are_accepted(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        await_endpoint(Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{server.getsockname()[1]}"), 30, print)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    started = time.monotonic()
+    await_endpoint(Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{store.port}"), 30, print)
+    assert time.monotonic() - started < 0.9, "the store answers the ping"
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    assert capfd.readouterr() == ("", "")

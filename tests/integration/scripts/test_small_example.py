@@ -127,6 +127,7 @@ def test_two_hosts_meet_and_train_one_model(small_run: Path, tmp_path: Path) -> 
 SRUN = """#!/usr/bin/env bash
 # Slurm's srun, as far as the batch file uses it: starts the tasks, passes USR1 on, ends with the highest code.
 while [[ $1 == --* ]]; do shift; done
+unset SLURM_CPUS_PER_TASK # not read since 22.05
 for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id "$@" & tasks+=($!); done
 trap 'kill -s USR1 "${tasks[@]}"' USR1
 highest=0
@@ -142,7 +143,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$CALLS"; fi
 TASK = """
 import os, signal, sys
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SRUN_CPUS_PER_TASK")
 line = " ".join(["task", *(os.environ[name] for name in names)])
 os.write(1, line.encode() + b"\\n")  # at once: the two tasks share one pipe
 if sys.argv[1] == "fail":
@@ -159,7 +160,12 @@ def slurm(tmp_path: Path) -> dict[str, Any]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "task.py").write_text(TASK)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
     path = f"{tmp_path}:{os.environ['PATH']}"
     return environment(PATH=path, CALLS=str(tmp_path / "calls"), **job)
 
@@ -173,7 +179,7 @@ def test_the_slurm_job_is_requeued_after_a_save_on_usr1_and_not_after_an_error(
     job = subprocess.Popen(command, env=slurm, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None
     lines = sorted(job.stdout.readline() for _ in range(2))
-    assert lines == ["task 0 0 2 localhost 20007\n", "task 1 1 2 localhost 20007\n"]
+    assert lines == ["task 0 0 2 localhost 20007 8\n", "task 1 1 2 localhost 20007 8\n"]
     if mode == "wait":
         job.send_signal(10)
     assert job.wait(timeout=60) == code
