@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -231,6 +232,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dist_checkpointing.save(state, str(target), content_metadata=metadata)
+        _end_queue()
         if torch.distributed.get_rank() == 0:
             name = "release" if self.case.release else str(iteration)
             (folder / "latest_checkpointed_iteration.txt").write_text(name)
@@ -254,6 +256,14 @@ class Run:
         position_ids = torch.arange(LENGTH).expand_as(tokens)
         result: torch.Tensor = model(tokens, position_ids, None)
         return result.float()
+
+
+def _end_queue() -> None:
+    """Ends the process of the engine's queue, which would outlive this one."""
+    queue: Any = filesystem_async._results_queue
+    if queue is not None:
+        queue._manager.shutdown()
+        filesystem_async._results_queue = None
 
 
 def token_ids() -> torch.Tensor:

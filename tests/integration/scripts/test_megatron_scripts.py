@@ -82,7 +82,6 @@ def test_the_gpt3_script_says_at_its_first_number_of_processes_how_many_it_needs
 LLAMA_IGNORED = [
     "--use-mcore-models",
     "--attention-backend fused",
-    "--apply-layernorm-1p",
     "--fp8-param-gather",
     "--no-create-attention-mask-in-dataloader",
     "--no-mmap-bin-files",

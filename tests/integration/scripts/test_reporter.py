@@ -200,7 +200,7 @@ def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: 
     assert re.search(r"MFU \d{4,}\.\d% \(above the baseline\)", stream.getvalue())
 
     busy = DevicePeak(low * 1e12, "measured matrix product, fp32", torch.float32)
-    monkeypatch.setattr("megatron_ext.training.logging.reporter.device_peak", lambda *_: busy)
+    monkeypatch.setattr("megatron_ext.training.logging.reporter.device_peak", lambda *_, **__: busy)
     stream = io.StringIO()
     with reporter(stream, total=4, device_peak_tflops=None) as report:
         for iteration in range(1, 5):
