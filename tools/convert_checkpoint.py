@@ -227,9 +227,11 @@ def run_import(config: ImportConfig) -> None:
 
 def run_export(config: ExportConfig) -> None:
     """Convert a checkpoint's model to a Hugging Face directory, or to a checkpoint that Megatron-LM loads."""
-    if config.format == "megatron":
-        _export_megatron(config)
-        return
+    for line in _export_megatron(config) if config.format == "megatron" else _export_hugging_face(config):
+        print(f"{config.model_dir}: {line}")
+
+
+def _export_hugging_face(config: ExportConfig) -> list[str]:
     options: dict[str, Any] = {
         "ckpt_step": config.ckpt_step,
         "architecture": config.architecture,
@@ -242,13 +244,10 @@ def run_export(config: ExportConfig) -> None:
     if config.merge_adapters or config.adapter_dir is not None:
         from megatron_ext.registry.export_with_adapters import export_plain
 
-        messages = export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
-    else:
-        from megatron_ext.interop import export_checkpoint
+        return export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
+    from megatron_ext.interop import export_checkpoint
 
-        messages = export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
-    for line in messages:
-        print(f"{config.model_dir}: {line}")
+    return export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
 
 
 def _import_megatron(config: ImportConfig) -> None:
@@ -277,11 +276,11 @@ def _import_megatron(config: ImportConfig) -> None:
         print(f"to continue after step {step}, with the run's own flags:\n    {command} --save {save}")
 
 
-def _export_megatron(config: ExportConfig) -> None:
+def _export_megatron(config: ExportConfig) -> list[str]:
     from megatron_ext.interop.hf_export import DTYPES
     from megatron_ext.interop.megatron.megatron_export import export_megatron
 
-    messages = export_megatron(
+    return export_megatron(
         config.load,
         config.model_dir,
         ckpt_step=config.ckpt_step,
@@ -289,8 +288,6 @@ def _export_megatron(config: ExportConfig) -> None:
         dtype=DTYPES[config.dtype] if config.dtype else None,
         overwrite=config.overwrite,
     )
-    for line in messages:
-        print(f"{config.model_dir}: {line}")
 
 
 _COMMANDS: dict[str, tuple[type[Any], Callable[..., None], str]] = {

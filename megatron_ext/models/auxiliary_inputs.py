@@ -14,10 +14,11 @@ sequence; a stream with `full_sequence=True` always has all rows.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from megatron_ext.models.ops.chained_slices import take_slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,31 +125,6 @@ class AuxiliaryInputs:
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
-class _Read(torch.autograd.Function):
-    """Returns the slice packed[start : start + size], and `packed` itself, from which the next reader reads.
-
-    The backward pass of a plain slice allocates a zero-filled tensor of full size for every reader. Here the gradient
-    passes through the chain of readers, and each reader adds its part in place to the same buffer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, packed: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.place = start, size
-        ctx.total = packed.numel()
-        ctx.set_materialize_grads(False)  # a missing gradient stays None instead of a tensor of zeros
-        return packed.narrow(0, start, size), packed.view_as(packed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
-        grad, later = grads
-        if grad is None:
-            return later, None, None
-        if later is None:
-            later = grad.new_zeros(ctx.total)
-        later.narrow(0, *ctx.place).add_(grad)
-        return later, None, None
-
-
 class LayerInputs:
     """Reads and writes the packed streams in one layer."""
 
@@ -193,7 +169,7 @@ class LayerInputs:
         assert self.packed is not None, f"cannot read auxiliary stream '{name}': nothing was packed"
         start, rows, batch, width = self._places[name]
         size = rows * batch * width // parts
-        value, self.packed = _Read.apply(self.packed, start + part * size, size)
+        value, self.packed = take_slice(self.packed, 0, start + part * size, size)
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:

@@ -101,10 +101,9 @@ class Rehearsal:
 
 def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
     """Returns a line for a rehearsal: what is fused without Transformer Engine, and what it would fuse as well."""
-    attention = {"sdpa": ["attention"]}.get(model.attention_backend, [])
     by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
     own = [
-        *attention,
+        *(["attention"] if model.attention_backend == "sdpa" else []),
         "norms",
         *(["cross-entropy"] if by_engine else []),
         "bias + dropout + residual",

@@ -10,12 +10,11 @@ Time and memory are linear in the sequence. Shapes: queries [b, n, s_q, d], keys
 divides n.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from megatron_ext.models.ops.causal_attention import attend_at_end
+from megatron_ext.models.ops.chained_slices import take_slice
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 128, 512
 
@@ -48,7 +47,7 @@ def attend_in_window(
     outputs = []
     for start, end in _blocks(before, keys, window):
         first = max(0, start - window + 1)
-        part, joined = _Take.apply(joined, first, end)
+        part, joined = take_slice(joined, 2, first, end - first)
         keys_seen, values_seen = part.split([key.size(-1), value.size(-1)], dim=-1)
         of_block = query[:, :, start - before : end - before]
         if end <= window:
@@ -91,28 +90,3 @@ def _attend(
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, scale=scale, enable_gqa=is_grouped
     )
-
-
-class _Take(torch.autograd.Function):
-    """Returns rows first .. end of the keys, and the keys themselves, from which the next block takes its own.
-
-    The backward pass of a plain slice allocates a tensor of all keys for every block. Here the gradient passes through
-    the chain of blocks, and each adds its part in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, keys: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.place, ctx.shape = (first, end), keys.shape
-        ctx.set_materialize_grads(False)
-        return keys[:, :, first:end], keys.view_as(keys)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
-        grad, later = grads
-        if grad is None:
-            return later, None, None
-        if later is None:
-            later = grad.new_zeros(ctx.shape)
-        first, end = ctx.place
-        later[:, :, first:end].add_(grad)
-        return later, None, None

@@ -229,10 +229,11 @@ def discard(root: Path, name: str) -> None:
 def prune(root: Path, keep_last: int, iteration: int) -> list[str]:
     """Removes all complete checkpoints up to step `iteration` except the newest `keep_last`; returns their names."""
     complete = [path for step, path in complete_checkpoints(root).items() if step <= iteration]
-    for path in complete[:-keep_last]:
+    old = complete[:-keep_last]
+    for path in old:
         # Rename first: if the process is killed here, no partial checkpoint keeps its name.
         shutil.rmtree(path.rename(root / f"{_REMOVED}{path.name}"))
-    return [path.name for path in complete[:-keep_last]]
+    return [path.name for path in old]
 
 
 def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:
