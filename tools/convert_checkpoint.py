@@ -34,6 +34,7 @@ _ONLY_HUGGING_FACE = (
     "adapter_dir",
     "tokenizer_model",
     "no_tokenizer",
+    "per_layer_vocab_file",
 )
 
 
@@ -145,6 +146,10 @@ class ExportConfig:
     no_tokenizer: Switch = False
     """Export the model without a tokenizer."""
 
+    per_layer_vocab_file: str | None = None
+    """For a model with per-layer embedding that was trained on aligned per-layer data: the vocabulary that the data was
+    made with, next to which the table of per-layer ids lies."""
+
     overwrite: bool = False
     """Replace the content of --model-dir."""
 
@@ -156,6 +161,8 @@ class ExportConfig:
         self.resolved_max_shard_size()
         if self.format == "megatron":
             _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
+        if chosen:
+            _refuse(self, ("per_layer_vocab_file",), f"cannot be given together with {flag_name(chosen[0])}")
 
     def resolved_max_shard_size(self) -> int:
         """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
@@ -245,9 +252,15 @@ def _export_hugging_face(config: ExportConfig) -> list[str]:
         from megatron_ext.registry.export_with_adapters import export_plain
 
         return export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
-    from megatron_ext.interop import export_checkpoint
+    from megatron_ext.registry.remote_code.export_with_code import export_with_code
 
-    return export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
+    return export_with_code(
+        config.load,
+        config.model_dir,
+        base_only=config.base_only,
+        per_layer_vocab_file=config.per_layer_vocab_file,
+        **options,
+    )
 
 
 def _import_megatron(config: ImportConfig) -> None:

@@ -27,6 +27,9 @@ CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+Group = tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]
+"""Tensors that are written together: (name, size in bytes) of each, and a function that reads them."""
+
 _READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 """Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 becomes fp32 (exactly)."""
 
@@ -278,21 +281,20 @@ def _listed(names: Sequence[str]) -> str:
 
 def write_safetensors(
     folder: Path,
-    tensors: Iterable[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]],
+    tensors: Iterable[Group],
     max_shard_size: int,
 ) -> list[str]:
     """Writes tensors into safetensors files of at most `max_shard_size` bytes, and an index if there are several.
 
     Args:
         folder: an empty directory.
-        tensors: groups of tensors that are read together. A group is a pair: a list with the (name, size in bytes) of
-            each of its tensors, and a function that reads these tensors.
+        tensors: groups of tensors that are read together.
         max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
 
     Returns:
         The names of the files.
     """
-    shards: list[list[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]] = [[]]
+    shards: list[list[Group]] = [[]]
     size = total = 0
     for group in tensors:
         group_size = sum(part for _, part in group[0])
