@@ -201,18 +201,26 @@ def run_import(config: ImportConfig) -> None:
         _import_megatron(config)
         return
     from megatron_ext.interop import import_checkpoint
+    from megatron_ext.registry.remote_code.export_with_code import read_families
 
     found = import_checkpoint(
         config.model_dir,
         config.save,
         seq_length=config.seq_length,
         make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
+        read_families=read_families,
     )
     model, kind = found.model, str(found.dtype).removeprefix("torch.")
     print(
         f"{config.save}: {found.imported.config['model_type']}, {model.num_layers} layers, hidden size "
         f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
     )
+    families = found.families.configurations
+    if families:
+        print(
+            f"with the model families {', '.join(families)}; tools/generate.py and tools/evaluate.py load it"
+        )
+        return
     save = shlex.quote(config.save)
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
     tokenizer = found.tokenizer_config

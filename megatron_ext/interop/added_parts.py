@@ -17,6 +17,9 @@ from megatron_ext.interop.formats.weight_layout import Entry
 
 PREFIX, CLASS_PREFIX = "megatron_ext_", "MegatronExt"
 
+SECTIONS = ("per_layer_embedding", "npt")
+"""Names of the sections of config.json that families add."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AddedParts:
@@ -53,20 +56,11 @@ class AddedParts:
         shutil.copyfile(self.code, folder / self.code.name)
 
 
-def base_config(config: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the config.json of the base model from that of an extended one; the inverse of `AddedParts.config`.
-
-    Args:
-        config: content of the config.json.
-        sections: names of the sections that the families have added.
-    """
+def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of the base model from that of an extended one; the inverse of `AddedParts.config`."""
     names = [str(name).removeprefix(CLASS_PREFIX) for name in config.get("architectures") or []]
-    kept = {name: value for name, value in config.items() if name not in (*sections, "auto_map")}
-    return {
-        **kept,
-        "architectures": names,
-        "model_type": str(config["model_type"]).removeprefix(PREFIX),
-    }
+    kept = {name: value for name, value in config.items() if name not in (*SECTIONS, "auto_map")}
+    return {**kept, "architectures": names, "model_type": str(config["model_type"]).removeprefix(PREFIX)}
 
 
 def is_extended(config: Mapping[str, Any]) -> bool:

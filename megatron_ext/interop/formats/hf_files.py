@@ -6,7 +6,7 @@ tensor and writing for one file, however large the model is. Pickled weights (`p
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,6 +189,22 @@ class SafetensorsFiles:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self.dtype(name))
 
+    def read_integers(self, name: str) -> torch.Tensor | None:
+        """Reads a tensor of integers; None if there is no such tensor.
+
+        Raises:
+            ValueError: the tensor has another dtype.
+        """
+        if name not in self._file_of:
+            return None
+        with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        if tensor.is_floating_point():
+            raise ValueError(
+                f"{self.folder / self._file_of[name]}: {name} has dtype {tensor.dtype}, must hold integers"
+            )
+        return tensor
+
 
 def _indexed_files(index: Path) -> list[str]:
     weight_map = read_object(index, "").get("weight_map")
@@ -208,16 +224,19 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         files: the Hugging Face tensors.
         model: configuration of the base model.
         found: result of `weight_layout.entries` for the model.
+        besides: names of further tensors in the files, which belong to the model but to no entry.
 
     Raises:
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
     """
 
-    def __init__(self, files: TensorFiles, model: ModelConfig, found: list[Entry]) -> None:
+    def __init__(
+        self, files: TensorFiles, model: ModelConfig, found: list[Entry], besides: Collection[str] = ()
+    ) -> None:
         self._files = files
         self._model = model
         self._entries = {entry.name: entry for entry in found}
-        _check(files, found, tied=not model.untie_embeddings_and_output_weights)
+        _check(files, found, besides, tied=not model.untie_embeddings_and_output_weights)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
@@ -245,10 +264,11 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
 
-def _check(files: TensorFiles, found: list[Entry], *, tied: bool) -> None:
+def _check(files: TensorFiles, found: list[Entry], besides: Collection[str], *, tied: bool) -> None:
     wanted = dict(part for entry in found for part in entry.parts)
     missing = [name for name in wanted if name not in files.names]
-    extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
+    unknown = files.names - set(wanted) - set(besides)
+    extra = sorted(name for name in unknown if not name.endswith(".rotary_emb.inv_freq"))
     other = other_names(files.names, wanted) if missing or extra else None
     if other is not None:
         raise ValueError(f"--model-dir {files.folder}: {other}")

@@ -8,13 +8,15 @@ import torch
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table
-from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop import export_checkpoint
-from megatron_ext.interop.added_parts import AddedParts
+from megatron_ext.interop.added_parts import SECTIONS, AddedParts
+from megatron_ext.interop.formats.hf_files import SafetensorsFiles
 from megatron_ext.interop.hf_export import check_families
+from megatron_ext.interop.hf_import import Families
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.registry.remote_code.family_parts import parts_of
+from megatron_ext.registry.remote_code.family_parts import IDS, families_in, parts_of
 
 EXPORTED = (PerLayerFamily.name, NPTFamily.name)
 
@@ -67,3 +69,29 @@ def _parts(
             )
             families[PerLayerFamily.name] = {**stored, "table": torch.as_tensor(table).tolist()}
     return parts_of(families, model, tokenizer.eod)
+
+
+def read_families(
+    config: dict[str, Any], files: SafetensorsFiles, model: ModelConfig, tokenizer: Tokenizer
+) -> Families:
+    """Returns the families of an exported model; an argument of `interop.import_checkpoint`.
+
+    Args:
+        config: content of config.json.
+        files: the directory's tensors.
+        model: configuration of the base model.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: config.json has unknown, missing or contradicting fields in the families' sections.
+    """
+    try:
+        found = families_in(config, files.read_integers(IDS))
+    except (KeyError, TypeError, ValueError) as error:
+        missing = isinstance(error, KeyError)
+        reason = f"{error.args[0]} is missing" if missing else str(error)
+        raise ValueError(f"{files.folder}/config.json: {' or '.join(SECTIONS)}: {reason}") from None
+    groups = {}
+    if PerLayerFamily.name in found:  # the flags with which training goes on; NPT starts from a base model
+        groups["per_layer"] = PerLayerFamily.from_configuration(found[PerLayerFamily.name]).settings
+    return Families(configurations=found, groups=groups, parts=parts_of(found, model, tokenizer.eod))

@@ -58,9 +58,6 @@ NPT_FIELDS = (
 )
 """NPT's fields that are written to config.json as they are."""
 
-SECTIONS = {"per_layer_embedding": PerLayerFamily, "npt": NPTFamily}
-"""Maps a section of config.json to the family that it describes."""
-
 
 def parts_of(families: dict[str, Any], model: ModelConfig, eod: int) -> AddedParts:
     """Returns the parts that a checkpoint's families add to its base model.
