@@ -16,15 +16,15 @@ from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.added_parts import AddedParts
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
-from megatron_ext.interop.formats.hf_config import (
+from megatron_ext.interop.formats.configs.hf_config import (
     choose_architecture,
     from_model_config,
     read_architecture,
 )
 from megatron_ext.interop.formats.hf_files import Group, write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
-from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, write_files
-from megatron_ext.interop.formats.tokenizer_readback import check_read_back
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import TOKENIZER_CONFIG, write_files
+from megatron_ext.interop.formats.tokenizer.tokenizer_readback import check_read_back
 from megatron_ext.interop.formats.weight_layout import Entry, entries, split
 from megatron_ext.interop.hf_import import require_one_process
 from megatron_ext.interop.output_directory import check_free, complete_directory

@@ -18,10 +18,10 @@ from megatron_ext.config.serialize import format_groups, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.interop.added_parts import AddedParts, base_config, is_extended
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
-from megatron_ext.interop.formats.hf_config import to_model_config
+from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, read_config
 from megatron_ext.interop.formats.imported_model import Imported, left_behind
-from megatron_ext.interop.formats.tokenizer_files import copy_imported, imported_tokenizer
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import copy_imported, imported_tokenizer
 from megatron_ext.interop.formats.weight_layout import entries
 from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.interop.gguf.gguf_model import open_gguf
