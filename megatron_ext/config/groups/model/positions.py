@@ -42,6 +42,10 @@ class PositionFields:
     rotary_percent: float = 1.0
     """Fraction of each head's channels that are rotated, in (0, 1]."""
 
+    rotary_proportion: float = 1.0
+    """Fraction of each head's pairs of channels that are rotated, those with the highest frequencies, in (0, 1], as in
+    Gemma 4. With --window-size, only in layers without a window."""
+
     rotary_seq_len_interpolation_factor: float | None = None
     """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
 
@@ -76,8 +80,8 @@ def check_positions(model: "ModelConfig") -> None:
         ValueError: a flag has an impossible value, or has no effect.
     """
     check_at_least(model, 1, "rotary_base", "rotary_base_local")
-    check_positive(model, "rotary_percent")
-    check_fraction(model, "rotary_percent", closed=True)
+    check_positive(model, "rotary_percent", "rotary_proportion")
+    check_fraction(model, "rotary_percent", "rotary_proportion", closed=True)
     _check_rotary(model)
     _check_scaling(model)
     if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
@@ -94,6 +98,7 @@ def _check_rotary(model: "ModelConfig") -> None:
             "rotary_base",
             "rotary_base_local",
             "rotary_percent",
+            "rotary_proportion",
             "rotary_seq_len_interpolation_factor",
             *_ROPE_SCALING,
         ):
