@@ -22,7 +22,8 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.gated_activations import GeGLU, SwiGLU, TESwiGLU
-from megatron_ext.models.ops.norm import Norm
+from megatron_ext.models.ops.norm import Norm, ProjectionNorm
+from megatron_ext.models.ops.positions.rope_scaling import rotary_scale
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
 from megatron_ext.models.windowed_self_attention import WindowedSelfAttention
@@ -56,37 +57,44 @@ def layer_spec(
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     own: dict[str, type | ModuleSpec] = dict(zip(LINEARS, (column, row, column, row), strict=True))
-    if fuses_norms:
+    if fuses_norms and not model.post_norm:
         own |= dict.fromkeys(LINEARS[::2], backend.column_parallel_layer_norm_linear())
     own |= linears
     attention = SelfAttentionSubmodules(
         linear_qkv=own["linear_qkv"],
-        core_attention=_core_attention(model, window),
+        core_attention=_core_attention(model, number),
         linear_proj=_with_bias(own["linear_proj"]) if model.add_attention_output_bias else own["linear_proj"],
-        q_layernorm=norm if model.qk_layernorm else IdentityOp,
-        k_layernorm=norm if model.qk_layernorm else IdentityOp,
+        q_layernorm=_head_norm(model, norm, model.num_attention_heads),
+        k_layernorm=_head_norm(model, norm, model.resolved_num_query_groups),
     )
     mlp = MLPSubmodules(
         linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
         linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
         activation_func=_gated_activation(model),
     )
+    before = IdentityOp if model.post_norm else norm
+    after = norm if model.sandwich_norm or model.post_norm else IdentityOp
     submodules = ExtendedLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=before,
         self_attention=ModuleSpec(
             module=SelfAttention if window is None else WindowedSelfAttention,
             params={"attn_mask_type": AttnMaskType.no_mask if bidirectional else AttnMaskType.causal},
             submodules=attention,
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=norm,
+        pre_mlp_layernorm=before,
         mlp=_mlp(mlp),
         mlp_bda=get_bias_dropout_add,
-        post_attention_layernorm=norm if model.sandwich_norm else IdentityOp,
-        post_mlp_layernorm=norm if model.sandwich_norm else IdentityOp,
+        post_attention_layernorm=after,
+        post_mlp_layernorm=after,
         **slots,
     )
-    return ModuleSpec(module=ExtendedTransformerLayer, params={"auxiliary": auxiliary}, submodules=submodules)
+    params = {
+        "auxiliary": auxiliary,
+        "changes_outputs": model.changes_outputs,
+        "residual_multiplier": model.residual_multiplier,
+    }
+    return ModuleSpec(module=ExtendedTransformerLayer, params=params, submodules=submodules)
 
 
 def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
@@ -137,14 +145,28 @@ def _backend(model: ModelConfig) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def _core_attention(model: ModelConfig, window: int | None) -> Callable[..., Any]:
+def _head_norm(model: ModelConfig, norm: type, heads: int) -> type | ModuleSpec:
+    """Returns the norm of queries or keys, of which there are `heads` per token."""
+    if model.qk_projection_norm:
+        return ModuleSpec(module=ProjectionNorm, params={"heads": heads})
+    return norm if model.qk_layernorm else IdentityOp
+
+
+def _core_attention(model: ModelConfig, number: int) -> Callable[..., Any]:
     if model.attention_backend == "te":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
     if model.attention_backend == "local":
         return LocalSpecProvider().core_attention()
+    window, chosen = model.windows[number], dict[str, Any]()
+    has_own_rotary = model.rotary_base_local is not None and window is not None
+    if window is not None:
+        chosen["window"] = window
     if model.rotary_base_local is not None:
-        part = (int(window is not None), 2)
-        return functools.partial(SDPAttention, window=window, rotary_part=part)
-    return SDPAttention if window is None else functools.partial(SDPAttention, window=window)
+        chosen["rotary_part"] = (int(has_own_rotary), 2)
+    if model.without_rotary[number]:
+        chosen["rotates"] = False
+    if rotary_scale(model) != 1.0 and not has_own_rotary:
+        chosen["rotary_scale"] = rotary_scale(model)
+    return functools.partial(SDPAttention, **chosen) if chosen else SDPAttention

@@ -77,8 +77,10 @@ class NormInLinear(torch.nn.Module):
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
-def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Callable[..., BiasDropoutAdd]:
-    """Returns the engine's bias-dropout-add `add`, with a norm of the output and its bias before dropout and sum."""
+def changed(
+    change: Callable[[torch.Tensor], torch.Tensor], add: Callable[..., BiasDropoutAdd]
+) -> Callable[..., BiasDropoutAdd]:
+    """Returns the engine's bias-dropout-add `add`, which changes the output with its bias before dropout and sum."""
 
     def choose(*args: Any) -> BiasDropoutAdd:
         add_residual = add(*args)
@@ -87,8 +89,8 @@ def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Cal
             returned: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
         ) -> torch.Tensor:
             output, bias = returned
-            normed = norm(output if bias is None else output + bias)
-            return add_residual((normed, None), residual, dropout)
+            whole = change(output if bias is None else output + bias)
+            return add_residual((whole, None), residual, dropout)
 
         return run
 
@@ -99,10 +101,18 @@ class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
     def __init__(
-        self, *args: Any, submodules: ExtendedLayerSubmodules, auxiliary: AuxiliaryInputs, **kwargs: Any
+        self,
+        *args: Any,
+        submodules: ExtendedLayerSubmodules,
+        auxiliary: AuxiliaryInputs,
+        changes_outputs: str | None = None,
+        residual_multiplier: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, submodules=submodules, **kwargs)
         self.auxiliary = auxiliary
+        self.changes_outputs = changes_outputs
+        """See `ModelConfig.changes_outputs`."""
         self._separate_norm("input_layernorm", self.self_attention.linear_qkv)
         self._separate_norm("pre_mlp_layernorm", self.mlp.linear_fc1)
         for slot in SLOTS:
@@ -113,9 +123,9 @@ class ExtendedTransformerLayer(TransformerLayer):
                 pg_collection=self.pg_collection,
             )
             setattr(self, slot, module)
-        self.sandwich_norm = submodules.post_mlp_layernorm is not IdentityOp
-        """Whether the outputs of attention and MLP are normalized."""
         for name, adds in (("post_attention_layernorm", "self_attn_bda"), ("post_mlp_layernorm", "mlp_bda")):
+            if residual_multiplier != 1.0:
+                setattr(self, adds, changed(lambda output: output * residual_multiplier, getattr(self, adds)))
             norm = build_module(
                 getattr(submodules, name),
                 config=self.config,
@@ -124,8 +134,8 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
             if not isinstance(norm, IdentityOp):
                 setattr(self, name, norm)
-                setattr(self, adds, after_norm(norm, getattr(self, adds)))
-        if self.sandwich_norm:
+                setattr(self, adds, changed(norm, getattr(self, adds)))
+        if changes_outputs:
             # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
             self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self.skipped = False

@@ -94,7 +94,7 @@ class NPTFamily(Family):
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Checks that NPT can use the model's layers."""
-        self.settings.check_model(model.is_gated, model.sandwich_norm)
+        self.settings.check_model(model.is_gated, model.changes_outputs)
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that NPT adds to `model`."""

@@ -248,7 +248,7 @@ def attention_activation_bytes(layout: ParallelLayout) -> float:
     in_parts = _divided_attention_width(layout)
     plain = in_parts if parallel.context_parallel_size > 1 else _attention_width(model)
     width = share * in_parts + (1 - share) * plain
-    if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
+    if model.has_qk_norm and model.resolved_num_query_groups < model.num_attention_heads:
         width += attention_width(model)  # grouped queries are copied out of the projection's output
     shared = float(width * layout.element_bytes)
     if model.attention_backend == "local" and "core_attn" not in again:
@@ -259,7 +259,7 @@ def attention_activation_bytes(layout: ParallelLayout) -> float:
 def _attention_width(model: ModelConfig) -> int:
     """Returns the number of values per token that attention saves, without context parallelism."""
     width = qkv_width(model) + attention_width(model)
-    if model.position_embedding_type == "rope" or model.qk_layernorm:
+    if model.position_embedding_type == "rope" or model.has_qk_norm:
         width += (qkv_width(model) + attention_width(model)) // 2
     return width
 
@@ -274,9 +274,9 @@ def _divided_attention_width(layout: ParallelLayout) -> int:
     keys_and_values = qkv_width(model) - attention_width(model)
     # The keys and values of all ranks, and the outputs of the parts, which are then joined.
     width = ranks * keys_and_values + 2 * attention_width(model)
-    if rotates or model.qk_layernorm:
+    if rotates or model.has_qk_norm:
         width += attention_width(model)  # the queries
-    if model.qk_layernorm or not rotates:
+    if model.has_qk_norm or not rotates:
         width += qkv_width(model)  # the projection's output, which a rotation does not keep
     return width
 

@@ -182,6 +182,8 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    if model.qk_projection_norm:
+        shared += qkv_width(model) - model.resolved_num_query_groups * model.resolved_kv_channels
     if model.qk_layernorm:
         replicated += 2 * norm_parameters(model, model.resolved_kv_channels)
     return shared // tensor_parallel_size + replicated
