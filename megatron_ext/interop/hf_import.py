@@ -73,8 +73,8 @@ def load_hf(
     """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
-        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text)
-            model; or such a model as a GGUF file.
+        model_dir: local directory with config.json and safetensors of a model of one of `hf_config.ARCHITECTURES`; or
+            such a model as a GGUF file.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
@@ -95,7 +95,7 @@ def load_hf(
     config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
     files = SafetensorsFiles(folder) if tensors is None else tensors
-    state = HuggingFaceState(files, model, entries(model, source.vocab_size, padded))
+    state = HuggingFaceState(files, model, entries(model, source.vocab_size, padded, source.architecture))
     imported, left = Imported.read(folder, content)
     notes = [] if tensors is None else tensors.messages
     return HuggingFaceModel(

@@ -46,14 +46,6 @@ def expresses_gemma(model: ModelConfig) -> bool:
     return always and multiplier and scale and rotary
 
 
-def is_plain(model: ModelConfig) -> bool:
-    """Returns whether the model has none of Gemma's norms, scales and activation, as all other architectures."""
-    scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
-    own = model.geglu or model.apply_layernorm_1p or model.sandwich_norm
-    is_changed = model.embedding_multiplier != 1.0 or model.final_logit_softcapping is not None
-    return not own and not is_changed and scale and model.rotary_base_local in (None, model.rotary_base)
-
-
 def gemma_fields(model: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_gemma`."""
     has_windows = any(window is not None for window in model.windows)
