@@ -98,7 +98,7 @@ def build_transformer_config(
         no_rope_freq=[int(is_without) for is_without in model.without_rotary] if model.no_rope_freq else None,
         # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`), nor
         # does it scale its result.
-        apply_rope_fusion=uses_te(model) and model.rotary_base_local is None and rotary_scale(model) == 1.0,
+        apply_rope_fusion=uses_te(model) and not model.has_two_rotaries and rotary_scale(model) == 1.0,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,

@@ -157,7 +157,7 @@ class GPTModel(EngineGPTModel):
                 # With a frozen embedding: a recomputed layer gets gradients only if its input requires them.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
-            travelling = {WORD_EMBEDDING: embedding}
+            travelling = {WORD_EMBEDDING: embedding, **self.auxiliary.unwritten(embedding)}
         if self._starts_from_known:
             kwargs |= self._known_start(auxiliary_inputs[HIDDEN_STATES], recomputes)
         streams = dict(travelling)
@@ -170,7 +170,10 @@ class GPTModel(EngineGPTModel):
         if self._runs_none and not self.stage.is_last:
             # No layer ran, so this is the received tensor; the schedule frees a tensor once it is sent.
             output = output.clone()
-        return output if self.stage.is_last else self.auxiliary.join(output, streams)
+        if self.stage.is_last:
+            return output
+        output, written = self.auxiliary.without_written(output)
+        return self.auxiliary.join(output, streams | written)
 
     def run_layers(self, start: int = 0, end: int | None = None) -> None:
         """Restricts later forward passes to the layers of `range(start, end)`; by default all layers run.

@@ -5,6 +5,7 @@ Names and defaults are Megatron's, with three exceptions: rotary positions and R
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import (
@@ -22,6 +23,13 @@ from megatron_ext.config.command_line.layer_windows import (
     layers_without_rotary,
     window_tokens,
     windowed_layers,
+)
+from megatron_ext.config.groups.model.layer_shapes import (
+    LayerFields,
+    LayerShape,
+    check_layers,
+    ffn_widths,
+    layer_shapes,
 )
 from megatron_ext.config.groups.model.positions import PositionFields, check_positions, require_default
 
@@ -43,7 +51,7 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionFields):
+class ModelConfig(PositionFields, LayerFields):
     """Flags for the sizes, layers and initialization of the base GPT model."""
 
     num_layers: int
@@ -200,6 +208,7 @@ class ModelConfig(PositionFields):
         self._check_norms()
         self._check_mlp()
         check_positions(self)
+        check_layers(self)
         self._check_window()
         if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
             raise ValueError(
@@ -279,14 +288,26 @@ class ModelConfig(PositionFields):
             if getattr(self, name) in values
         ]
 
+    @cached_property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The sizes of each layer."""
+        return layer_shapes(self)
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
-        if self.window_size is None:
-            return (None,) * self.num_layers
-        tokens = window_tokens(self.window_size)
-        layers = windowed_layers(self.window_attn_skip_freq, self.num_layers)
-        return tuple(tokens if has_window else None for has_window in layers)
+        return tuple(layer.window for layer in self.layers)
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether any layer has other keys and values than the engine's attention computes."""
+        return self.num_kv_shared_layers > 0 or self.attention_k_eq_v or self.v_layernorm
+
+    @property
+    def has_two_rotaries(self) -> bool:
+        """Whether the rotary embedding of layers with a window differs from that of all other layers."""
+        is_partial = self.window_size is not None and self.rotary_proportion != 1.0
+        return is_partial or self.rotary_base_local is not None or self.kv_channels_full is not None
 
     @property
     def without_rotary(self) -> tuple[bool, ...]:
@@ -330,7 +351,9 @@ class ModelConfig(PositionFields):
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """Width of the MLP: --ffn-hidden-size, or the default that is described there."""
+        """Width of the MLP: --ffn-hidden-size, or its default; the largest one if layers differ."""
+        if self.ffn_hidden_sizes is not None:
+            return max(ffn_widths(self.ffn_hidden_sizes, self.num_layers) or ())
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.is_gated:

@@ -44,7 +44,7 @@ class SDPAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         window: int | None = None,
-        rotary_part: tuple[int, int] = (0, 1),
+        rotary_part: tuple[int, int] | None = None,
         rotary_scale: float = 1.0,
         rotates: bool = True,
         **_: Any,
@@ -63,7 +63,7 @@ class SDPAttention(torch.nn.Module):
         self.context_group = group if group is not None and group.size() > 1 else None
         """The ranks that share each sequence; None if there is one."""
         self.rotary_part = rotary_part
-        """Which part of the rotary embedding this layer uses, and of how many; see `take_rotary`."""
+        """Where in the rotary embedding this layer's part begins, and its size; None for all; see `take_rotary`."""
         self.rotary_scale = rotary_scale
         """Factor of rotated queries and keys."""
         self.rotates = rotates
@@ -89,8 +89,8 @@ class SDPAttention(torch.nn.Module):
             return self._rotated_by_te(self._angles, query, key)
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]
-            part, parts = self.rotary_part
-            half = half.chunk(parts, dim=-1)[part]
+            if self.rotary_part is not None:
+                half = half.narrow(-1, *self.rotary_part)
             pair = half.cos() * self.rotary_scale, half.sin() * self.rotary_scale
             self._cos_sin = pair[0].to(query.dtype), pair[1].to(query.dtype)
         # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.

@@ -67,6 +67,10 @@ class PositionFields:
     rotary_percent: float = 1.0
     """Fraction of each head's channels that are rotated, in (0, 1]."""
 
+    rotary_proportion: float = 1.0
+    """Fraction of each head's pairs of channels that are rotated, those with the highest frequencies, in (0, 1], as in
+    Gemma 4. With --window-size, only in layers without a window."""
+
     rotary_seq_len_interpolation_factor: float | None = None
     """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
 
@@ -122,8 +126,8 @@ def check_positions(model: "ModelConfig") -> None:
         ValueError: a flag has an impossible value, or has no effect.
     """
     check_at_least(model, 1, "rotary_base", "rotary_base_local")
-    check_positive(model, "rotary_percent")
-    check_fraction(model, "rotary_percent", closed=True)
+    check_positive(model, "rotary_percent", "rotary_proportion")
+    check_fraction(model, "rotary_percent", "rotary_proportion", closed=True)
     _check_rotary(model)
     _check_scaling(model)
     if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
@@ -140,6 +144,7 @@ def _check_rotary(model: "ModelConfig") -> None:
             "rotary_base",
             "rotary_base_local",
             "rotary_percent",
+            "rotary_proportion",
             "rotary_seq_len_interpolation_factor",
             "no_rope_freq",
             "use_rope_scaling",
@@ -193,6 +198,8 @@ def _check_scaling_type(model: "ModelConfig") -> None:
         require_default(model, name, f"another type than {chosen}")
     if model.attention_backend != "sdpa":
         raise ValueError(f"{chosen}: requires --attention-backend sdpa (got {model.attention_backend})")
+    if kind in ("dynamic", "longrope"):
+        require_default(model, "rotary_proportion", f"another type than {chosen}")
     if kind == "dynamic" and model.window_size is not None:
         raise ValueError(f"{chosen}: cannot be given together with --window-size {model.window_size}")
     if kind == "dynamic" and int(model.resolved_kv_channels * model.rotary_percent) == 2:
@@ -211,7 +218,5 @@ def _check_longrope(model: "ModelConfig") -> None:
                 f"{flag_name(name)}: must be {pairs} numbers above 0, one for each pair of rotated channels of a head "
                 f"(got {len(factors)}{f', the smallest {min(factors)}' if factors else ''})"
             )
-    if model.rotary_base_local is not None:
-        raise ValueError(
-            f"--rotary-base-local {model.rotary_base_local}: cannot be given together with --rope-scaling-type longrope"
-        )
+    for name in ("rotary_base_local", "kv_channels_full"):
+        require_default(model, name, "another type than --rope-scaling-type longrope")

@@ -15,7 +15,12 @@ from typing import Any
 
 from megatron_ext.config.command_line.layer_windows import no_rope_frequency
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.interop.formats.configs.hf_gemma import expresses_gemma, gemma_fields, gemma_flags
+from megatron_ext.interop.formats.configs.hf_gemma import (
+    expresses_gemma,
+    gemma_fields,
+    gemma_flags,
+    has_parts_of_gemma4,
+)
 
 _PIECES = (
     "geglu",
@@ -99,7 +104,8 @@ def expresses_pieces(model: ModelConfig, kind: str) -> bool:
     free, always = _FREE.get(kind, set()), _ALWAYS.get(kind, {})
     scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
     names = tuple(name for name in _PIECES if name not in free)
-    return _holds(model, names, always) and (scale or "softmax_scale" in free)
+    is_llama = _holds(model, names, always) and not has_parts_of_gemma4(model)
+    return is_llama and (scale or "softmax_scale" in free)
 
 
 def _holds(model: ModelConfig, names: tuple[str, ...], wanted: Mapping[str, Any]) -> bool:
