@@ -86,7 +86,7 @@ def export_hf(
         architecture, _ = read_architecture(imported.config, "imported config.json")
     chosen = choose_architecture(model, architecture)
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
-    found = _entries_of(model, vocab_size, state, added)
+    found = _entries_of(model, vocab_size, state, chosen, added)
     first = _dtype(state, found[0].name)
     written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
     config = from_model_config(
@@ -143,10 +143,14 @@ def _is_unchanged(imported: Imported | None, config: dict[str, Any]) -> bool:
 
 
 def _entries_of(
-    model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor], added: AddedParts | None
+    model: ModelConfig,
+    vocab_size: int,
+    state: Mapping[str, torch.Tensor],
+    architecture: str,
+    added: AddedParts | None,
 ) -> list[Entry]:
     """Returns the layout entries of all tensors in `model`; raises `ValueError` unless `state` has exactly these."""
-    found = entries(model, vocab_size, vocab_size) + ([] if added is None else added.entries)
+    found = entries(model, vocab_size, vocab_size, architecture) + ([] if added is None else added.entries)
     wanted = {entry.name for entry in found}
     for names, what in (
         (wanted - set(state), "the model to export lacks"),

@@ -127,8 +127,16 @@ class PerLayerFamily(Family):
         return cls(settings, configuration["vocab_size"], configuration["table"])
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks that the tensor-parallel size divides the per-layer hidden size; raises `ValueError`."""
+        """Checks that the tensor-parallel size divides the per-layer hidden size, and that layers have one scalar.
+
+        Raises:
+            ValueError: they do not.
+        """
         self.settings.check_layout(parallel.tensor_model_parallel_size)
+        if model.layer_scalar and self.settings.has_layer_scalar:
+            raise ValueError(
+                f"--layer-scalar: --per-layer-preset {self.settings.per_layer_preset} has it already; omit the flag"
+            )
 
     def configuration(self) -> dict[str, Any]:
         """Returns PLE's settings, the vocabulary size and the table of ids."""
