@@ -14,6 +14,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.interop.formats.configs.hf_config import choose_architecture, to_model_config
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -21,6 +22,7 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.interface.family_interface import Family
+from tests.unit.interop.hf_models import KINDS, SIZES
 
 TOKENIZER = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=95)
 VOCAB = 96
@@ -50,6 +52,18 @@ BASES: dict[str, ModelConfig] = {
     ),
 }
 
+OTHERS = ("Phi3", "Olmo2", "Olmo3", "SmolLM3", "Granite")
+"""Bases of other architectures, as transformers describes them."""
+
+
+def _imported(name: str) -> ModelConfig:
+    kind = KINDS[name]
+    config = kind.config_class(**{**SIZES, **kind.changes}).to_dict()
+    return replace(to_model_config(config, "config.json").model, attention_dropout=0.0)
+
+
+BASES |= {name: _imported(name) for name in OTHERS}
+
 PER_LAYER = PerLayerConfig(
     use_per_layer_embedding=True,
     per_layer_hidden_size=8,
@@ -70,6 +84,11 @@ class Case:
     @property
     def model(self) -> ModelConfig:
         return BASES[self.base]
+
+    @property
+    def architecture(self) -> str:
+        """Class of the base model in transformers."""
+        return choose_architecture(self.model, f"{self.base}ForCausalLM" if self.base in OTHERS else None)
 
     def families(self) -> list[Family]:
         found: list[Family] = []
@@ -154,7 +173,9 @@ def all_forms() -> dict[str, Case]:
                     for affine in (True, False)
                     for normalize in (True, False)
                 }
-    return found
+    found |= {f"PLE on {base}": _per_layer(base, per_layer_combination_method="gated") for base in OTHERS}
+    # NPT refuses norms and factors of the MLP's output.
+    return found | {f"NPT on {base}": _npt(base, np_target="triple") for base in ("Phi3", "SmolLM3")}
 
 
 def save_random(case: Case, save: str) -> None:

@@ -44,14 +44,17 @@ def _error(case: Case) -> tuple[float, float]:
 def _in_transformers(case: Case, state: dict[str, Any]) -> Any:
     stored = {family.name: family.configuration() for family in case.families()}
     parts = parts_of(stored, case.model, EOD)
-    config = parts.config(from_model_config(case.model, VOCAB, "LlamaForCausalLM", "float32"))
-    model: Any = code.MegatronExtLlamaForCausalLM(code.MegatronExtLlamaConfig(**config))
+    config = parts.config(from_model_config(case.model, VOCAB, case.architecture, "float32"))
+    classes = [getattr(code, name.split(".")[1]) for name in config["auto_map"].values()]
+    # Phi 3 has a padding id outside of a vocabulary this small.
+    model: Any = classes[1](classes[0](**{**config, "pad_token_id": None}))
     tensors = dict(parts.buffers)
-    for entry in [*entries(case.model, VOCAB, VOCAB), *parts.entries]:
+    for entry in [*entries(case.model, VOCAB, VOCAB, case.architecture), *parts.entries]:
         whole = state[entry.name]
         pieces = split(entry, whole[:VOCAB] if entry.kind == "vocabulary" else whole, case.model)
         tensors |= {name: piece for (name, _), piece in zip(entry.parts, pieces, strict=True)}
-    model.load_state_dict(tensors)
+    missing, unknown = model.load_state_dict(tensors, strict=False)
+    assert not unknown and set(missing) <= ({"lm_head.weight"} if config["tie_word_embeddings"] else set())
     return model.eval()
 
 
@@ -67,4 +70,4 @@ def test_the_exported_code_computes_the_logits_of_every_form(
 ) -> None:
     error, deviation = errors[name]
     assert deviation > 0.1
-    assert error < 1e-5
+    assert error < 1e-5 * max(1.0, deviation)
