@@ -105,6 +105,7 @@ def export_hf(
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         if added is not None:
             added.write_code(folder)
+            messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
         write_safetensors(folder, tensors, max_shard_size)
     return [f"{config['architectures'][0]}, {written_as}", *messages]
 
