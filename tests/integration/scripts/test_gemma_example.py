@@ -1,4 +1,4 @@
-"""The script of `make gemma` with few steps: transformers gives our tools' text, and so does the model that comes back."""
+"""The script of `make gemma` with few steps: transformers gives our tools' text, and so does the imported model."""
 
 import re
 from pathlib import Path
