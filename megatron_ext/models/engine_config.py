@@ -95,7 +95,7 @@ def build_transformer_config(
         cross_entropy_fusion_impl=parallel.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=False,
         # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`).
-        apply_rope_fusion=uses_te(model) and model.rotary_base_local is None,
+        apply_rope_fusion=uses_te(model) and not model.has_two_rotaries,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,

@@ -142,7 +142,7 @@ class GPTModel(EngineGPTModel):
                 # With a frozen embedding: a recomputed layer gets gradients only if its input requires them.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
-            travelling = {WORD_EMBEDDING: embedding}
+            travelling = {WORD_EMBEDDING: embedding, **self.auxiliary.unwritten(embedding)}
         if self._starts_from_known:
             kwargs |= self._known_start(auxiliary_inputs[HIDDEN_STATES], recomputes)
         streams = dict(travelling)
@@ -159,7 +159,10 @@ class GPTModel(EngineGPTModel):
         if self._runs_none and not self.stage.is_last:
             # No layer ran, so this is the received tensor; the schedule frees a tensor once it is sent.
             output = output.clone()
-        return output if self.stage.is_last else self.auxiliary.join(output, streams)
+        if self.stage.is_last:
+            return output
+        output, written = self.auxiliary.without_written(output)
+        return self.auxiliary.join(output, streams | written)
 
     def _attention_of_documents(
         self, bounds: torch.Tensor, tokens: torch.Tensor

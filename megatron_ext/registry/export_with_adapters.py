@@ -13,7 +13,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.inference.load_model import LoadedModel, load_model
 from megatron_ext.interop import base_state, export_hf
-from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.formats.configs.hf_config import choose_architecture
 from megatron_ext.interop.formats.imported_model import Imported
 from megatron_ext.interop.hf_export import DEFAULT_MAX_SHARD_SIZE
 from megatron_ext.interop.hf_import import require_one_process

@@ -46,6 +46,20 @@ def windowed_layers(skip: str | None, num_layers: int) -> tuple[bool, ...]:
     return tuple(entry == 1 for entry in value)
 
 
+def entries_of(text: str, longest: int) -> list[int] | None:
+    """Returns a list of numbers spelled like a list of --window-attn-skip-freq; None if `text` is something else.
+
+    Args:
+        text: the list, such as [6144]*15+[12288]*20.
+        longest: largest number of entries.
+    """
+    try:
+        value = _value(ast.parse(text.strip(), mode="eval").body, longest)
+    except (SyntaxError, ValueError):
+        return None
+    return None if isinstance(value, int) else value
+
+
 def skip_frequency(layers: tuple[bool, ...]) -> str | None:
     """Returns the shortest value of --window-attn-skip-freq for the given layers; None if all have a window."""
     if all(layers):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.interop.formats.hf_files import CONFIG, INDEX, read_object
-from megatron_ext.interop.formats.tokenizer_files import FILES
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import FILES
 from megatron_ext.training.checkpoint.checkpointer import IMPORTED
 
 FOLDER = "hugging_face"

@@ -47,7 +47,7 @@ class SDPAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         window: int | None = None,
-        rotary_part: tuple[int, int] = (0, 1),
+        rotary_part: tuple[int, int] | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SDPAttention(torch.nn.Module):
         self.context_group = group if group is not None and group.size() > 1 else None
         """The ranks that share each sequence; None if there is one."""
         self.rotary_part = rotary_part
-        """Which part of the rotary embedding this layer uses, and of how many; see `take_rotary`."""
+        """Where in the rotary embedding this layer's part begins, and its size; None for all; see `take_rotary`."""
         self._angles: torch.Tensor | None = None
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -86,8 +86,8 @@ class SDPAttention(torch.nn.Module):
             return self._rotated_by_te(self._angles, query, key)
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]
-            part, parts = self.rotary_part
-            half = half.chunk(parts, dim=-1)[part]
+            if self.rotary_part is not None:
+                half = half.narrow(-1, *self.rotary_part)
             self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
         # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.
         end, start = key.size(0), key.size(0) - query.size(0)

@@ -57,6 +57,11 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
     return _CpuRMSNorm.apply(hidden_states, weight, eps)
 
 
+def unit_rms(values: torch.Tensor, eps: float) -> torch.Tensor:
+    """Applies RMSNorm without a weight over the last dimension, in fp32; returns the input's dtype."""
+    return F.rms_norm(values.float(), values.shape[-1:], None, eps).to(values.dtype)
+
+
 def full_weight(norm: Any) -> torch.Tensor:
     """Returns the factor [h] of a norm, ours or Transformer Engine's; in fp32 if it is stored as weight - 1."""
     is_centered = getattr(norm, "zero_centered", None)

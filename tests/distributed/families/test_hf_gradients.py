@@ -13,7 +13,7 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.interop import load_hf, load_into
-from megatron_ext.interop.formats.hf_config import to_model_config
+from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.weight_layout import entries, split
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.interop.formats.hf_fields import check_fields
-from megatron_ext.interop.formats.hf_gemma import expresses_gemma, gemma_fields, gemma_flags, is_plain
-from megatron_ext.interop.formats.hf_rope import read_gemma_rotary, read_rotary
-from megatron_ext.interop.formats.hf_windows import (
+from megatron_ext.interop.formats.configs.hf_fields import check_fields
+from megatron_ext.interop.formats.configs.hf_gemma import expresses_gemma, gemma_fields, gemma_flags, is_plain
+from megatron_ext.interop.formats.configs.hf_rope import read_gemma_rotary, read_rotary
+from megatron_ext.interop.formats.configs.hf_windows import (
     FIELDS,
     expresses_windows,
     read_windows,
