@@ -38,7 +38,6 @@ from megatron_ext.models.costs.activation_memory import (
 from megatron_ext.models.costs.model_cost import (
     attention_width,
     core_attention_flops_per_token,
-    layer_flops_per_token,
     linear_flops_per_token,
     linear_sizes,
 )
@@ -55,7 +54,7 @@ def adapter_parameters(plan: SettingsByLayer, model: ModelConfig) -> int:
         plan: what is trained in each layer, and its adapters and precision, by layer number.
         model: configuration of the base model.
     """
-    return sum(_adapter_parameters(settings, model) for settings in plan.values())
+    return sum(_adapter_parameters(settings, model, number) for number, settings in plan.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +87,15 @@ def adapted_work(
         settings = plan[number]
         use = _use(settings, reached) if number >= cached_layers else Use.SKIPPED
         uses.append(use)
-        trained += _adapter_parameters(settings, model) * bool(settings.trained_adapters)
-        flops += _adapter_flops(settings, model, use)
+        trained += _adapter_parameters(settings, model, number) * bool(settings.trained_adapters)
+        flops += _adapter_flops(settings, model, number, use)
         if use is Use.PARTIAL:
-            backward = layer_flops_per_token(model) + core_attention_flops_per_token(model)
-            flops += backward - linear_flops_per_token(model, "qkv")  # the layer's input has no gradient
+            backward = linear_flops_per_token(model, layer=number) + 2 * core_attention_flops_per_token(
+                model, number
+            )
+            flops += backward - linear_flops_per_token(
+                model, "qkv", layer=number
+            )  # the layer's input has no gradient
         reached = reached or use >= Use.PARTIAL
     return AdaptedWork(layers=tuple(uses), trained_parameters=trained, flops_per_token=flops)
 
@@ -106,32 +109,32 @@ def adapted_activations(plan: SettingsByLayer, layout: ParallelLayout) -> Family
     """
     count = layout.model.num_layers
     none = (0.0,) * count
-    layers = tuple(_layer_bytes(plan[number], layout, layout.use(number)) for number in range(count))
-    weights = tuple(_stored_bytes(plan[number], layout) for number in range(count))
+    layers = tuple(_layer_bytes(plan[number], layout, number) for number in range(count))
+    weights = tuple(_stored_bytes(plan[number], layout, number) for number in range(count))
     return FamilyActivations(layers=layers, streams=none, held=none, weights=weights)
 
 
-def _stored_bytes(settings: LayerSettings, layout: ParallelLayout) -> float:
+def _stored_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -> float:
     """Returns what a layer's frozen matrices take beyond the run's precision."""
     if settings.trains_base:
         return 0.0  # in fp32 they need no main weights: the sum is the same
     run_dtype = _run_dtype(layout)
     dtype = compute_dtype(settings.precision, run_dtype)
     size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
-    matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model).values())
+    matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model, number).values())
     return matrices / layout.parallel.tensor_model_parallel_size * (size - layout.element_bytes)
 
 
-def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> float:
+def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -> float:
     """Returns what a layer saves beyond the base layer; for `Use.PARTIAL`, all that it saves."""
-    adapters = bool(settings.trained_adapters)
+    adapters, use = bool(settings.trained_adapters), layout.use(number)
     products = (
         layout.tokens * len(linear_sizes(layout.model)) * _rank(settings) * layout.element_bytes * adapters
     )
     if use is Use.PARTIAL:
         # The input of the lowest norm has no gradient.
-        return layer_activation_bytes(layout) - layout.hidden_bytes + products
-    inputs = 2 * layout.hidden_bytes + layout.ffn_bytes
+        return layer_activation_bytes(layout, layer=number) - layout.hidden_bytes + products
+    inputs = 2 * layout.hidden_bytes + layout.ffn_bytes_of(number)
     if use is Use.GRADIENT:
         return products + inputs * adapters
     run_dtype = _run_dtype(layout)
@@ -139,7 +142,7 @@ def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> f
     if use is not Use.TRAINED or dtype is run_dtype:
         return products
     model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
-    split = attention_width(model) + model.resolved_ffn_hidden_size
+    split = attention_width(model, number) + model.layers[number].ffn_hidden_size
     cast = layout.tokens * (2 * model.hidden_size + split / tensor) * dtype.itemsize
     return products + cast - inputs * (not adapters)
 
@@ -156,21 +159,21 @@ def _use(settings: LayerSettings, reached: bool) -> Use:
     return Use.PARTIAL if settings.trained_adapters else Use.FORWARD
 
 
-def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> float:
+def _adapter_flops(settings: LayerSettings, model: ModelConfig, number: int, use: Use) -> float:
     """Returns the FLOPs per token of a layer's adapters, forward and backward."""
     if use is Use.SKIPPED:
         return 0.0
     rank, trains = _rank(settings), bool(settings.trained_adapters)
     total = 0
-    for name, (inner, outer) in linear_sizes(model).items():
+    for name, (inner, outer) in linear_sizes(model, number).items():
         input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and name != "qkv")
         total += rank * (inner + outer) * (1 + trains)
         total += rank * (inner * input_has_gradient + outer * (trains or input_has_gradient))
     return 2.0 * total
 
 
-def _adapter_parameters(settings: LayerSettings, model: ModelConfig) -> int:
-    return _rank(settings) * sum(inner + outer for inner, outer in linear_sizes(model).values())
+def _adapter_parameters(settings: LayerSettings, model: ModelConfig, number: int) -> int:
+    return _rank(settings) * sum(inner + outer for inner, outer in linear_sizes(model, number).values())
 
 
 def _rank(settings: LayerSettings) -> int:

@@ -1,5 +1,6 @@
 """LoRA adapters over frozen models of every kind, at every layout: losses, gradients and what is saved."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_run
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.logging.family_costs import run_cost
 
 SETTINGS = AdapterConfig(lora_rank=4, lora_alpha=8)
 PLE = PerLayerConfig(use_per_layer_embedding=True, per_layer_strategy="identity", per_layer_hidden_size=8)
@@ -74,3 +76,11 @@ def test_adapters_train_and_what_was_loaded_does_not(variant: str) -> None:
     new = {key for key, _ in run.saved if "per_layer" in key or ".before_layer." in key}
     assert trained == adapters | (new if variant == "new PLE" else set())
     assert run.trace.losses[2] < run.trace.losses[0]
+
+
+@pytest.mark.parametrize("variant", ["plain", "gemma"])
+def test_the_cost_counts_every_parameter_of_the_adapters(variant: str) -> None:
+    found = sum(math.prod(shape) for key, shape in RUNS.single(variant).saved if ".adapters." in key)
+    cost = run_cost(MODELS[variant], VOCAB_SIZE, 1, _Make(variant)(), 1)
+    assert cost.parts["lora"].parameters == cost.parts["lora"].trained_parameters == found
+    assert cost.parts["base"].trained_parameters == 0
