@@ -62,9 +62,9 @@ class AdapterFamily(Family):
         assert settings.lora_rank is not None, "LoRA requires a rank"
         self.settings = settings
         self.trained = trained
-        shape = AdapterShape(rank=settings.lora_rank, alpha=settings.lora_alpha)
+        self.shape = AdapterShape(rank=settings.lora_rank, alpha=settings.lora_alpha)
         self.of_a_layer = LayerSettings(
-            adapters={ADAPTER: shape}, trained_adapters=frozenset({ADAPTER}), trains_base=False
+            adapters={ADAPTER: self.shape}, trained_adapters=frozenset({ADAPTER}), trains_base=False
         )
 
     @classmethod

@@ -51,7 +51,7 @@ class _Documents(Family):
         made = []
         for row in tokens:
             # Whatever the layout, a sequence has the same documents.
-            row[ENDS[int(row.sum()) % 2]] = EOD
+            row[ENDS[int(row[0]) % 2]] = EOD
             made.append(_get_ltor_masks_and_position_ids(row, EOD, True, True, True, False)[1:])
         loss_mask, positions = (torch.stack(field) for field in zip(*made, strict=True))
         labels = torch.cat([tokens[:, 1:], batch["labels"][:, -1:]], dim=1)

@@ -22,6 +22,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from pretrain_gpt_per_layer import main as pretrain_gpt
@@ -66,6 +67,12 @@ def succeeds(main: Callable[[], Any], line: str) -> str:
 def _tensors(path: str) -> dict[str, torch.Tensor]:
     process_groups.initialize(ParallelConfig(), seed=1)
     return read_plain(str(find_checkpoint(path)))
+
+
+def _whole(path: str) -> set[str]:
+    """The names of all tensors of a model, those of its own base checkpoint included."""
+    process_groups.initialize(ParallelConfig(), seed=1)
+    return {name for name in BaseCheckpoint.find(path).tensor_names if not name.startswith("optimizer.")}
 
 
 def _logits(path: str) -> torch.Tensor:
@@ -130,11 +137,19 @@ def test_a_run_over_a_frozen_model_saves_adapters_only_and_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("model", ["Llama", "PLE", "NPT"])
-def test_every_tool_loads_the_model_with_its_adapters(folder: Path, tmp_path: Path, model: str) -> None:
+def test_every_tool_loads_the_model_with_its_adapters_and_merged(
+    folder: Path, tmp_path: Path, model: str
+) -> None:
     save = str(tmp_path / "run")
     over(folder, model, save, "--train-iters 2")
     with_adapters, without = alone(_logits, save), alone(_logits, f"{folder}/{model}")
     assert float((with_adapters - without).abs().max()) > 1e-3
+    succeeds(convert, f"merge --load {save} --save {tmp_path}/merged")
+    merged = alone(_logits, f"{tmp_path}/merged")
+    assert float((with_adapters - merged).abs().max()) < 1e-5 * float(merged.abs().max())
+    ours = read_run_config(f"{tmp_path}/merged")["families"]
+    assert ours == read_run_config(f"{folder}/{model}")["families"]
+    assert alone(_tensors, f"{tmp_path}/merged").keys() == alone(_whole, f"{folder}/{model}")
 
 
 def test_adapters_may_be_trained_further_over_another_run_of_adapters(folder: Path, tmp_path: Path) -> None:
