@@ -13,7 +13,7 @@ from tests.unit.models.test_causal_attention import TOLERANCES, _LargestTensor, 
 
 EOD, LENGTH, HEADS, SIZE, SCALE = 0, 48, 8, 16, 0.3
 
-ENDS = {
+ENDS: dict[str, list[list[int]]] = {
     "one document": [[], []],
     "rows with different documents": [[10, 30], [20]],
     "an end at the last position": [[LENGTH - 1], [5, LENGTH - 1]],
