@@ -4,7 +4,7 @@
 # make npt-toy     NPT layer by layer, then with a curriculum, on a small Llama pretrained for it; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make test-fast   the unit tests, which start no process: under a minute on two cores
-# make test        lint, types and all tests: about twelve minutes on two cores
+# make test        lint, types and all tests: 23 minutes of processor time
 # make check       lint and types only
 # make bench       every benchmark, one table each
 # make gpu-wheels  what `make gpu` needs, in build/gpu-wheels: wheels for Python GPU_PYTHON_VERSION, and rehearsed figures
