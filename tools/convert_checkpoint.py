@@ -34,6 +34,7 @@ _ONLY_HUGGING_FACE = (
     "adapter_dir",
     "tokenizer_model",
     "no_tokenizer",
+    "per_layer_vocab_file",
 )
 
 
@@ -145,6 +146,10 @@ class ExportConfig:
     no_tokenizer: Switch = False
     """Export the model without a tokenizer."""
 
+    per_layer_vocab_file: str | None = None
+    """For a model with per-layer embedding that was trained on aligned per-layer data: the vocabulary that the data was
+    made with, next to which the table of per-layer ids lies."""
+
     overwrite: bool = False
     """Replace the content of --model-dir."""
 
@@ -156,6 +161,8 @@ class ExportConfig:
         self.resolved_max_shard_size()
         if self.format == "megatron":
             _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
+        if chosen:
+            _refuse(self, ("per_layer_vocab_file",), f"cannot be given together with {flag_name(chosen[0])}")
 
     def resolved_max_shard_size(self) -> int:
         """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
@@ -194,18 +201,26 @@ def run_import(config: ImportConfig) -> None:
         _import_megatron(config)
         return
     from megatron_ext.interop import import_checkpoint
+    from megatron_ext.registry.remote_code.export_with_code import read_families
 
     found = import_checkpoint(
         config.model_dir,
         config.save,
         seq_length=config.seq_length,
         make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
+        read_families=read_families,
     )
     model, kind = found.model, str(found.dtype).removeprefix("torch.")
     print(
         f"{config.save}: {found.imported.config['model_type']}, {model.num_layers} layers, hidden size "
         f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
     )
+    families = found.families.configurations
+    if families:
+        print(
+            f"with the model families {', '.join(families)}; tools/generate.py and tools/evaluate.py load it"
+        )
+        return
     save = shlex.quote(config.save)
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
     tokenizer = found.tokenizer_config
@@ -245,9 +260,15 @@ def _export_hugging_face(config: ExportConfig) -> list[str]:
         from megatron_ext.registry.export_with_adapters import export_plain
 
         return export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
-    from megatron_ext.interop import export_checkpoint
+    from megatron_ext.registry.remote_code.export_with_code import export_with_code
 
-    return export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
+    return export_with_code(
+        config.load,
+        config.model_dir,
+        base_only=config.base_only,
+        per_layer_vocab_file=config.per_layer_vocab_file,
+        **options,
+    )
 
 
 def _import_megatron(config: ImportConfig) -> None:

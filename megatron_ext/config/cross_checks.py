@@ -90,16 +90,16 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
     divided = (
         ("--num-attention-heads", model.num_attention_heads),
         ("--hidden-size", model.hidden_size),
-        ("--ffn-hidden-size", model.resolved_ffn_hidden_size),
+        *(("--ffn-hidden-size", layer.ffn_hidden_size) for layer in model.layers),
     )
     for flag, value in divided:
         if value % size:
             raise ValueError(f"{flag} {value}: must be divisible by --tensor-model-parallel-size {size}")
-    groups = model.resolved_num_query_groups
-    if groups % size and size % groups:
-        raise ValueError(
-            f"--num-query-groups {groups}: must be a multiple or a divisor of --tensor-model-parallel-size {size}"
-        )
+    for groups in (layer.num_query_groups for layer in model.layers):
+        if groups % size and size % groups:
+            raise ValueError(
+                f"--num-query-groups {groups}: must be a multiple or a divisor of --tensor-model-parallel-size {size}"
+            )
 
 
 def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -160,16 +160,21 @@ def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingC
     if not training.bf16:
         raise ValueError(f"{flag}: requires --bf16")
     unit, tensor = 32 if model.fp8_recipe == "mxfp8" else 16, parallel.tensor_model_parallel_size
-    channels = model.resolved_kv_channels
     split = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
     rows = training.micro_batch_size * model.seq_length // split
-    sizes = (
+    sizes: tuple[tuple[str, int], ...] = (
         ("--hidden-size", model.hidden_size),
-        ("--ffn-hidden-size", model.resolved_ffn_hidden_size // tensor),
-        ("--num-attention-heads x --kv-channels", model.num_attention_heads * channels // tensor),
-        ("--num-query-groups x --kv-channels", model.resolved_num_query_groups * channels // tensor),
         ("--micro-batch-size x --seq-length", rows),
     )
+    for layer in model.layers:
+        sizes += (
+            ("--ffn-hidden-size", layer.ffn_hidden_size // tensor),
+            (
+                "--num-attention-heads x --kv-channels",
+                model.num_attention_heads * layer.kv_channels // tensor,
+            ),
+            ("--num-query-groups x --kv-channels", layer.num_query_groups * layer.kv_channels // tensor),
+        )
     for name, size in sizes:
         if size % unit:
             raise ValueError(f"{flag}: {name}, {size} on each rank, must be a multiple of {unit}")

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference import utils as engine_inference
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.attention import SelfAttention
 
 from megatron_ext.config.groups.inference_config import SamplingConfig
+from megatron_ext.models.attention.extended_self_attention import ExtendedSelfAttention
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
@@ -103,6 +105,10 @@ def generate(
     # The first pass reads positions [0, shortest prompt); each later pass reads one position.
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
+        if (
+            start == model.cache_limit
+        ):  # from here on, the model computes something else for earlier tokens, too
+            start, context = 0, StaticInferenceContext(len(prompts), total)
         inputs = tokens[:, start:end]
         positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
         logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)
@@ -177,11 +183,16 @@ def check_cache_memory(needed: int, max_new_tokens: int) -> None:
 def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
     """Returns the bytes needed for the tokens (8 each), this rank's key/value cache and the rotary table (fp32)."""
     config = model.config
-    groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
-    windows = [layer.self_attention.core_attention for layer in model.decoder.layers]
-    cached = sum(min(total, getattr(attention, "window", None) or total) for attention in windows)
-    values = 2 * cached * groups * config.kv_channels
+    values = sum(_cached_values(layer.self_attention, total) for layer in model.decoder.layers)
     return rows * (8 * total + values * config.params_dtype.itemsize) + 2 * 4 * total * config.kv_channels
+
+
+def _cached_values(attention: SelfAttention, total: int) -> int:
+    """Returns the number of values in one layer's cache for one sequence of `total` tokens, on this rank."""
+    if isinstance(attention, ExtendedSelfAttention) and not attention.key_values.keeps_cache:
+        return 0
+    tokens = min(total, getattr(attention.core_attention, "window", None) or total)
+    return 2 * tokens * attention.num_query_groups_per_partition * attention.hidden_size_per_attention_head
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Exports a base model as a Hugging Face directory of a Llama-like architecture, which `from_pretrained` loads."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.interop.added_parts import AddedParts
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
-from megatron_ext.interop.formats.hf_config import (
+from megatron_ext.interop.formats.configs.hf_config import (
     choose_architecture,
     from_model_config,
     read_architecture,
 )
-from megatron_ext.interop.formats.hf_files import write_safetensors
+from megatron_ext.interop.formats.hf_files import Group, write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
-from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, write_files
-from megatron_ext.interop.formats.tokenizer_readback import check_read_back
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import TOKENIZER_CONFIG, write_files
+from megatron_ext.interop.formats.tokenizer.tokenizer_readback import check_read_back
 from megatron_ext.interop.formats.weight_layout import Entry, entries, split
 from megatron_ext.interop.hf_import import require_one_process
 from megatron_ext.interop.output_directory import check_free, complete_directory
@@ -32,6 +34,9 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+
+ReadParts = Callable[[dict[str, Any], ModelConfig, TokenizerConfig], AddedParts]
+"""Returns what the families of a run add to its base model, from run_config.json, model and tokenizer."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +53,7 @@ def export_hf(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     overwrite: bool = False,
     imported: Imported | None = None,
+    added: AddedParts | None = None,
 ) -> list[str]:
     """Writes a Hugging Face directory; on an error nothing is left at `model_dir`.
 
@@ -63,6 +69,7 @@ def export_hf(
         max_shard_size: largest size of one safetensors file, in bytes.
         overwrite: replace the content of `model_dir`.
         imported: for an imported model, the configuration and small files of its source (`load_hf(...).imported`).
+        added: what model families add to the base model; `state` has their tensors too.
 
     Returns:
         Messages for the user.
@@ -79,13 +86,15 @@ def export_hf(
         architecture, _ = read_architecture(imported.config, "imported config.json")
     chosen = choose_architecture(model, architecture)
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
-    found = _entries_of(model, vocab_size, state)
+    found = _entries_of(model, vocab_size, state, chosen, added)
     first = _dtype(state, found[0].name)
     written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
     config = from_model_config(
         model, vocab_size, chosen, written_as, imported.config if imported is not None else None
     )
-    tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
+    tensors: Iterable[Group] = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
+    if added is not None:
+        config, tensors = added.config(config), chain(tensors, map(_whole, added.buffers.items()))
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         messages = _write_tokenizer(folder, tokenizer_config, tokenizer, config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -94,8 +103,16 @@ def export_hf(
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
             as_imported = _is_unchanged(imported, config)
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+        if added is not None:
+            added.write_code(folder)
         write_safetensors(folder, tensors, max_shard_size)
-    return [f"{chosen}, {written_as}", *messages]
+    return [f"{config['architectures'][0]}, {written_as}", *messages]
+
+
+def _whole(buffer: tuple[str, torch.Tensor]) -> Group:
+    """Returns a group for `write_safetensors` with one tensor that is written as it is."""
+    name, tensor = buffer
+    return [(name, tensor.nbytes)], lambda: [tensor]
 
 
 def _write_tokenizer(
@@ -125,9 +142,15 @@ def _is_unchanged(imported: Imported | None, config: dict[str, Any]) -> bool:
     )
 
 
-def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:
+def _entries_of(
+    model: ModelConfig,
+    vocab_size: int,
+    state: Mapping[str, torch.Tensor],
+    architecture: str,
+    added: AddedParts | None,
+) -> list[Entry]:
     """Returns the layout entries of all tensors in `model`; raises `ValueError` unless `state` has exactly these."""
-    found = entries(model, vocab_size, vocab_size)
+    found = entries(model, vocab_size, vocab_size, architecture) + ([] if added is None else added.entries)
     wanted = {entry.name for entry in found}
     for names, what in (
         (wanted - set(state), "the model to export lacks"),
@@ -140,7 +163,7 @@ def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.T
 
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
-) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
+) -> Iterator[Group]:
     """Yields a group for `write_safetensors` per entry: (name, bytes) of its parts, and a function that reads them."""
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
@@ -182,6 +205,7 @@ def export_checkpoint(
     base_only: bool = False,
     tokenizer_model: str | None = None,
     no_tokenizer: bool = False,
+    read_parts: ReadParts | None = None,
 ) -> list[str]:
     """Exports the model in a checkpoint as a Hugging Face directory.
 
@@ -193,13 +217,14 @@ def export_checkpoint(
         base_only: export the frozen base model without the parameters that model families added to it.
         tokenizer_model: path of the tokenizer's files; the default is the path that training used.
         no_tokenizer: export the model without a tokenizer.
+        read_parts: returns what the model's families add to its base model; None refuses such a model.
 
     Returns:
         Messages for the user.
 
     Raises:
-        ValueError: as in `export_hf`; also if the checkpoint is damaged, or was built with model families and
-            `base_only` is not set.
+        ValueError: as in `export_hf`; also if the checkpoint is damaged, or was built with model families that can
+            neither be exported nor left out (`base_only`).
         OSError: as in `export_hf`.
     """
     require_one_process()
@@ -209,11 +234,15 @@ def export_checkpoint(
         group_in(ModelConfig, run_config, "model"),
         group_in(TokenizerConfig, run_config, "tokenizer"),
     )
-    check_families(run_config["families"], load, base_only=base_only)
+    if base_only or read_parts is None:
+        check_families(run_config["families"], load, base_only=base_only)
     choose_architecture(model, architecture)
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
+    added = None
+    if read_parts is not None and run_config["families"] and not base_only:
+        added = read_parts(run_config, model, tokenizer or tokens)
     # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
@@ -234,6 +263,7 @@ def export_checkpoint(
             imported=Imported.of_run(
                 *([base.run_config()] if base is not None and base_only else []), run_config
             ),
+            added=added,
         )
     finally:
         process_groups.shutdown()

@@ -5,8 +5,9 @@ Nothing is downloaded, and no code from the directory is run.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +16,12 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import format_groups, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.interop.added_parts import AddedParts, base_config, is_extended
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
-from megatron_ext.interop.formats.hf_config import to_model_config
+from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, read_config
 from megatron_ext.interop.formats.imported_model import Imported, left_behind
-from megatron_ext.interop.formats.tokenizer_files import copy_imported, imported_tokenizer
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import copy_imported, imported_tokenizer
 from megatron_ext.interop.formats.weight_layout import entries
 from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.interop.gguf.gguf_model import open_gguf
@@ -30,6 +32,23 @@ from megatron_ext.training.checkpoint.checkpointer import IMPORTED
 
 TOKENIZER_FOLDER = "tokenizer"
 FLAGS_FILE = "model.yaml"
+
+ReadFamilies = Callable[[dict[str, Any], SafetensorsFiles, ModelConfig, Tokenizer], "Families"]
+"""Reads the families of an extended model from config.json, tensors, base model and tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """The model families of an extended model; see `added_parts`."""
+
+    configurations: dict[str, Any] = field(default_factory=dict)
+    """Section `families` of run_config.json."""
+
+    groups: dict[str, Any] = field(default_factory=dict)
+    """Config groups of their flags, by name."""
+
+    parts: AddedParts | None = None
+    """What they add to the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +79,9 @@ class HuggingFaceModel:
     imported: Imported
     """Configuration and small files of the directory, which a later export restores."""
 
+    families: Families
+    """The model families of an extended model; none for all other models."""
+
     messages: tuple[str, ...]
     """Messages for the user about everything that could not be imported unchanged, one line each."""
 
@@ -69,22 +91,27 @@ def load_hf(
     *,
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
+    read_families: ReadFamilies | None = None,
 ) -> HuggingFaceModel:
     """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
-        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text)
-            model; or such a model as a GGUF file.
+        model_dir: local directory with config.json and safetensors of a model of one of `hf_config.ARCHITECTURES`; or
+            such a model as a GGUF file.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
+        read_families: reads the families of an extended model, one that was exported with code of its own; None
+            refuses such a model.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or a `ModelConfig` cannot express the model.
     """
     folder, tensors = open_gguf(model_dir) if is_gguf(model_dir) else (Path(model_dir), None)
-    content = read_config(folder)
+    config = read_config(folder)
+    extended = is_extended(config) and read_families is not None
+    content = base_config(config) if extended else config
     source = to_model_config(
         content,
         str(folder / "config.json") if tensors is None else str(model_dir),
@@ -94,8 +121,15 @@ def load_hf(
     model = source.model
     config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
+    families = Families()
+    if extended and read_families is not None:
+        families = read_families(config, SafetensorsFiles(folder), model, tokenizer)
     files = SafetensorsFiles(folder) if tensors is None else tensors
-    state = HuggingFaceState(files, model, entries(model, source.vocab_size, padded))
+    found = entries(model, source.vocab_size, padded, source.architecture)
+    parts = families.parts
+    state = HuggingFaceState(
+        files, model, found + (parts.entries if parts else []), besides=set(parts.buffers) if parts else set()
+    )
     imported, left = Imported.read(folder, content)
     notes = [] if tensors is None else tensors.messages
     return HuggingFaceModel(
@@ -107,6 +141,7 @@ def load_hf(
         state=state,
         dtype=state.precision,
         imported=imported,
+        families=families,
         messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
 
@@ -117,6 +152,7 @@ def import_checkpoint(
     *,
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
+    read_families: ReadFamilies | None = None,
     message: Callable[[str], None] = print,
 ) -> HuggingFaceModel:
     """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
@@ -128,7 +164,7 @@ def import_checkpoint(
         {save}/hugging_face/                                                other small files of `model_dir`
         {save}/model.yaml                                                   model and tokenizer flags, for --config
 
-    `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are described at `load_hf`.
+    `model_dir`, `seq_length`, `make_vocab_size_divisible_by` and `read_families` are described at `load_hf`.
 
     Args:
         save: directory for the checkpoint; must be empty or not exist yet.
@@ -145,7 +181,10 @@ def import_checkpoint(
     require_one_process()
     check_free(save, "--save")
     found = load_hf(
-        model_dir, seq_length=seq_length, make_vocab_size_divisible_by=make_vocab_size_divisible_by
+        model_dir,
+        seq_length=seq_length,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        read_families=read_families,
     )
     tokenizer = _in_checkpoint(found.tokenizer_config, found.folder, save)
     run_config = {
@@ -153,7 +192,7 @@ def import_checkpoint(
         "tokenizer": group_to_dict(tokenizer),
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": found.tokenizer.fingerprint(),
-        "families": {},
+        "families": found.families.configurations,
         IMPORTED: found.imported.placed(save).as_json(),
     }
     # mcore's checkpoint writer needs a process group, even for one process; the seed has no effect.
@@ -162,7 +201,9 @@ def import_checkpoint(
         with complete_directory(save, "--save") as folder:
             copy_imported(found.tokenizer, found.folder, folder / TOKENIZER_FOLDER)
             found.imported.copy_files(folder)
-            (folder / FLAGS_FILE).write_text(model_flags(found.model, tokenizer), encoding="utf-8")
+            (folder / FLAGS_FILE).write_text(
+                model_flags(found.model, tokenizer, **found.families.groups), encoding="utf-8"
+            )
             write_checkpoint(folder, found.state, run_config)
     finally:
         process_groups.shutdown()
@@ -189,7 +230,7 @@ def require_one_process() -> None:
         )
 
 
-def model_flags(model: ModelConfig, tokenizer: TokenizerConfig) -> str:
-    """Returns the YAML text of an imported model's flags, for `--config`."""
+def model_flags(model: ModelConfig, tokenizer: TokenizerConfig, **groups: Any) -> str:
+    """Returns the YAML text of an imported model's flags, for `--config`; `groups` are those of its families."""
     head = "# Imported model and tokenizer. Pass this file to a training script as --config; its flags override it.\n"
-    return head + format_groups({"model": model, "tokenizer": tokenizer})
+    return head + format_groups({"model": model, "tokenizer": tokenizer, **groups})

@@ -22,7 +22,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.formats.configs.hf_config import choose_architecture
 from megatron_ext.interop.formats.weight_layout import Entry, entries, split
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.lora.adapter import LoRAAdapter

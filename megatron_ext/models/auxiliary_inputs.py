@@ -7,7 +7,8 @@ A model family declares `AuxiliaryStream`s. They are transported in two ways:
   Only `GPTModel` and `ExtendedTransformerLayer` use that name.
 * To the next stage. Streams with `travels=True` are appended to the hidden states as further rows of width h, so that
   the pipeline schedule sends one tensor, [k * s, b, h]. The schedule sees a longer sequence, which works with and
-  without interleaving; the interleaved schedule would refuse a wider tensor.
+  without interleaving; the interleaved schedule would refuse a wider tensor. Those with `written=True`, which a layer
+  may write, are sent as the stage's last layer has them.
 
 Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism that is the local part of the
 sequence; a stream with `full_sequence=True` always has all rows.
@@ -41,6 +42,9 @@ class AuxiliaryStream:
     travels: bool = False
     """Whether the stream is sent to the next pipeline stage."""
 
+    written: bool = False
+    """Whether a layer writes the stream; it holds zeros before that. The stage sends what its last layer has."""
+
 
 class AuxiliaryInputs:
     """Layout of a run's auxiliary streams.
@@ -52,21 +56,17 @@ class AuxiliaryInputs:
         names = [stream.name for stream in streams]
         if len(set(names)) != len(names):
             raise ValueError(f"auxiliary streams need distinct names, got {names}")
-        if any(stream.travels and stream.full_sequence for stream in streams):
-            raise ValueError(
-                "an auxiliary stream cannot have both travels=True and full_sequence=True: it travels as rows of the "
-                "hidden states, which sequence parallelism splits"
-            )
         # The stream of variable width comes last: its size is what remains after the others.
         self._to_layers = sorted((s for s in streams if s.to_layers), key=lambda stream: stream.width is None)
         if sum(stream.width is None for stream in streams) > 1:
             raise ValueError("at most one auxiliary stream may have width=None")
         self._travelling = [stream for stream in streams if stream.travels]
+        self._written = [stream for stream in self._travelling if stream.written]
         self._sequence_parallel_size = sequence_parallel_size
 
     def pipeline_factor(self, hidden_size: int) -> int:
         """Returns k: the tensor sent between two stages has k times the rows of the hidden states."""
-        return 1 + -(-sum(stream.width or 0 for stream in self._travelling) // hidden_size)
+        return self._factor(self._travelling, hidden_size)
 
     @property
     def travels(self) -> bool:
@@ -80,27 +80,72 @@ class AuxiliaryInputs:
 
     def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the tensor that a stage sends, [k * s, b, h]: hidden states [s, b, h], then travelling streams."""
-        if not self._travelling:
-            return hidden_states
-        rows, batch, hidden_size = hidden_states.shape
-        widths = sum(stream.width or 0 for stream in self._travelling)
-        further = self.pipeline_factor(hidden_size) - 1
-        streams = torch.cat([values[stream.name] for stream in self._travelling], dim=-1)
-        padded = F.pad(streams, (0, further * hidden_size - widths))
-        as_rows = padded.view(rows, batch, further, hidden_size).movedim(2, 0).flatten(0, 1)
-        return torch.cat([hidden_states, as_rows])
+        return self._join(self._travelling, hidden_states, values)
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Splits a received tensor, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
-        if not self._travelling:
+        return self._split(self._travelling, joined)
+
+    def with_written(self, hidden_states: torch.Tensor, layer_inputs: "LayerInputs") -> torch.Tensor:
+        """Returns the last layer's output with the streams that layers have written as further rows.
+
+        A stage's layers return one tensor, through activation recomputation too.
+        """
+        values = {stream.name: layer_inputs.read(stream.name) for stream in self._written}
+        return self._join(self._written, hidden_states, values)
+
+    def without_written(self, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Splits what `with_written` has returned into hidden states and streams."""
+        return self._split(self._written, output)
+
+    def unwritten(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the zeros that a stream holds until a layer writes it."""
+        rows, batch, _ = hidden_states.shape
+        return {
+            stream.name: hidden_states.new_zeros(rows * self._parts(stream), batch, stream.width or 0)
+            for stream in self._written
+        }
+
+    def _parts(self, stream: AuxiliaryStream) -> int:
+        """Returns how many times as many rows as the hidden states the stream has on this rank."""
+        return self._sequence_parallel_size if stream.full_sequence else 1
+
+    def _factor(self, streams: list[AuxiliaryStream], hidden_size: int) -> int:
+        return 1 + -(-sum((stream.width or 0) * self._parts(stream) for stream in streams) // hidden_size)
+
+    def _join(
+        self, streams: list[AuxiliaryStream], hidden_states: torch.Tensor, values: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if not streams:
+            return hidden_states
+        rows, batch, hidden_size = hidden_states.shape
+        further = self._factor(streams, hidden_size) - 1
+        # A stream with the whole sequence travels as its parts beside each other, each as long as the hidden states.
+        found = [
+            values[stream.name].view(self._parts(stream), rows, batch, -1).movedim(0, 2).flatten(2)
+            for stream in streams
+        ]
+        wide = torch.cat(found, dim=-1)
+        padded = F.pad(wide, (0, further * hidden_size - wide.size(-1)))
+        as_rows = padded.view(rows, batch, further, hidden_size).movedim(2, 0).flatten(0, 1)
+        return torch.cat([hidden_states, as_rows])
+
+    def _split(
+        self, streams: list[AuxiliaryStream], joined: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if not streams:
             return joined, {}
         _, batch, hidden_size = joined.shape
-        factor = self.pipeline_factor(hidden_size)
+        factor = self._factor(streams, hidden_size)
         rows = joined.size(0) // factor
-        streams = joined[rows:].view(factor - 1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
-        sizes = [stream.width or 0 for stream in self._travelling]
-        values = streams.split([*sizes, streams.size(-1) - sum(sizes)], dim=-1)
-        return joined[:rows], {s.name: v for s, v in zip(self._travelling, values, strict=False)}
+        wide = joined[rows:].view(factor - 1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
+        sizes = [(stream.width or 0) * self._parts(stream) for stream in streams]
+        values = wide.split([*sizes, wide.size(-1) - sum(sizes)], dim=-1)
+        found = {
+            stream.name: value.unflatten(-1, (self._parts(stream), -1)).movedim(2, 0).flatten(0, 1)
+            for stream, value in zip(streams, values, strict=False)
+        }
+        return joined[:rows], found
 
     def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Packs the streams for the layers into one flat tensor.
@@ -173,7 +218,10 @@ class LayerInputs:
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the modules and layers that follow on this stage, but not for the next stage."""
+        """Replaces the stream for the modules and layers that follow on this stage.
+
+        The next stage gets it, too, if the stream is declared with `written=True`.
+        """
         assert self.packed is not None, f"cannot write auxiliary stream '{name}': nothing was packed"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]

@@ -16,8 +16,10 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStrea
 from megatron_ext.models.engine_config import build_transformer_config
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import initialize_parameters
-from megatron_ext.models.layer_spec import block_spec, layer_spec
+from megatron_ext.models.layer_spec import block_spec, key_value_streams, layer_spec
 from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.models.ops.positions.rope_scaling import depends_on_length
+from megatron_ext.models.ops.positions.rotary_by_length import RotaryByLength
 from megatron_ext.models.ops.rotary import rotary_frequencies
 from megatron_ext.models.transformer_engine import check_te, fuse_gradient_accumulation, uses_te
 from megatron_ext.platform import process_groups
@@ -71,7 +73,7 @@ def build_model(
     check_te(model, parallel)
     config = build_transformer_config(model, parallel, bf16=bf16, fp16=fp16)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
-    auxiliary = AuxiliaryInputs(_merged_streams(config, extensions), sequence_parallel_size)
+    auxiliary = AuxiliaryInputs(_merged_streams(model, config, extensions), sequence_parallel_size)
     fuses_norms = fuses_norms and uses_te(model) and not _keeps_norms(config, extensions)
     if parallel.gradient_accumulation_fusion:
         _check_fused_gradients(extensions)
@@ -105,10 +107,12 @@ def _check_fused_gradients(extensions: list[Extension]) -> None:
             )
 
 
-def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[AuxiliaryStream]:
+def _merged_streams(
+    model: ModelConfig, config: TransformerConfig, extensions: list[Extension]
+) -> list[AuxiliaryStream]:
     # Families may declare the same stream (the word embedding); it is carried once.
     streams = [stream for extension in extensions for stream in extension.streams(config)]
-    return list(dict.fromkeys(streams))
+    return list(dict.fromkeys([*streams, *key_value_streams(model, config.tensor_model_parallel_size)]))
 
 
 def _build_chunk(
@@ -131,6 +135,7 @@ def _build_chunk(
             bidirectional=any(extension.bidirectional for extension in extensions),
             fuses_norms=fuses_norms,
             number=number,
+            stage=stage,
         )
         for number in stage.layer_numbers
     ]
@@ -151,10 +156,13 @@ def _build_chunk(
         stage=stage,
         sliding_window=model.sliding_window,
         embedding_multiplier=model.embedding_multiplier,
+        logit_divisor=model.logit_divisor,
         final_logit_softcapping=model.final_logit_softcapping,
     )
     scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
-    if scales or model.rotary_base_local is not None:
+    if depends_on_length(model):
+        chunk.rotary_pos_emb = RotaryByLength(model, groups.cp)
+    elif scales or model.has_two_rotaries or model.rotary_proportion != 1.0:
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for extension in extensions:
         module = extension.stage_module(config, stage, groups)

@@ -90,6 +90,13 @@ def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, S
                 yield parameter, piece
 
 
+def buffer_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
+    """Yields pairs of a buffer and its shard, for all buffers in a module's sharded state dict."""
+    for value in state.values():
+        if isinstance(value, ShardedTensor) and not isinstance(value.data, torch.nn.Parameter):
+            yield value.data, value
+
+
 def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> torch.Tensor:
     """Samples the full tensor from N(0, std), or from U(-bound, bound), and returns the local part."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()

@@ -5,7 +5,7 @@ With the slots `before_layer`, `feed_forward` and `after_mlp` the layer computes
     x      <- before_layer(x, streams)
     x      <- x + Attention(LN1(x))
     x      <- x + MLP(LN2(x))               or, instead of these two lines, x <- feed_forward(layer, x, attend, streams)
-    output <- after_mlp(x, streams)
+    output <- after_mlp(x, streams)         with a layer scalar c: output <- c * after_mlp(x, streams)
 
 With sandwich norms, norms of their own are applied to Attention(...) and MLP(...) before the sums.
 
@@ -15,7 +15,8 @@ Shapes: hidden states [s, b, h] ([s/t, b, h] under sequence parallel).
 """
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +24,14 @@ from typing import Any
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
+from megatron_ext.models.attention.extended_self_attention import ExtendedSelfAttention
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, LayerInputs
 from megatron_ext.models.ops.attention import SDPAttention
+from megatron_ext.platform import process_groups
 
 SLOTS = ("before_layer", "feed_forward", "after_mlp")
 
@@ -77,8 +81,10 @@ class NormInLinear(torch.nn.Module):
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
-def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Callable[..., BiasDropoutAdd]:
-    """Returns the engine's bias-dropout-add `add`, with a norm of the output and its bias before dropout and sum."""
+def changed(
+    change: Callable[[torch.Tensor], torch.Tensor], add: Callable[..., BiasDropoutAdd]
+) -> Callable[..., BiasDropoutAdd]:
+    """Returns the engine's bias-dropout-add `add`, which changes the output with its bias before dropout and sum."""
 
     def choose(*args: Any) -> BiasDropoutAdd:
         add_residual = add(*args)
@@ -87,22 +93,46 @@ def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Cal
             returned: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
         ) -> torch.Tensor:
             output, bias = returned
-            normed = norm(output if bias is None else output + bias)
-            return add_residual((normed, None), residual, dropout)
+            whole = change(output if bias is None else output + bias)
+            return add_residual((whole, None), residual, dropout)
 
         return run
 
     return choose
 
 
+def with_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> TransformerConfig:
+    """Returns the configuration of a layer with these sizes: `config` itself where it has them."""
+    changed = {name: size for name, size in sizes.items() if getattr(config, name) != size}
+    if changed:
+        config = copy.copy(config)
+        for name, size in changed.items():
+            setattr(config, name, size)
+    return config
+
+
 class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
     def __init__(
-        self, *args: Any, submodules: ExtendedLayerSubmodules, auxiliary: AuxiliaryInputs, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        submodules: ExtendedLayerSubmodules,
+        auxiliary: AuxiliaryInputs,
+        sizes: Mapping[str, int] | None = None,
+        changes_outputs: str | None = None,
+        residual_multiplier: float = 1.0,
+        has_scalar: bool = False,
+        sends_written: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, submodules=submodules, **kwargs)
+        super().__init__(with_sizes(config, sizes or {}), *args, submodules=submodules, **kwargs)
         self.auxiliary = auxiliary
+        self.changes_outputs = changes_outputs
+        """See `ModelConfig.changes_outputs`."""
+        self.sends_written = sends_written
+        """Whether the output has the streams that layers have written as further rows, for the next stage."""
         self._separate_norm("input_layernorm", self.self_attention.linear_qkv)
         self._separate_norm("pre_mlp_layernorm", self.mlp.linear_fc1)
         for slot in SLOTS:
@@ -113,9 +143,9 @@ class ExtendedTransformerLayer(TransformerLayer):
                 pg_collection=self.pg_collection,
             )
             setattr(self, slot, module)
-        self.sandwich_norm = submodules.post_mlp_layernorm is not IdentityOp
-        """Whether the outputs of attention and MLP are normalized."""
         for name, adds in (("post_attention_layernorm", "self_attn_bda"), ("post_mlp_layernorm", "mlp_bda")):
+            if residual_multiplier != 1.0:
+                setattr(self, adds, changed(lambda output: output * residual_multiplier, getattr(self, adds)))
             norm = build_module(
                 getattr(submodules, name),
                 config=self.config,
@@ -124,10 +154,15 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
             if not isinstance(norm, IdentityOp):
                 setattr(self, name, norm)
-                setattr(self, adds, after_norm(norm, getattr(self, adds)))
-        if self.sandwich_norm:
+                setattr(self, adds, changed(norm, getattr(self, adds)))
+        if changes_outputs:
             # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
             self.bias_dropout_add_exec_handler = contextlib.nullcontext
+        self.has_scalar = has_scalar
+        """Whether the output is multiplied by the buffer `layer_scalar`."""
+        if has_scalar:
+            ones = torch.ones(1, dtype=self.config.params_dtype, device=process_groups.device())
+            self.register_buffer("layer_scalar", ones)
         self.skipped = False
         """Whether the layer returns its input unchanged; see `GPTModel.run_layers`."""
 
@@ -142,13 +177,22 @@ class ExtendedTransformerLayer(TransformerLayer):
             **kwargs: what megatron-core's block passes to every layer (mask, rotary embedding, KV cache, ...).
 
         Returns:
-            The output [s, b, h] and the packed auxiliary streams for the next layer.
+            The output [s, b, h], with further rows if `sends_written`, and the packed auxiliary streams for the next
+            layer.
         """
-        if self.skipped:
-            return hidden_states, context
         layer_inputs = self.auxiliary.open(context, hidden_states)
-        if isinstance(self.self_attention.core_attention, SDPAttention):
-            self.self_attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))
+        if not self.skipped:
+            hidden_states = self._run(hidden_states, layer_inputs, **kwargs)
+        if self.sends_written:
+            hidden_states = self.auxiliary.with_written(hidden_states, layer_inputs)
+        return hidden_states, layer_inputs.packed
+
+    def _run(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs, **kwargs: Any) -> torch.Tensor:
+        attention = self.self_attention
+        if isinstance(attention.core_attention, SDPAttention):
+            attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))
+        if isinstance(attention, ExtendedSelfAttention):
+            attention.streams = layer_inputs
         if not isinstance(self.before_layer, IdentityOp):
             hidden_states = self.before_layer(hidden_states, layer_inputs)
         if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
@@ -159,12 +203,15 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, layer_inputs)
+        if self.has_scalar:
+            hidden_states = hidden_states * self.layer_scalar
+        if isinstance(attention, ExtendedSelfAttention):
+            attention.streams = None
         # An attached loss returns a view, but the pipeline schedule frees the data of sent tensors and asserts that
         # they are not views.
-        hidden_states = make_viewless_tensor(
+        return make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
-        return hidden_states, layer_inputs.packed
 
     def _separate_norm(self, name: str, linear: torch.nn.Module) -> None:
         """Puts a `NormInLinear` in the place of a norm that the linear layer computes."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_ext.config.command_line.flag_text import argument_text
+from megatron_ext.config.groups.model.layer_shapes import refuse_layer_sizes
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
@@ -94,7 +95,8 @@ class NPTFamily(Family):
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Checks that NPT can use the model's layers."""
-        self.settings.check_model(model.is_gated, model.sandwich_norm)
+        self.settings.check_model(model.is_gated, model.changes_outputs)
+        refuse_layer_sizes(model, "the model family npt")
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that NPT adds to `model`."""

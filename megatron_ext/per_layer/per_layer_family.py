@@ -21,7 +21,9 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.datasets.blends import parse_blend
 from megatron_ext.data.indexed.manifest import read_manifest
+from megatron_ext.data.per_layer.per_layer_ids import ATTENTION_PERIOD
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -133,8 +135,16 @@ class PerLayerFamily(Family):
         return cls(settings, configuration["vocab_size"], configuration["table"])
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks that the tensor-parallel size divides the per-layer hidden size; raises `ValueError`."""
+        """Checks that the tensor-parallel size divides the per-layer hidden size, and that layers have one scalar.
+
+        Raises:
+            ValueError: they do not.
+        """
         self.settings.check_layout(parallel.tensor_model_parallel_size)
+        if model.layer_scalar and self.settings.has_layer_scalar:
+            raise ValueError(
+                f"--layer-scalar: --per-layer-preset {self.settings.per_layer_preset} has it already; omit the flag"
+            )
 
     def configuration(self) -> dict[str, Any]:
         """Returns PLE's settings, the vocabulary size and the table of ids."""
@@ -220,7 +230,13 @@ class PerLayerFamily(Family):
             )
         if self.table.device != tokens.device:
             self.table = self.table.to(tokens.device)
-        return {PER_LAYER_IDS: self.table[tokens]}
+        ids = self.table[tokens]
+        if self.settings.per_layer_strategy == "attention_guidance":
+            # Text without aligned data, such as a prompt, is taken as the beginning of one document.
+            place = batch["position_ids"]
+            ids = ids.masked_fill(place % ATTENTION_PERIOD == 0, SPECIAL["<|attention|>"])
+            ids = ids.masked_fill(place == 0, SPECIAL["<|layer_start|>"])
+        return {PER_LAYER_IDS: ids}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
         """Returns the overrides of `--per-layer-lr-scale` and `--per-layer-weight-decay` for all PLE parameters."""

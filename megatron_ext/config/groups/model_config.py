@@ -5,6 +5,7 @@ Names and defaults are Megatron's, with three exceptions: rotary positions and R
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import (
@@ -18,15 +19,19 @@ from megatron_ext.config.command_line.field_checks import (
     flag,
     flag_name,
 )
-from megatron_ext.config.command_line.layer_windows import window_tokens, windowed_layers
-
-_ROPE_SCALING = (
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_position_embeddings",
+from megatron_ext.config.command_line.layer_windows import (
+    layers_without_rotary,
+    window_tokens,
+    windowed_layers,
 )
+from megatron_ext.config.groups.model.layer_shapes import (
+    LayerFields,
+    LayerShape,
+    check_layers,
+    ffn_widths,
+    layer_shapes,
+)
+from megatron_ext.config.groups.model.positions import PositionFields, check_positions, require_default
 
 
 def check_fits_window(window: int | None, length: int, asked: str) -> None:
@@ -46,7 +51,7 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(PositionFields, LayerFields):
     """Flags for the sizes, layers and initialization of the base GPT model."""
 
     num_layers: int
@@ -75,9 +80,6 @@ class ModelConfig:
     kv_channels: int | None = None
     """Width of one attention head. Default: hidden size / number of attention heads."""
 
-    max_position_embeddings: int | None = None
-    """Largest number of positions. Default: the sequence length."""
-
     window_size: Annotated[str | None, flag(metavar="LEFT,0")] = None
     """Sliding attention window, as in Megatron-LM: the number of earlier tokens that a token attends to besides itself,
     and 0 for later ones, such as 511,0. Default: attention to all earlier tokens."""
@@ -91,37 +93,6 @@ class ModelConfig:
     window. Longer sequences are rejected; for all others, full attention gives the same result. Models imported now
     have a --window-size instead."""
 
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """Position embedding: rotary, learned, or none."""
-
-    rotary_base: float = 10000.0
-    """Base of the rotary frequencies."""
-
-    rotary_base_local: float | None = None
-    """With --window-size: base of the rotary frequencies in layers with a window, which are then not scaled. Default:
-    the frequencies of all other layers."""
-
-    rotary_percent: float = 1.0
-    """Fraction of each head's channels that are rotated, in (0, 1]."""
-
-    rotary_seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
-
-    use_rope_scaling: bool = False
-    """Scale rotary frequencies as Llama 3 does: divide low ones by a factor, keep high ones, blend those in between."""
-
-    rope_scaling_factor: float = 8.0
-    """Llama 3's rope scaling: the factor that low frequencies are divided by."""
-
-    rope_low_freq_factor: float = 1.0
-    """Llama 3's rope scaling: a frequency is low if its wavelength exceeds the original length divided by this."""
-
-    rope_high_freq_factor: float = 4.0
-    """Llama 3's rope scaling: a frequency is high if its wavelength is below the original length divided by this."""
-
-    rope_original_max_position_embeddings: int = 8192
-    """Llama 3's rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
-
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Type of the norms before attention, before the MLP, and after the last layer."""
 
@@ -133,6 +104,10 @@ class ModelConfig:
 
     sandwich_norm: bool = False
     """Normalize the outputs of attention and MLP as well, before they are added to the residual stream, as in Gemma."""
+
+    post_norm: bool = False
+    """Normalize the outputs of attention and MLP, before they are added to the residual stream, and not their inputs,
+    as in OLMo 2."""
 
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
@@ -161,12 +136,22 @@ class ModelConfig:
     qk_layernorm: bool = False
     """Normalize the queries and keys of each attention head."""
 
+    qk_projection_norm: bool = False
+    """Normalize the queries of all heads of a token together, and its keys, with one weight per channel, as in
+    OLMo 2."""
+
     softmax_scale: float | None = None
     """Factor of the attention scores. Default: 1 / sqrt(width of one attention head)."""
 
     embedding_multiplier: float = 1.0
     """Factor of the word embedding where it enters the first layer, rounded to the type of the weights; in Gemma the
     square root of the hidden size."""
+
+    residual_multiplier: float = 1.0
+    """Factor of the outputs of attention and MLP where they are added to the residual stream, as in Granite."""
+
+    logit_divisor: float = 1.0
+    """Divide the logits by this number, as in Granite."""
 
     final_logit_softcapping: float | None = None
     """Limit the logits to this number C: C tanh(logit / C). Default: no limit."""
@@ -214,28 +199,21 @@ class ModelConfig:
         check_at_least(
             self, 1, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size"
         )
-        check_at_least(
-            self, 1, "num_query_groups", "kv_channels", "rotary_base", "make_vocab_size_divisible_by"
-        )
-        check_at_least(self, 1, "rotary_base_local")
-        check_positive(self, "norm_epsilon", "rotary_percent", "init_method_std")
+        check_at_least(self, 1, "num_query_groups", "kv_channels", "make_vocab_size_divisible_by")
+        check_positive(self, "norm_epsilon", "init_method_std")
         check_positive(self, "softmax_scale", "embedding_multiplier", "final_logit_softcapping")
+        check_positive(self, "residual_multiplier", "logit_divisor")
         check_fraction(self, "hidden_dropout", "attention_dropout")
-        check_fraction(self, "rotary_percent", closed=True)
         self._check_heads()
+        self._check_norms()
         self._check_mlp()
-        self._check_rotary()
-        self._check_rotary_scaling()
+        check_positions(self)
+        check_layers(self)
         self._check_window()
         if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
             raise ValueError(
                 f"--embedding-multiplier {self.embedding_multiplier}: cannot be given together with "
                 "--position-embedding-type learned_absolute, whose sum with the word embedding it would multiply"
-            )
-        if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
-            raise ValueError(
-                f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
-                f"{self.seq_length}"
             )
         self._check_te()
 
@@ -246,86 +224,43 @@ class ModelConfig:
             )
         check_at_least(self, 1, "fp8_amax_history_len")
         if self.fp8_format is None:
-            self._require_default("fp8_recipe", "--fp8-format")
+            require_default(self, "fp8_recipe", "--fp8-format")
         if self.fp8_format is None or self.fp8_recipe != "delayed":
             for name in ("fp8_amax_history_len", "fp8_amax_compute_algo"):
-                self._require_default(name, "--fp8-format with --fp8-recipe delayed")
+                require_default(self, name, "--fp8-format with --fp8-recipe delayed")
+
+    def _check_norms(self) -> None:
+        for name, other in (("post_norm", "sandwich_norm"), ("qk_projection_norm", "qk_layernorm")):
+            if getattr(self, name) and getattr(self, other):
+                raise ValueError(f"{flag_name(name)}: cannot be given together with {flag_name(other)}")
+        if self.qk_projection_norm and self.normalization != "RMSNorm":
+            raise ValueError(
+                f"--qk-projection-norm: requires --normalization RMSNorm (got {self.normalization})"
+            )
 
     def _check_mlp(self) -> None:
         chosen = [flag_name(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(f"{chosen[-1]}: cannot be given together with {chosen[0]}")
         if self.is_gated or self.squared_relu or self.disable_bias_linear:
-            self._require_default("bias_gelu_fusion", "an MLP with GELU and biases")
+            require_default(self, "bias_gelu_fusion", "an MLP with GELU and biases")
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
                 f"--hidden-size {self.hidden_size}: too small for a gated MLP, whose default width is 0 "
                 "(8/3 of the hidden size, rounded down to a multiple of 64); give --ffn-hidden-size"
             )
 
-    def _check_rotary(self) -> None:
-        """Rejects rotary settings that would have no effect, and an odd number of rotated channels."""
-        if self.position_embedding_type != "rope":
-            for name in (
-                "rotary_base",
-                "rotary_base_local",
-                "rotary_percent",
-                "rotary_seq_len_interpolation_factor",
-                *_ROPE_SCALING,
-            ):
-                self._require_default(
-                    name, f"--position-embedding-type rope (got {self.position_embedding_type})"
-                )
-            return
-        if self.window_size is None:
-            self._require_default("rotary_base_local", "--window-size")
-        if not self.use_rope_scaling:
-            for name in _ROPE_SCALING[1:]:
-                self._require_default(name, "--use-rope-scaling")
-        channels = self.resolved_kv_channels
-        rotated = int(channels * self.rotary_percent)
-        if rotated % 2 or not rotated:
-            sizes = f"--hidden-size {self.hidden_size}, --num-attention-heads {self.num_attention_heads}"
-            given = sizes if self.kv_channels is None else f"--kv-channels {channels}"
-            raise ValueError(
-                f"{given}: a head has {channels} channels, of which --rotary-percent {self.rotary_percent} "
-                f"rotates {rotated}; this number must be even"
-                f"{'' if rotated else ' and above 0'}"
-            )
-
-    def _require_default(self, name: str, needed: str) -> None:
-        value = getattr(self, name)
-        if value != type(self).__dataclass_fields__[name].default:
-            shown = "" if value is True else f" {value}"
-            raise ValueError(f"{flag_name(name)}{shown}: has no effect; it requires {needed}")
-
     def _check_window(self) -> None:
         check_at_least(self, 1, "sliding_window")
         check_fits_window(self.sliding_window, self.seq_length, f"--seq-length {self.seq_length}")
         windowed_layers(self.window_attn_skip_freq, self.num_layers)
         if self.window_size is None:
-            self._require_default("window_attn_skip_freq", "--window-size")
+            require_default(self, "window_attn_skip_freq", "--window-size")
             return
         window_tokens(self.window_size)
         if self.attention_backend != "sdpa":
             raise ValueError(
                 f"--window-size {self.window_size}: requires --attention-backend sdpa (got {self.attention_backend})"
-            )
-
-    def _check_rotary_scaling(self) -> None:
-        names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        check_positive(self, *names)
-        check_at_least(self, 1e-6, "rotary_seq_len_interpolation_factor")  # frequencies must stay finite
-        check_at_least(self, 1, "rope_original_max_position_embeddings")
-        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
-            raise ValueError(
-                f"--rope-high-freq-factor {self.rope_high_freq_factor}: must be above "
-                f"--rope-low-freq-factor {self.rope_low_freq_factor}"
-            )
-        factor = self.rotary_seq_len_interpolation_factor
-        if factor is not None and self.use_rope_scaling:
-            raise ValueError(
-                f"--rotary-seq-len-interpolation-factor {factor}: cannot be given together with --use-rope-scaling"
             )
 
     def _check_heads(self) -> None:
@@ -353,14 +288,46 @@ class ModelConfig:
             if getattr(self, name) in values
         ]
 
+    @cached_property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The sizes of each layer."""
+        return layer_shapes(self)
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
-        if self.window_size is None:
-            return (None,) * self.num_layers
-        tokens = window_tokens(self.window_size)
-        layers = windowed_layers(self.window_attn_skip_freq, self.num_layers)
-        return tuple(tokens if has_window else None for has_window in layers)
+        return tuple(layer.window for layer in self.layers)
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether any layer has other keys and values than the engine's attention computes."""
+        return self.num_kv_shared_layers > 0 or self.attention_k_eq_v or self.v_layernorm
+
+    @property
+    def has_two_rotaries(self) -> bool:
+        """Whether the rotary embedding of layers with a window differs from that of all other layers."""
+        is_partial = self.window_size is not None and self.rotary_proportion != 1.0
+        return is_partial or self.rotary_base_local is not None or self.kv_channels_full is not None
+
+    @property
+    def without_rotary(self) -> tuple[bool, ...]:
+        """For each layer, whether --no-rope-freq takes its rotary positions."""
+        return layers_without_rotary(self.no_rope_freq, self.num_layers)
+
+    @property
+    def changes_outputs(self) -> str | None:
+        """The flag with which a layer changes the outputs of attention and MLP before it adds them; None if none."""
+        flags = {
+            "--sandwich-norm": self.sandwich_norm,
+            "--post-norm": self.post_norm,
+            "--residual-multiplier": self.residual_multiplier != 1.0,
+        }
+        return next((flag for flag, is_set in flags.items() if is_set), None)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalized."""
+        return self.qk_layernorm or self.qk_projection_norm
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -384,7 +351,9 @@ class ModelConfig:
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """Width of the MLP: --ffn-hidden-size, or the default that is described there."""
+        """Width of the MLP: --ffn-hidden-size, or its default; the largest one if layers differ."""
+        if self.ffn_hidden_sizes is not None:
+            return max(ffn_widths(self.ffn_hidden_sizes, self.num_layers) or ())
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.is_gated:

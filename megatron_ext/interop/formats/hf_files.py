@@ -6,7 +6,7 @@ tensor and writing for one file, however large the model is. Pickled weights (`p
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ from megatron_ext.training.checkpoint.checkpoint_files import write_safetensors_
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+Group = tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]
+"""Tensors that are written together: (name, size in bytes) of each, and a function that reads them."""
 
 _READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 """Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 becomes fp32 (exactly)."""
@@ -186,6 +189,22 @@ class SafetensorsFiles:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self.dtype(name))
 
+    def read_integers(self, name: str) -> torch.Tensor | None:
+        """Reads a tensor of integers; None if there is no such tensor.
+
+        Raises:
+            ValueError: the tensor has another dtype.
+        """
+        if name not in self._file_of:
+            return None
+        with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        if tensor.is_floating_point():
+            raise ValueError(
+                f"{self.folder / self._file_of[name]}: {name} has dtype {tensor.dtype}, must hold integers"
+            )
+        return tensor
+
 
 def _indexed_files(index: Path) -> list[str]:
     weight_map = read_object(index, "").get("weight_map")
@@ -205,16 +224,19 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         files: the Hugging Face tensors.
         model: configuration of the base model.
         found: result of `weight_layout.entries` for the model.
+        besides: names of further tensors in the files, which belong to the model but to no entry.
 
     Raises:
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
     """
 
-    def __init__(self, files: TensorFiles, model: ModelConfig, found: list[Entry]) -> None:
+    def __init__(
+        self, files: TensorFiles, model: ModelConfig, found: list[Entry], besides: Collection[str] = ()
+    ) -> None:
         self._files = files
         self._model = model
         self._entries = {entry.name: entry for entry in found}
-        _check(files, found, tied=not model.untie_embeddings_and_output_weights)
+        _check(files, found, besides, tied=not model.untie_embeddings_and_output_weights)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
@@ -242,10 +264,11 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
 
-def _check(files: TensorFiles, found: list[Entry], *, tied: bool) -> None:
+def _check(files: TensorFiles, found: list[Entry], besides: Collection[str], *, tied: bool) -> None:
     wanted = dict(part for entry in found for part in entry.parts)
     missing = [name for name in wanted if name not in files.names]
-    extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
+    unknown = files.names - set(wanted) - set(besides)
+    extra = sorted(name for name in unknown if not name.endswith(".rotary_emb.inv_freq"))
     other = other_names(files.names, wanted) if missing or extra else None
     if other is not None:
         raise ValueError(f"--model-dir {files.folder}: {other}")
@@ -278,21 +301,20 @@ def _listed(names: Sequence[str]) -> str:
 
 def write_safetensors(
     folder: Path,
-    tensors: Iterable[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]],
+    tensors: Iterable[Group],
     max_shard_size: int,
 ) -> list[str]:
     """Writes tensors into safetensors files of at most `max_shard_size` bytes, and an index if there are several.
 
     Args:
         folder: an empty directory.
-        tensors: groups of tensors that are read together. A group is a pair: a list with the (name, size in bytes) of
-            each of its tensors, and a function that reads these tensors.
+        tensors: groups of tensors that are read together.
         max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
 
     Returns:
         The names of the files.
     """
-    shards: list[list[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]] = [[]]
+    shards: list[list[Group]] = [[]]
     size = total = 0
     for group in tensors:
         group_size = sum(part for _, part in group[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.interop.formats.hf_config import ARCHITECTURES
+from megatron_ext.interop.formats.configs.hf_config import ARCHITECTURES
 from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
 from megatron_ext.interop.gguf.gguf_tensors import ROPE_FACTORS, GGUFTensors
 

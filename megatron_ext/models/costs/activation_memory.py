@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import padded_vocab_size
-from megatron_ext.models.costs.model_cost import attention_width, qkv_width
+from megatron_ext.models.costs.model_cost import (
+    attended_keys,
+    attention_width,
+    mean_over_layers,
+    qkv_width,
+)
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.ops.cross_entropy import BLOCK_BYTES
 
@@ -76,8 +81,12 @@ class ParallelLayout:
 
     @property
     def ffn_bytes(self) -> float:
-        """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank."""
-        width = self.model.resolved_ffn_hidden_size / self.parallel.tensor_model_parallel_size
+        """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank; that of the widest layer."""
+        return max(map(self.ffn_bytes_of, range(self.model.num_layers)))
+
+    def ffn_bytes_of(self, layer: int) -> float:
+        """Returns the bytes of the inner tensor [s, b, f/t] of one layer's MLP."""
+        width = self.model.layers[layer].ffn_hidden_size / self.parallel.tensor_model_parallel_size
         return self.tokens * width * self.element_bytes
 
     @property
@@ -174,10 +183,12 @@ def _kept_and_recomputed(
     model, parallel = layout.model, layout.parallel
     numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
     saved = [
-        layer_activation_bytes(layout, layout.use(number)) + sum(family.layers[number] for family in families)
+        layer_activation_bytes(layout, layout.use(number), number)
+        + sum(family.layers[number] for family in families)
         for number in numbers
     ]
     streams = sum(family.streams[number] for family in families for number in numbers)
+    streams += shared_key_bytes(layout, stage)
     held = sum(family.held[number] for family in families for number in numbers)
     again = 0.0
     if parallel.recompute_granularity != "full":
@@ -212,7 +223,7 @@ def _evaluation_bytes(layout: ParallelLayout, stage: int) -> float:
     return head_activation_bytes(layout) if is_last else 0.0
 
 
-def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> float:
+def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer: int | None = None) -> float:
     """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
 
     Full recomputation is not taken into account. A layer saves these values per token (letters as in `model_cost`):
@@ -221,13 +232,14 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> fl
     grouped queries that are normalized); attention output (n d); the MLP's inner tensors (GELU: 2f, gated: 3f); dropout
     masks of one byte per value (as on a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d
     per token of its own). With a sliding window shorter than the sequence, attention keeps joined keys and values, and
-    its output twice; where only some layers have one, every layer counts the mean over all layers. Unfused core
-    attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
+    its output twice. A layer that uses the keys and values of another saves only its queries and rotated keys. Unfused
+    core attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
     A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
 
     Args:
         layout: the run's settings.
         use: how a step uses the layer. What a layer of `Use.PARTIAL` saves is counted by its model family.
+        layer: number of the layer; None for the mean over all layers.
     """
     if use < Use.GRADIENT:
         return 0.0
@@ -239,7 +251,8 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED) -> fl
     whole += 2 * layout.model.sandwich_norm * layout.hidden_bytes
     whole += 2 * (layout.model.hidden_dropout > 0) * layout.hidden_bytes / size
     mlp = 0 if "mlp" in again else (3 if layout.model.is_gated else 2) - is_frozen
-    return whole + attention_activation_bytes(layout) + mlp * layout.ffn_bytes
+    inner = mean_over_layers(layout.model, layer, layout.ffn_bytes_of)
+    return whole + attention_activation_bytes(layout, layer) + mlp * inner
 
 
 def mlp_backward_bytes(layout: ParallelLayout) -> float:
@@ -247,46 +260,58 @@ def mlp_backward_bytes(layout: ParallelLayout) -> float:
     return (4 if layout.model.is_gated else 2) * layout.ffn_bytes
 
 
-def attention_activation_bytes(layout: ParallelLayout) -> float:
-    """Returns the bytes that one layer's attention saves between its norm and its output projection."""
+def attention_activation_bytes(layout: ParallelLayout, layer: int | None = None) -> float:
+    """Returns the bytes that a layer's attention saves between its norm and its output projection.
+
+    Without a number of a layer: the mean over all layers.
+    """
     model, parallel = layout.model, layout.parallel
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    windowed = [window is not None and window < model.seq_length for window in model.windows]
-    share = sum(windowed) / model.num_layers
-    in_parts = _divided_attention_width(layout)
-    plain = in_parts if parallel.context_parallel_size > 1 else _attention_width(model)
-    width = share * in_parts + (1 - share) * plain
-    if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
-        width += attention_width(model)  # grouped queries are copied out of the projection's output
-    shared = float(width * layout.element_bytes)
+    shared = mean_over_layers(model, layer, lambda one: _saved_width(layout, one) * layout.element_bytes)
     if model.attention_backend == "local" and "core_attn" not in again:
         shared += _score_bytes(layout)
     return layout.tokens * shared / parallel.tensor_model_parallel_size
 
 
-def _attention_width(model: ModelConfig) -> int:
-    """Returns the number of values per token that attention saves, without context parallelism."""
-    width = qkv_width(model) + attention_width(model)
-    if model.position_embedding_type == "rope" or model.qk_layernorm:
-        width += (qkv_width(model) + attention_width(model)) // 2
-    return width
-
-
-def _divided_attention_width(layout: ParallelLayout) -> int:
-    """Returns the number of values per token of this rank that attention saves if it computes in several parts.
-
-    It does so under context parallelism and with a sliding window.
-    """
-    model, ranks = layout.model, layout.parallel.context_parallel_size
+def _saved_width(layout: ParallelLayout, layer: int) -> int:
+    """Returns the number of values per token of this rank that a layer's attention saves."""
+    model, shape = layout.model, layout.model.layers[layer]
+    queries, keys = attention_width(model, layer), shape.num_query_groups * shape.kv_channels
+    is_windowed = attended_keys(model, layer) < model.seq_length
+    # Under context parallelism and with a sliding window attention computes in several parts: it saves the keys and
+    # values of all ranks, and the outputs of the parts, which are then joined.
+    in_parts = is_windowed or layout.parallel.context_parallel_size > 1
+    width = 2 * queries + 2 * keys * layout.parallel.context_parallel_size if in_parts else queries
     rotates = model.position_embedding_type == "rope"
-    keys_and_values = qkv_width(model) - attention_width(model)
-    # The keys and values of all ranks, and the outputs of the parts, which are then joined.
-    width = ranks * keys_and_values + 2 * attention_width(model)
-    if rotates or model.qk_layernorm:
-        width += attention_width(model)  # the queries
-    if model.qk_layernorm or not rotates:
-        width += qkv_width(model)  # the projection's output, which a rotation does not keep
+    if shape.keys_of is not None:
+        projected = queries if model.has_qk_norm else 0
+        return width + projected + queries + (keys if rotates and not in_parts else 0)
+    is_changed = rotates or model.has_qk_norm
+    # A rotation does not keep the projection's output, of which the values are a part.
+    keeps_values = not layout.is_half if model.v_layernorm else not in_parts
+    if keeps_values or model.has_qk_norm or not rotates:
+        width += qkv_width(model, layer)
+    if is_changed:
+        width += queries + (0 if in_parts else keys)
+    if model.has_qk_norm and shape.num_query_groups < model.num_attention_heads:
+        width += queries  # grouped queries are copied out of the projection's output
+    if model.v_layernorm:
+        width += (0 if in_parts else keys) + (2 * keys if layout.is_half else 0)  # normalized in fp32
     return width
+
+
+def shared_key_bytes(layout: ParallelLayout, stage: int) -> float:
+    """Returns the bytes per micro-batch of the keys and values that layers of a stage share, over all its chunks."""
+    shapes = layout.model.layers
+    sources = {shape.keys_of for shape in shapes if shape.keys_of is not None}
+    tensor = layout.parallel.tensor_model_parallel_size
+    width = sum(
+        2 * max(1, shapes[source].num_query_groups // tensor) * shapes[source].kv_channels
+        for source in sources
+    )
+    # A chunk keeps them as it received them (the first one: as zeros), and as its layers have written them.
+    written = sum(layer in sources for layer in layout.stage_layers(stage))
+    return (layout.chunks + written) * width * layout.tokens * layout.element_bytes
 
 
 def head_activation_bytes(layout: ParallelLayout) -> float:

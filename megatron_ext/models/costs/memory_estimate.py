@@ -128,8 +128,9 @@ def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = Fals
     model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
     stages = layout.parallel.pipeline_model_parallel_size
     work = layout.work if trained else None
-    layers = layout.layers_of(stage, Use.TRAINED if trained else Use.SKIPPED)
-    parameters = layers * layer_parameters(model, tensor)
+    least = Use.TRAINED if trained else Use.SKIPPED
+    layers = [layer for layer in layout.stage_layers(stage) if layout.use(layer) >= least]
+    parameters = sum(layer_parameters(model, tensor, layer) for layer in layers)
     if stage == 0 and (work is None or work.trains_embedding):
         parameters += embedding_parameters(model, layout.padded_vocab, tensor)
     if stage == stages - 1 and (work is None or work.head is Use.TRAINED):

@@ -13,7 +13,7 @@ V padded vocabulary.
 This is the usual 6ND (N weights, D tokens) plus attention (arXiv 2204.02311, appendix B). N counts the weights that
 take part in a matrix product: the output layer always, the word embedding's lookup never. By convention
 attention counts the full s x s square (s x w with a window) although it is causal; norms, activations and softmax are
-not counted. Where only some layers have a window, each layer counts the mean over all layers.
+not counted. A function of one layer takes its number; without one it returns the mean over all layers.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
 model family reports its own part in another `ModelCost`.
 
@@ -21,7 +21,7 @@ Torch's `FlopCounterMode` is used only in tests, to check these formulas: it mak
 recomputation too, and misses the CPU's fused attention kernel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -75,24 +75,30 @@ def model_cost(
         work: which parts a training step runs and trains; None if everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
-    parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
+    layers = range(model.num_layers)
+    parameters = sum(layer_parameters(model, layer=layer) for layer in layers)
+    parameters += norm_parameters(model, model.hidden_size)
     parameters += embedding_parameters(model, vocab)
     if model.untie_embeddings_and_output_weights:
         parameters += vocab * model.hidden_size
     head = 2.0 * model.hidden_size * vocab
-    flops = model.num_layers * layer_flops_per_token(model) + head
+    weights = [linear_flops_per_token(model, layer=layer) for layer in layers]
+    attention = [core_attention_flops_per_token(model, layer) for layer in layers]
+    flops = sum(weights) + sum(attention) + head
     if work is None:
         return ModelCost(parameters, flops)
-    attention = core_attention_flops_per_token(model)
-    of_weights, of_attention = work.layer_passes
-    training = of_weights * (layer_flops_per_token(model) - attention) + of_attention * attention
+    training = sum(
+        of_weights * weights[layer] + of_attention * attention[layer]
+        for layer, (of_weights, of_attention) in enumerate(work.passes_of_layers)
+    )
     return ModelCost(
         parameters, flops, _trained_parameters(model, vocab, work), training + work.head_passes * head
     )
 
 
 def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
-    parameters = work.layers.count(Use.TRAINED) * layer_parameters(model)
+    trained = [layer for layer, use in enumerate(work.layers) if use is Use.TRAINED]
+    parameters = sum(layer_parameters(model, layer=layer) for layer in trained)
     if work.head is Use.TRAINED:
         parameters += norm_parameters(model, model.hidden_size)
         parameters += vocab * model.hidden_size * model.untie_embeddings_and_output_weights
@@ -143,51 +149,75 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one layer."""
-    return linear_flops_per_token(model, *linear_sizes(model)) + core_attention_flops_per_token(model)
+    """Returns the forward FLOPs per token of one layer; the mean over the layers."""
+    return linear_flops_per_token(model) + core_attention_flops_per_token(model)
 
 
-def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one layer's attention (scores, weighted sum); the mean over the layers."""
-    keys = [min(model.seq_length, window or model.seq_length) for window in model.windows]
-    return 4.0 * sum(keys) / model.num_layers * attention_width(model)
+def core_attention_flops_per_token(model: ModelConfig, layer: int | None = None) -> float:
+    """Returns the forward FLOPs per token of one layer's attention (scores, weighted sum)."""
+    return 4.0 * mean_over_layers(
+        model, layer, lambda one: attended_keys(model, one) * attention_width(model, one)
+    )
+
+
+def attended_keys(model: ModelConfig, layer: int) -> int:
+    """Returns the number of keys that a layer's attention counts per token: the sequence, or the window if shorter."""
+    return min(model.seq_length, model.layers[layer].window or model.seq_length)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one MLP."""
+    """Returns the forward FLOPs per token of one MLP; the mean over the layers."""
     return linear_flops_per_token(model, "fc1", "fc2")
 
 
-def linear_flops_per_token(model: ModelConfig, *names: str) -> float:
-    """Returns the forward FLOPs per token of the given linear modules of a layer, named as in `linear_sizes`."""
-    sizes = linear_sizes(model)
-    return 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
+def linear_flops_per_token(model: ModelConfig, *names: str, layer: int | None = None) -> float:
+    """Returns the forward FLOPs per token of the given linear modules of a layer, named as in `linear_sizes`.
+
+    Without names: of all of them.
+    """
+
+    def weights(one: int) -> int:
+        sizes = linear_sizes(model, one)
+        return sum(sizes[name][0] * sizes[name][1] for name in names or sizes)
+
+    return 2.0 * mean_over_layers(model, layer, weights)
 
 
-def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def mean_over_layers(model: ModelConfig, layer: int | None, value: Callable[[int], float]) -> float:
+    """Returns the value of a layer; for None the mean over all layers."""
+    if layer is not None:
+        return value(layer)
+    return sum(map(value, range(model.num_layers))) / model.num_layers
+
+
+def linear_sizes(model: ModelConfig, layer: int = 0) -> dict[str, tuple[int, int]]:
     """Returns input and output sizes of a layer's linear modules, in the order of the forward pass."""
-    hidden, ffn, width = model.hidden_size, model.resolved_ffn_hidden_size, attention_width(model)
+    hidden, ffn, width = model.hidden_size, model.layers[layer].ffn_hidden_size, attention_width(model, layer)
     return {
-        "qkv": (hidden, qkv_width(model)),
+        "qkv": (hidden, qkv_width(model, layer)),
         "proj": (width, hidden),
         "fc1": (hidden, ffn * (1 + model.is_gated)),
         "fc2": (ffn, hidden),
     }
 
 
-def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
+def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1, layer: int = 0) -> int:
     """Returns the number of parameters of one layer on one tensor-parallel rank.
 
     Matrices and the biases of column-parallel layers are split over the ranks; norms and the biases of row-parallel
     layers, which are added after the reduction, are on every rank.
     """
-    hidden, sizes = model.hidden_size, linear_sizes(model)
+    hidden, sizes = model.hidden_size, linear_sizes(model, layer)
     shared = sum(inner * outer for inner, outer in sizes.values())
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    shape = model.layers[layer]
+    if model.qk_projection_norm:
+        keys = 0 if shape.keys_of is not None else shape.num_query_groups * shape.kv_channels
+        shared += attention_width(model, layer) + keys
     if model.qk_layernorm:
-        replicated += 2 * norm_parameters(model, model.resolved_kv_channels)
+        replicated += (1 if shape.keys_of is not None else 2) * norm_parameters(model, shape.kv_channels)
     return shared // tensor_parallel_size + replicated
 
 
@@ -204,11 +234,12 @@ def norm_parameters(model: ModelConfig, width: int) -> int:
     return width if model.normalization == "RMSNorm" else 2 * width
 
 
-def attention_width(model: ModelConfig) -> int:
-    """Returns the width of all query heads together, `n * d`."""
-    return model.num_attention_heads * model.resolved_kv_channels
+def attention_width(model: ModelConfig, layer: int = 0) -> int:
+    """Returns the width of all query heads of a layer together, `n * d`."""
+    return model.num_attention_heads * model.layers[layer].kv_channels
 
 
-def qkv_width(model: ModelConfig) -> int:
-    """Returns the output width of the fused query-key-value projection, `(n + 2g) * d`."""
-    return attention_width(model) + 2 * model.resolved_num_query_groups * model.resolved_kv_channels
+def qkv_width(model: ModelConfig, layer: int = 0) -> int:
+    """Returns the output width of a layer's fused query-key-value projection, usually `(n + 2g) * d`."""
+    shape = model.layers[layer]
+    return (model.num_attention_heads + shape.key_value_heads) * shape.kv_channels

@@ -67,11 +67,10 @@ class StepWork:
     """FLOPs per token of the model family's own matrix products, forward and backward."""
 
     @property
-    def layer_passes(self) -> tuple[int, int]:
-        """FLOPs of all layers, in units of one layer's forward pass: (products with weights, core attention)."""
-        further = self.further_forwards * len(self.layers)
-        of_weights = sum(use.weight_passes for use in self.layers)
-        return of_weights + further, sum(use.attention_passes for use in self.layers) + further
+    def passes_of_layers(self) -> list[tuple[int, int]]:
+        """FLOPs of each layer, in units of its forward pass: (products with weights, core attention)."""
+        more = self.further_forwards
+        return [(use.weight_passes + more, use.attention_passes + more) for use in self.layers]
 
     @property
     def head_passes(self) -> int:

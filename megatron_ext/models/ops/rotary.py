@@ -7,34 +7,59 @@ concatenates the rotated and the unrotated part. Shapes: input [s, b, n, d]; cos
 first r of the d values of a head are rotated.
 """
 
-import math
 from typing import Any
 
 import torch
 
+from megatron_ext.config.groups.model.layer_shapes import rotated_pairs
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.models.ops.positions.rope_scaling import depends_on_length, frequencies_at, scaled
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     """Returns the angle per position of each channel pair, `base^(-2i/r)`, in radians, with the configured scaling.
 
-    Linear scaling divides every frequency by a factor F (arXiv 2306.15595). Llama 3's scaling (arXiv 2407.21783,
-    section 3.4.3) depends on the number of turns `t` that a frequency makes over the original context length: with
-    `t <= low` it is divided by F, with `t >= high` it is unchanged, and in between `w = (t - low) / (high - low)`
-    interpolates. The engine implements Llama 3's scaling only for fixed thresholds and a fixed original length.
+    Linear scaling divides every frequency by a factor F (arXiv 2306.15595). The other scalings are in `rope_scaling`;
+    of those that depend on the length of the sequence, the result is the one for sequences up to the original length.
+    With a `rotary_proportion` below 1 the lowest frequencies are 0, so that these channels are not rotated (Gemma 4).
 
     Returns:
-        [r / 2], fp32, on the CPU. With a base of their own for layers with a window, [r]: the frequencies of the other
-        layers, then those of layers with a window, which are not scaled.
+        [r / 2], fp32, on the CPU. Where layers with a window have an embedding of their own, the frequencies of the
+        other layers, then those of layers with a window; these are not scaled if they have a base of their own.
     """
-    frequencies = _scaled(model, _unscaled(model, model.rotary_base))
-    if model.rotary_base_local is None:
+    full, local = _rotated_channels(model)
+    frequencies = _unscaled(full, model.rotary_base)
+    if model.rotary_proportion != 1.0:
+        frequencies[rotated_pairs(full, model.rotary_proportion) :] = 0.0
+    frequencies = _scaled(model, frequencies)
+    if not model.has_two_rotaries:
         return frequencies
-    return torch.cat([frequencies, _unscaled(model, model.rotary_base_local)])
+    if model.rotary_base_local is not None:
+        return torch.cat([frequencies, _unscaled(local, model.rotary_base_local)])
+    return torch.cat([frequencies, _scaled(model, _unscaled(local, model.rotary_base))])
 
 
-def _unscaled(model: ModelConfig, base: float) -> torch.Tensor:
-    rotated = int(model.resolved_kv_channels * model.rotary_percent)
+def rotary_part(model: ModelConfig, number: int) -> tuple[int, int] | None:
+    """Returns where in `rotary_frequencies` those of a layer begin, and how many they are; None if it uses all.
+
+    Args:
+        model: configuration of the base model.
+        number: the layer's number, counted from 0 over the whole model.
+    """
+    if not model.has_two_rotaries:
+        return None
+    full, local = (rotated // 2 for rotated in _rotated_channels(model))
+    return (0, full) if model.layers[number].window is None else (full, local)
+
+
+def _rotated_channels(model: ModelConfig) -> tuple[int, int]:
+    """Returns r for layers without a sliding window, and for those with one."""
+    channels = model.resolved_kv_channels
+    full = channels if model.kv_channels_full is None else model.kv_channels_full
+    return int(full * model.rotary_percent), int(channels * model.rotary_percent)
+
+
+def _unscaled(rotated: int, base: float) -> torch.Tensor:
     return 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
 
 
@@ -43,10 +68,9 @@ def _scaled(model: ModelConfig, frequencies: torch.Tensor) -> torch.Tensor:
         return frequencies / model.rotary_seq_len_interpolation_factor
     if not model.use_rope_scaling:
         return frequencies
-    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
-    turns = model.rope_original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return torch.lerp(frequencies / model.rope_scaling_factor, frequencies, kept)
+    if depends_on_length(model):
+        return frequencies_at(model, torch.tensor([1])).squeeze(0)
+    return scaled(model, frequencies)
 
 
 class _Rotate(torch.autograd.Function):

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
+from megatron_ext.config.groups.model.layer_shapes import refuse_layer_sizes
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -21,6 +22,7 @@ class ProgressiveRunConfig(RunConfig):
     """How the model grows, what is trained, and the objective."""
 
     def __post_init__(self) -> None:
+        refuse_layer_sizes(self.model, "progressive training")
         self._check_windows()
 
     def _check_windows(self) -> None:

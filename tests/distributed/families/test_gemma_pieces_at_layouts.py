@@ -1,4 +1,4 @@
-"""A model of one's own with Gemma 3's norms, scales and windows trains alike at every layout, in all three families."""
+"""A model of one's own with parts of Gemma 3 or Gemma 4 trains alike at every layout."""
 
 from dataclasses import replace
 
@@ -34,6 +34,16 @@ GEMMA = replace(
     window_attn_skip_freq="2",
     rotary_base_local=100.0,
 )
+GEMMA4 = replace(
+    GEMMA,
+    window_attn_skip_freq="2",
+    ffn_hidden_size=None,
+    ffn_hidden_sizes="[48]*2+[96]*2",
+    kv_channels_full=16,
+    num_query_groups_full=1,
+    num_kv_shared_layers=2,
+    v_layernorm=True,
+)
 WITHOUT_SANDWICH = replace(GEMMA, sandwich_norm=False)
 NP = NPTModuleConfig(npt_layers="all", np_target="gate+up+down", np_rank=4, np_init_scale=0.3)
 
@@ -55,6 +65,12 @@ VARIANTS = {
     "base model": Variant(model=GEMMA),
     "LayerNorm": Variant(model=replace(GEMMA, normalization="LayerNorm")),
     "PLE": Variant(model=GEMMA, make_families=per_layer),
+    "Gemma 4's layers": Variant(model=GEMMA4),
+    "keys that are values": Variant(
+        model=replace(GEMMA4, attention_k_eq_v=True, num_query_groups_full=2, num_kv_shared_layers=1)
+    ),
+    "one head of keys that are values": Variant(model=replace(GEMMA4, attention_k_eq_v=True)),
+    "Gemma 4's layers with PLE": Variant(model=GEMMA4, make_families=per_layer),
     "NPT, low_rank": Variant(model=WITHOUT_SANDWICH, make_families=low_rank),
     "adapters": Variant(
         model=replace(GEMMA, untie_embeddings_and_output_weights=True), make_families=MakeAdapted()

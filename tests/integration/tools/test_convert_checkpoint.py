@@ -15,10 +15,15 @@ from tokenizers import decoders, models, pre_tokenizers
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.run_config import RunConfig
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.per_layer.per_layer_ids import write_aligned
+from megatron_ext.data.per_layer.per_layer_table import save_table
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL_TOKENS, save_vocabulary
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.inference.perplexity import evaluate_perplexity
+from megatron_ext.interop import export_checkpoint
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -207,15 +212,13 @@ def _with_families(path: str, data: str) -> None:
         main(["export", "--load", f"{path}/{name}", "--model-dir", f"{path}/hf-{name}", *extra])
 
 
-def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_frozen_base_is_exported_alone_and_families_with_their_code(folder: Path, tmp_path: Path) -> None:
     alone(_with_families, str(tmp_path), str(folder / "data"))
     # NPT does not train its base, so it is that of a run which does not train at all.
     base, of_npt = tensors_in(tmp_path / "hf-base"), tensors_in(tmp_path / "hf-npt")
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "no Llama-like model can express the model family npt; use --base-only to export"),
-        ("per_layer", [], "can express the model family per_layer"),
         (
             "per_layer",
             ["--base-only"],
@@ -231,6 +234,57 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
         with pytest.raises((ValueError, OSError), match=message):
             main(["export", "--load", str(tmp_path / name), "--model-dir", str(out), *flags])
     assert not out.exists()
+    for name in ("npt", "per_layer"):
+        assert (
+            alone(
+                main,
+                ["export", "--load", str(tmp_path / name), "--model-dir", str(tmp_path / f"code-{name}")],
+            )
+            == 0
+        )
+        config = json.loads((tmp_path / f"code-{name}" / "config.json").read_text())
+        assert config["architectures"] == ["MegatronExtLlamaForCausalLM"]
+        assert (tmp_path / f"code-{name}" / "modeling_megatron_ext.py").is_file()
+    # What the export of interop alone, which knows no family, says.
+    with pytest.raises(
+        ValueError, match="no Llama-like model can express the model family npt; use --base-only"
+    ):
+        export_checkpoint(str(tmp_path / "npt"), out)
+
+
+def test_a_model_trained_on_aligned_data_needs_its_table_for_the_export(folder: Path, tmp_path: Path) -> None:
+    alone(_with_aligned_ids, str(tmp_path), str(folder))
+    argv = ["export", "--load", f"{tmp_path}/run", "--model-dir", f"{tmp_path}/out"]
+    with pytest.raises(ValueError, match="was trained on aligned per-layer data .* --per-layer-vocab-file"):
+        alone(main, argv)
+    with pytest.raises(ValueError, match="has no per-layer embedding"):
+        alone(
+            main, ["export", "--load", f"{folder}/checkpoint", *argv[3:], "--per-layer-vocab-file", "x.json"]
+        )
+    assert not (tmp_path / "out").exists()
+    assert alone(main, [*argv, "--per-layer-vocab-file", f"{tmp_path}/vocab.json"]) == 0
+    tensors = tensors_in(tmp_path / "out")
+    assert tensors["model.per_layer_ids"].tolist() == [3 + token % 4 for token in range(21)]
+
+
+def _with_aligned_ids(path: str, data: str) -> None:
+    settings = PerLayerConfig(
+        use_per_layer_embedding=True,
+        per_layer_hidden_size=8,
+        per_layer_vocab_size=16,
+        per_layer_data_path=(f"{path}/aligned",),
+    )
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=20))
+    save_vocabulary(
+        f"{path}/vocab.json", {name: number for number, name in enumerate([*SPECIAL_TOKENS, "a"])}
+    )
+    table = np.array([3 + token % 4 for token in range(21)], dtype=np.int32)
+    fingerprint = tokenizer.fingerprint()
+    save_table(f"{path}/vocab.json", "syntax_focus", table, tokenizer_fingerprint=fingerprint, seed=0)
+    index = open_index(f"{data}/data")
+    write_aligned(index, f"{path}/aligned", table, "syntax_focus", eod=20, per_layer_vocab_size=7)
+    family = PerLayerFamily(settings, 21)
+    _train([*QUICKSTART, "--data-path", f"{data}/data", "--save", f"{path}/run"], [family])
 
 
 @pytest.mark.parametrize(

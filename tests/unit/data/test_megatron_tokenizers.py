@@ -18,7 +18,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_from_dict, group_to_dict
 from megatron_ext.data.preprocess.encoding import Encoder, choose_encoder
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.interop.formats.tokenizer_conversion import to_library
+from megatron_ext.interop.formats.tokenizer.tokenizer_conversion import to_library
 from tests.unit.data.tokenizer_files import TEXTS as PROBES
 from tests.unit.data.tokenizer_files import bpe_dir, sentencepiece_models, tiktoken_file
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import export_hf, load_hf, load_into
-from megatron_ext.interop.formats.hf_config import to_model_config
+from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.hf_files import read_config
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize

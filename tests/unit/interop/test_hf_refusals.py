@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop import export_checkpoint, export_hf, import_checkpoint, load_hf
-from megatron_ext.interop.formats.hf_config import choose_architecture, from_model_config, to_model_config
+from megatron_ext.interop.formats.configs.hf_config import (
+    choose_architecture,
+    from_model_config,
+    to_model_config,
+)
 from megatron_ext.interop.output_directory import complete_directory
 from megatron_ext.testing.tiny_training import TINY
 from tests.unit.interop.hf_models import KINDS, SIZES

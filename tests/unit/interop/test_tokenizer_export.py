@@ -23,8 +23,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe, train_sentencepiece
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.interop.formats.tokenizer_files import write_files
-from megatron_ext.interop.formats.tokenizer_readback import check_read_back
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import write_files
+from megatron_ext.interop.formats.tokenizer.tokenizer_readback import check_read_back
 
 SOURCES = [Path(str(m.__file__)).read_text(encoding="utf-8") for m in (argparse, textwrap, difflib)]
 SOURCES.append("Größe naïve café Ωμέγα Привет мир 漢字かな 한국어 🙂 " * 20)

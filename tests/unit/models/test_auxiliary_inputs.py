@@ -106,6 +106,42 @@ def test_streams_of_one_name_are_refused() -> None:
         AuxiliaryInputs([NOTE, AuxiliaryStream(name="note", width=5)])
 
 
-def test_full_sequence_cannot_travel() -> None:
-    with pytest.raises(ValueError, match="travels=True and full_sequence=True"):
-        AuxiliaryInputs([AuxiliaryStream(name="x", width=1, full_sequence=True, travels=True)])
+WRITTEN = AuxiliaryStream(name="written", width=4, full_sequence=True, travels=True, written=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_a_stream_with_the_whole_sequence_travels_beside_a_part_of_the_hidden_states(
+    sequence_parallel: int,
+) -> None:
+    auxiliary, states = AuxiliaryInputs([WORDS, WRITTEN], sequence_parallel), hidden()
+    whole = torch.randn(ROWS * sequence_parallel, BATCH, 4, requires_grad=True)
+    joined = auxiliary.join(states, {**values(), "written": whole})
+    # 6 + 4, or 6 + 2 x 4, values per token beside the 6 of the hidden states.
+    assert joined.shape == ((2 + sequence_parallel) * ROWS, BATCH, HIDDEN)
+    found, travelling = auxiliary.split(joined)
+    assert torch.equal(found, states)
+    assert torch.equal(travelling["words"], values()["words"])
+    assert torch.equal(travelling["written"], whole)
+    (gradient,) = torch.autograd.grad((travelling["written"] * whole.detach()).sum(), whole)
+    assert torch.equal(gradient, whole)
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_the_last_layer_returns_the_written_streams_as_further_rows(sequence_parallel: int) -> None:
+    auxiliary, states = AuxiliaryInputs([NOTE, WORDS, WRITTEN], sequence_parallel), hidden()
+    zeros = auxiliary.unwritten(states)
+    assert zeros.keys() == {"written"} and not zeros["written"].any()
+    view = auxiliary.open(auxiliary.pack({**values(), **zeros}), states)
+    value = torch.randn_like(zeros["written"])
+    view.write("written", value)
+    output = auxiliary.with_written(states, view)
+    assert output.shape == ((1 + -(-4 * sequence_parallel // HIDDEN)) * ROWS, BATCH, HIDDEN)
+    found, written = auxiliary.without_written(output)
+    assert torch.equal(found, states) and written.keys() == {"written"}
+    assert torch.equal(written["written"], value)
+
+
+def test_without_written_streams_the_last_layer_returns_the_hidden_states() -> None:
+    auxiliary, states = AuxiliaryInputs([NOTE, WORDS]), hidden()
+    assert auxiliary.with_written(states, auxiliary.open(auxiliary.pack(values()), states)) is states
+    assert auxiliary.without_written(states) == (states, {}) and auxiliary.unwritten(states) == {}

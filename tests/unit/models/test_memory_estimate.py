@@ -14,6 +14,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.activation_memory import (
     ParallelLayout,
     layer_activation_bytes,
+    shared_key_bytes,
     stage_activation_bytes,
 )
 from megatron_ext.models.costs.memory_estimate import estimate_memory
@@ -59,6 +60,13 @@ SAVED = {
     "sandwich norms": (replace(MODEL, sandwich_norm=True), ParallelConfig(), False),
     "sandwich norms of zero-centered weights": (
         replace(MODEL, sandwich_norm=True, apply_layernorm_1p=True, disable_bias_linear=True),
+        ParallelConfig(),
+        True,
+    ),
+    "norms on values": (replace(MODEL, v_layernorm=True, qk_layernorm=True), ParallelConfig(), False),
+    "norms on values alone": (replace(MODEL, v_layernorm=True), ParallelConfig(), True),
+    "norms on values in a window": (
+        replace(MODEL, v_layernorm=True, qk_layernorm=True, window_size="7,0"),
         ParallelConfig(),
         True,
     ),
@@ -135,6 +143,43 @@ def test_activations_of_a_layer_are_what_autograd_keeps(name: str) -> None:
     estimate = layer_activation_bytes(layout_of(model, parallel, bf16=bf16))
     # The estimate leaves out what is small in a real model: rotary tables, one value a row of norms and softmax.
     assert estimate == pytest.approx(saved()[name][0], rel=0.07)
+
+
+SHARED = {
+    "shared keys": (MODEL, False),
+    "normalized shared keys": (replace(MODEL, qk_layernorm=True, v_layernorm=True), True),
+    "shared keys in a window": (replace(MODEL, window_size="7,0", qk_layernorm=True), False),
+}
+
+
+def saved_with_shared_keys() -> dict[str, list[float]]:
+    """Bytes that autograd keeps for two layers, for two of which the second uses the first's keys, and for one more."""
+    initialize(ParallelConfig(), 1)
+    return {
+        name: [
+            saved_bytes(
+                replace(model, num_layers=layers, num_kv_shared_layers=shared), ParallelConfig(), bf16
+            )
+            for layers, shared in ((2, 0), (2, 1), (3, 2))
+        ]
+        for name, (model, bf16) in SHARED.items()
+    }
+
+
+def test_a_layer_that_uses_keys_of_another_keeps_what_the_estimate_says() -> None:
+    for name, found in run_single(saved_with_shared_keys).items():
+        model, bf16 = SHARED[name]
+        layouts = [
+            layout_of(replace(model, num_layers=3, num_kv_shared_layers=shared), ParallelConfig(), bf16=bf16)
+            for shared in (0, 2)
+        ]
+        own, user = (layer_activation_bytes(layout, layer=2) for layout in layouts)
+        assert user < own
+        assert user == pytest.approx(found[2] - found[1], rel=0.07), name
+        shared = shared_key_bytes(layouts[1], 0)
+        assert shared == 2 * 2 * 2 * 16 * SEQUENCE * BATCH * (2 if bf16 else 4)
+        # Attention in blocks copies keys and values, and then keeps nothing of the stream.
+        assert found[1] - found[0] + own - user <= shared, name
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -47,6 +47,7 @@ VARIANTS = {
     "sandwich norms": replace(BASE, sandwich_norm=True, apply_layernorm_1p=True),
     "sandwich LayerNorms": replace(BASE, sandwich_norm=True, normalization="LayerNorm"),
     "narrow MLP": replace(BASE, ffn_hidden_size=96),
+    "widths per layer": replace(BASE, ffn_hidden_sizes="[96]+[160]*3", swiglu=True, disable_bias_linear=True),
     "LayerNorm": replace(BASE, normalization="LayerNorm", qk_layernorm=True),
     "learned positions": replace(
         BASE, position_embedding_type="learned_absolute", max_position_embeddings=40
@@ -63,6 +64,22 @@ VARIANTS = {
         untie_embeddings_and_output_weights=True,
     ),
 }
+WINDOWED = replace(
+    BASE,
+    window_size="7,0",
+    window_attn_skip_freq="2",
+    qk_layernorm=True,
+    num_query_groups=2,
+    sandwich_norm=True,
+)
+IN_WINDOWS = {
+    "other heads without a window": replace(WINDOWED, kv_channels_full=24, num_query_groups_full=1),
+    "keys that are values": replace(WINDOWED, attention_k_eq_v=True, disable_bias_linear=True),
+    "shared keys": replace(WINDOWED, num_kv_shared_layers=2, kv_channels_full=32, v_layernorm=True),
+    "no norms": replace(WINDOWED, num_kv_shared_layers=1, qk_layernorm=False, layer_scalar=True),
+}
+"""Models whose FLOPs torch does not count alike, because attention computes in blocks."""
+
 # The engine cannot recompute an MLP with biases: it returns one beside the output, which closes a circle in autograd.
 RECOMPUTED = replace(BASE, attention_backend="local", disable_bias_linear=True)
 RECOMPUTE = {
@@ -79,7 +96,7 @@ RECOMPUTE = {
 def built_parameters() -> dict[str, int]:
     initialize(ParallelConfig(), 1)
     counts = {}
-    for name, model in VARIANTS.items():
+    for name, model in {**VARIANTS, **IN_WINDOWS}.items():
         (chunk,) = build_model(model, ParallelConfig(), vocab_size=VOCAB, seed=1)
         counts[name] = sum(parameter.numel() for parameter in chunk.parameters())
     return counts
@@ -132,9 +149,17 @@ def flops() -> dict[tuple[str, str], tuple[int, int]]:
     return run_single(counted_flops)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *IN_WINDOWS])
 def test_parameters_equal_those_of_the_built_model(name: str) -> None:
-    assert model_cost(VARIANTS[name], VOCAB).parameters == parameters()[name]
+    assert model_cost({**VARIANTS, **IN_WINDOWS}[name], VOCAB).parameters == parameters()[name]
+
+
+def test_a_layer_that_uses_keys_of_another_computes_none() -> None:
+    model, shared = (replace(BASE, num_query_groups=2, num_kv_shared_layers=number) for number in (0, 3))
+    less = (
+        model_cost(model, VOCAB).forward_flops_per_token - model_cost(shared, VOCAB).forward_flops_per_token
+    )
+    assert less == 3 * 2 * BASE.hidden_size * 2 * 2 * BASE.resolved_kv_channels
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -14,7 +14,7 @@ from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_ext.interop.formats.directory_diagnosis import check_no_pointer
 from megatron_ext.interop.formats.hf_files import read_object
-from megatron_ext.interop.formats.tokenizer_conversion import to_library
+from megatron_ext.interop.formats.tokenizer.tokenizer_conversion import to_library
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

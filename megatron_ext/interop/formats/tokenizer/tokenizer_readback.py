@@ -15,7 +15,7 @@ from typing import Any
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_ext.data.tokenizers.tokenizer import PROBE_TEXTS
-from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from megatron_ext.interop.formats.tokenizer.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _GENERAL_CLASS = "PreTrainedTokenizerFast"
 _FURTHER_TEXTS = (

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ext.config.groups.model.layer_shapes import LAYER_DIFFERENCES
 from megatron_ext.config.groups.model_config import ModelConfig
 
 _LOCAL_BASE = 10000.0
@@ -43,15 +44,13 @@ def expresses_gemma(model: ModelConfig) -> bool:
     scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
     # Scaled frequencies in layers with a window would have to be written in transformers 5's words only.
     rotary = model.rotary_base_local is not None or not (has_windows and scaled)
-    return always and multiplier and scale and rotary
+    return always and multiplier and scale and rotary and not has_parts_of_gemma4(model)
 
 
-def is_plain(model: ModelConfig) -> bool:
-    """Returns whether the model has none of Gemma's norms, scales and activation, as all other architectures."""
-    scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
-    own = model.geglu or model.apply_layernorm_1p or model.sandwich_norm
-    is_changed = model.embedding_multiplier != 1.0 or model.final_logit_softcapping is not None
-    return not own and not is_changed and scale and model.rotary_base_local in (None, model.rotary_base)
+def has_parts_of_gemma4(model: ModelConfig) -> bool:
+    """Returns whether the model has anything that, of all architectures, only Gemma 4 has."""
+    differs = any(getattr(model, name) for name in LAYER_DIFFERENCES)
+    return differs or model.v_layernorm or model.layer_scalar or model.rotary_proportion != 1.0
 
 
 def gemma_fields(model: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Parts of the base model's config group: fields that belong together, with their checks."""

@@ -1,0 +1,211 @@
+"""Sizes of each layer: its sliding window, the width of its MLP, size and number of its heads, and whose keys it uses.
+
+`--ffn-hidden-sizes` is a list of one width per layer, such as [6144]*15+[12288]*20. Flags that end in `-full` are for
+layers without a sliding window, in a model in which other layers have one, as in Gemma 4. With
+`--num-kv-shared-layers N` each of the last N layers uses the keys and values of the last of the layers before them that
+is of its kind, with a window or without.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
+from megatron_ext.config.command_line.layer_windows import entries_of, window_tokens, windowed_layers
+from megatron_ext.config.groups.model.positions import require_default
+
+if TYPE_CHECKING:
+    from megatron_ext.config.groups.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFields:
+    """Flags for what layers of the base GPT model have besides the sizes that all have in common."""
+
+    ffn_hidden_sizes: Annotated[str | None, flag(metavar="LIST")] = None
+    """Width of the MLP of every layer, as a list such as [6144]*15+[12288]*20. Default: the same in all layers."""
+
+    num_query_groups_full: int | None = None
+    """With --window-size: number of key/value heads in layers without a window. Default: as in all other layers."""
+
+    kv_channels_full: int | None = None
+    """With --window-size: width of one attention head in layers without a window. Default: as in all other layers."""
+
+    num_kv_shared_layers: int = 0
+    """Number of layers, the last ones, that use the keys and values of an earlier layer: the last one before them that
+    has a sliding window, or none, as they do."""
+
+    attention_k_eq_v: bool = False
+    """In layers without a sliding window, use the keys as values, too, without their norm and rotation."""
+
+    v_layernorm: bool = False
+    """Divide the values of each attention head by their root mean square."""
+
+    layer_scalar: bool = False
+    """Multiply the output of every layer by a number of its own, which is 1 unless it was imported, and never trained,
+    as in Gemma 4. --per-layer-preset gemma4 has it without this flag."""
+
+
+LAYER_DIFFERENCES = (
+    "ffn_hidden_sizes",
+    "num_query_groups_full",
+    "kv_channels_full",
+    "attention_k_eq_v",
+    "num_kv_shared_layers",
+)
+"""Fields of `ModelConfig` by which the tensors of layers differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes of one layer."""
+
+    window: int | None
+    """Number of tokens that a token attends to, its own included; None if all earlier ones."""
+
+    ffn_hidden_size: int
+    """Width of the MLP."""
+
+    kv_channels: int
+    """Width of one attention head."""
+
+    num_query_groups: int
+    """Number of key/value heads."""
+
+    values_are_keys: bool = False
+    """Whether the keys are the values, too."""
+
+    keys_of: int | None = None
+    """Number of the earlier layer whose keys and values this layer uses; None if it has its own."""
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of heads of keys and values that the layer projects its input to."""
+        if self.keys_of is not None:
+            return 0
+        return self.num_query_groups * (1 if self.values_are_keys else 2)
+
+
+def layer_shapes(model: "ModelConfig") -> tuple[LayerShape, ...]:
+    """Returns the sizes of every layer."""
+    windows: tuple[int | None, ...] = (None,) * model.num_layers
+    if model.window_size is not None:
+        tokens = window_tokens(model.window_size)
+        windowed = windowed_layers(model.window_attn_skip_freq, model.num_layers)
+        windows = tuple(tokens if has_window else None for has_window in windowed)
+    widths = ffn_widths(model.ffn_hidden_sizes, model.num_layers)
+    if widths is None:
+        widths = (model.resolved_ffn_hidden_size,) * model.num_layers
+    sources = _sources(windows, model.num_kv_shared_layers)
+    return tuple(
+        _shape(model, window, width, source)
+        for window, width, source in zip(windows, widths, sources, strict=True)
+    )
+
+
+def _sources(windows: tuple[int | None, ...], num_shared: int) -> list[int | None]:
+    """Returns for each layer the number of the layer whose keys and values it uses; None for its own."""
+    first = len(windows) - num_shared
+    last_of_kind = {window: layer for layer, window in enumerate(windows[:first])}
+    return [None] * first + [last_of_kind.get(window) for window in windows[first:]]
+
+
+def _shape(model: "ModelConfig", window: int | None, ffn_hidden_size: int, source: int | None) -> LayerShape:
+    channels, groups = model.resolved_kv_channels, model.resolved_num_query_groups
+    if window is None:
+        channels = channels if model.kv_channels_full is None else model.kv_channels_full
+        groups = groups if model.num_query_groups_full is None else model.num_query_groups_full
+    return LayerShape(
+        window=window,
+        ffn_hidden_size=ffn_hidden_size,
+        kv_channels=channels,
+        num_query_groups=groups,
+        values_are_keys=model.attention_k_eq_v and window is None,
+        keys_of=source,
+    )
+
+
+def ffn_widths(text: str | None, num_layers: int) -> tuple[int, ...] | None:
+    """Returns the width of every layer's MLP for a value of --ffn-hidden-sizes; None for None.
+
+    Raises:
+        ValueError: the value is not a list of one width per layer.
+    """
+    if text is None:
+        return None
+    widths = entries_of(text, num_layers)
+    if widths is None or len(widths) != num_layers or min(widths) < 1:
+        raise ValueError(
+            f"--ffn-hidden-sizes {text}: must be a list of {num_layers} widths of at least 1, one for each layer, such "
+            "as [256]*2+[512]*2"
+        )
+    return tuple(widths)
+
+
+def check_layers(model: "ModelConfig") -> None:
+    """Raises `ValueError` if flags for layers have impossible values, contradict each other or have no effect."""
+    check_at_least(model, 1, "num_query_groups_full", "kv_channels_full")
+    if model.ffn_hidden_sizes is not None and model.ffn_hidden_size is not None:
+        raise ValueError(
+            f"--ffn-hidden-size {model.ffn_hidden_size}: cannot be given together with --ffn-hidden-sizes, which has "
+            "the width of every layer"
+        )
+    ffn_widths(model.ffn_hidden_sizes, model.num_layers)
+    if model.window_size is None:
+        for name in ("kv_channels_full", "num_query_groups_full"):
+            require_default(model, name, "--window-size")
+    if model.has_own_attention and model.attention_backend != "sdpa":
+        raise ValueError(
+            "--num-kv-shared-layers, --attention-k-eq-v, --v-layernorm: require --attention-backend sdpa (got "
+            f"{model.attention_backend})"
+        )
+    _check_sharing(model)
+    groups = model.num_query_groups_full
+    if groups is not None and model.num_attention_heads % groups:
+        raise ValueError(
+            f"--num-query-groups-full {groups}: must divide --num-attention-heads {model.num_attention_heads}"
+        )
+    _check_rotation(model)
+
+
+def _check_rotation(model: "ModelConfig") -> None:
+    channels, proportion = model.kv_channels_full, model.rotary_proportion
+    if proportion != 1.0 and model.rotary_percent != 1.0:
+        raise ValueError(
+            f"--rotary-proportion {proportion}: cannot be given together with --rotary-percent {model.rotary_percent}"
+        )
+    if proportion != 1.0 and not rotated_pairs(channels or model.resolved_kv_channels, proportion):
+        raise ValueError(f"--rotary-proportion {proportion}: rotates no channels of a head")
+    if channels is not None and model.position_embedding_type == "rope":
+        rotated = int(channels * model.rotary_percent)
+        if rotated % 2 or not rotated:
+            raise ValueError(
+                f"--kv-channels-full {channels}: --rotary-percent {model.rotary_percent} rotates {rotated} channels of "
+                "a head; this number must be even and above 0"
+            )
+
+
+def rotated_pairs(channels: int, proportion: float) -> int:
+    """Returns the number of pairs of channels that are rotated, as transformers rounds it."""
+    return int(proportion * channels // 2)
+
+
+def _check_sharing(model: "ModelConfig") -> None:
+    num_shared, layers = model.num_kv_shared_layers, model.num_layers
+    if not 0 <= num_shared < layers:
+        raise ValueError(f"--num-kv-shared-layers {num_shared}: must lie in [0, {layers - 1}]")
+    for number in range(layers - num_shared, layers):
+        if model.layers[number].keys_of is None:
+            kind = "without" if model.layers[number].window is None else "with"
+            raise ValueError(
+                f"--num-kv-shared-layers {num_shared}: layer {number} is {kind} a sliding window, and none of the "
+                f"first {layers - num_shared} layers is, whose keys and values it could use"
+            )
+
+
+def refuse_layer_sizes(model: "ModelConfig", by: str) -> None:
+    """Raises `ValueError` if layers differ in what they compute; `by` names what requires them to be equal."""
+    for name in LAYER_DIFFERENCES:
+        value = getattr(model, name)
+        if value:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"{flag_name(name)}{shown}: not supported by {by}")

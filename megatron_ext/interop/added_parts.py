@@ -1,0 +1,68 @@
+"""What model families add to a model in Hugging Face's format: tensors, sections of config.json, and code.
+
+No class of transformers has these parts. The directory brings the class that computes them, in a file of its own, and
+config.json names it under `auto_map`; transformers loads it with `trust_remote_code=True`. The `model_type` is that of
+the base model with a prefix, so that no other class of transformers reads the directory.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.interop.formats.weight_layout import Entry
+
+PREFIX, CLASS_PREFIX = "megatron_ext_", "MegatronExt"
+
+SECTIONS = ("per_layer_embedding", "npt")
+"""Names of the sections of config.json that families add."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedParts:
+    """What model families add to one model."""
+
+    entries: list[Entry]
+    """The tensors in a checkpoint and in Hugging Face's format."""
+
+    fields: dict[str, Any]
+    """Sections of config.json."""
+
+    code: Path
+    """File with the model's class."""
+
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Integer tensors of Hugging Face's format that a checkpoint holds in another form, by name."""
+
+    def config(self, base: dict[str, Any]) -> dict[str, Any]:
+        """Returns the config.json of the extended model from that of its base model."""
+        name = str(base["architectures"][0]).removesuffix("ForCausalLM")
+        classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+        return {
+            **base,
+            "architectures": [f"{CLASS_PREFIX}{name}ForCausalLM"],
+            "model_type": PREFIX + base["model_type"],
+            "auto_map": {
+                auto: f"{self.code.stem}.{CLASS_PREFIX}{name}{suffix}" for auto, suffix in classes.items()
+            },
+            **self.fields,
+        }
+
+    def write_code(self, folder: Path) -> None:
+        """Copies the file with the model's class."""
+        shutil.copyfile(self.code, folder / self.code.name)
+
+
+def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of the base model from that of an extended one; the inverse of `AddedParts.config`."""
+    names = [str(name).removeprefix(CLASS_PREFIX) for name in config.get("architectures") or []]
+    kept = {name: value for name, value in config.items() if name not in (*SECTIONS, "auto_map")}
+    return {**kept, "architectures": names, "model_type": str(config["model_type"]).removeprefix(PREFIX)}
+
+
+def is_extended(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json describes a model with such parts."""
+    return str(config.get("model_type")).startswith(PREFIX)

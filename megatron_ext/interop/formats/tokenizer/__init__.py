@@ -1,0 +1,1 @@
+"""Reads and writes the tokenizer files of a Hugging Face model."""

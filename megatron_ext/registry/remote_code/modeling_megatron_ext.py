@@ -1,0 +1,367 @@
+"""Per-layer embeddings (PLE) and NPT layers on a Llama-like model of transformers, as trained by megatron-ext.
+
+This file lies in an exported directory. It needs torch and transformers (5 or later) only:
+
+    AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+
+Two sections of config.json say what is added to the base model; either may be missing.
+
+`per_layer_embedding`: every layer gates a vector c into the residual stream x, before the layer or after its MLP. `e`
+is the word embedding that enters the first layer, `id` the token's per-layer id, h the hidden size, p the width of c.
+
+    E = table[id] * sqrt(p) * embed_scale            P = RMSNorm( (e @ W_context) * h**-0.5 )
+    scaled_add   c = (P + E) / sqrt(2)
+    concat       c = [P ; E] @ W
+    gated        c = g * E + (1 - g) * P,            g = sigmoid([P ; E] @ W)
+    x <- x + RMSNorm( W_out( act(W_gate x) * c ) )   then x <- x * layer_scalar, if the layer has one
+
+`npt`: in some layers the attention output `a` does not enter the MLP; it changes the MLP's weights, for each token. `y`
+is what a weight matrix computes from its input `x`, `n` the normed input of the layer, r the rank, k the components.
+
+    low_rank         y = W x + scale * (x A * tanh(a A)) B
+    outer_product    y = W x + scale / sqrt(k r) * sum over k of (v_a . x) * z B       v_a = z A / sqrt(r) + c_a
+    key_value        gate and up read  rho n + weight * (a A B) / rms(h + a),  rho = rms(h) / rms(h + a);
+                     down              y = W x + a A B
+    output = h + MLP(n), or h + a + MLP(n) with np_residual "keep"
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.gemma3 import configuration_gemma3, modeling_gemma3
+from transformers.models.llama import configuration_llama, modeling_llama
+from transformers.models.mistral import configuration_mistral, modeling_mistral
+from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
+from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+_EPS = 1e-6
+"""Added to mean squares in outer_product."""
+
+
+def inverse_rms(values: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns 1 / sqrt(mean of squares + eps) over the last dimension, in fp32."""
+    return torch.rsqrt(values.float().square().mean(-1, keepdim=True) + eps)
+
+
+def rms_norm(values: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return (values.float() * inverse_rms(values, eps) * weight).to(values.dtype)
+
+
+class PerLayerNorm(nn.Module):
+    """Holds the weight of an RMSNorm and applies it."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return rms_norm(values, self.weight, self.eps)
+
+
+class PerLayerEmbedding(nn.Module):
+    """The per-layer embedding of one layer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        settings, hidden, eps = config.per_layer_embedding, config.hidden_size, config.rms_norm_eps
+        width = settings["per_layer_hidden_size"]
+        self.method = settings["per_layer_combination_method"]
+        self.activation = _ACTIVATIONS[settings["per_layer_gate_activation"]]
+        self.dropout = settings["per_layer_projection_dropout"]
+        self.scale, self.eps = settings["per_layer_embed_scale"] * width**0.5, eps
+        self.embedding = nn.Embedding(settings["per_layer_vocab_size"], width)
+        self.context_projection = nn.Linear(hidden, width, bias=False)
+        if self.method != "scaled_add":
+            self.combination = nn.Linear(2 * width, width, bias=False)
+        self.gate = nn.Linear(hidden, width, bias=False)
+        self.projection = nn.Linear(width, hidden, bias=False)
+        self.post_norm = PerLayerNorm(hidden, eps)
+        self.has_scalar = settings["per_layer_preset"] == "gemma4"
+        if self.has_scalar:
+            self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(self, hidden_states: torch.Tensor, inputs: tuple[Any, ...]) -> torch.Tensor:
+        """Adds the layer's vector to the residual stream.
+
+        Args:
+            hidden_states: [b, s, h].
+            inputs: the word embedding [b, s, h], the per-layer ids [b, s] or None, and the norm weight of P [p].
+        """
+        combined = F.dropout(self.combine(*inputs), self.dropout, self.training)
+        gated = self.activation(self.gate(hidden_states)) * combined
+        output = hidden_states + self.post_norm(self.projection(gated))
+        return output * self.layer_scalar if self.has_scalar else output
+
+    def combine(
+        self, word_embedding: torch.Tensor, ids: torch.Tensor | None, norm_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns c [b, s, p]; P alone if there are no ids."""
+        context = self.context_projection(word_embedding) * word_embedding.size(-1) ** -0.5
+        context = rms_norm(context, norm_weight, self.eps)
+        if ids is None:
+            return context
+        token = self.embedding(ids) * self.scale
+        if self.method == "scaled_add":
+            return (context + token) * 0.5**0.5
+        mixed = self.combination(torch.cat([context, token], dim=-1))
+        return mixed if self.method == "concat" else torch.lerp(context, token, torch.sigmoid(mixed))
+
+
+class Factors(nn.Module):
+    """The factors that change one weight matrix of an NPT layer's MLP; a subclass for each form."""
+
+    def __init__(self, config: Any, target: str, rank: int) -> None:
+        super().__init__()
+        self.settings = config.npt
+        self.components, self.rank = self.settings["num_np_components"], rank
+        self.total, self.scale = self.components * rank, self.settings["np_scale"]
+        self.hidden, self.is_down = config.hidden_size, target == "down"
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.output_size, self.input_size = sizes if self.is_down else sizes[::-1]
+        for name, shape in self.shapes().items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns the shape of each factor by its name."""
+        raise NotImplementedError
+
+    def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Returns what the change of the weight matrix adds to its output, from its input and the attention output."""
+        raise NotImplementedError
+
+
+class LowRank(Factors):
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        reader = {"A_in": (self.input_size, self.total)} if self.is_down else {}
+        return {"A": (self.hidden, self.total), **reader, "B": (self.total, self.output_size)}
+
+    def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        read = x @ (self.A_in if self.is_down else self.A)
+        return (read * torch.tanh(attention @ self.A) * self.scale) @ self.B
+
+
+class OuterProduct(Factors):
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        affine = {"c_a": (self.components, self.input_size)} if self.settings["np_affine"] else {}
+        return {
+            "W_down": (self.hidden, self.total),
+            "W_a_up": (self.total, self.input_size),
+            **affine,
+            "W_b_up": (self.total, self.output_size),
+        }
+
+    def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        normalize = self.settings["np_normalize"]
+        z, read = self.by_component(attention @ self.W_down), self.by_component(x @ self.W_a_up.t())
+        of_z = inverse_rms(z, _EPS) if normalize else 1.0
+        product = (z * read).sum(-1, keepdim=True) * self.rank**-0.5 * of_z
+        if self.settings["np_affine"]:
+            product = product + (x @ self.c_a.t()).float().unsqueeze(-1)
+        of_x = inverse_rms(read, _EPS) if normalize and self.is_down else self.input_size**-0.5
+        product = product * of_z * of_x * (self.scale / math.sqrt(self.total))
+        return (product * z).flatten(-2).to(x.dtype) @ self.W_b_up
+
+    def by_component(self, values: torch.Tensor) -> torch.Tensor:
+        return values.float().unflatten(-1, (self.components, self.rank))
+
+
+class KeyValue(Factors):
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {"A": (self.hidden, self.rank), "B": (self.rank, self.hidden)}
+
+    def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        return (attention @ self.A * self.scale) @ self.B
+
+    def mlp_input(self, norm: Any, hidden: torch.Tensor, attention: torch.Tensor, eps: float) -> torch.Tensor:
+        """Returns what gate and up read instead of the normed input."""
+        of_sum = inverse_rms(hidden.float() + attention.float(), eps)
+        gain = 1 + self.scale * (of_sum / inverse_rms(hidden, eps) - 1)
+        code = attention @ self.A * self.scale * of_sum.to(attention.dtype)
+        return norm(hidden) * gain.to(hidden.dtype) + code @ (self.B * norm.weight).to(code.dtype)
+
+
+_FORMS = {"low_rank": LowRank, "outer_product": OuterProduct, "key_value": KeyValue}
+
+
+class ExtendedLayer(nn.Module):
+    """A decoder layer of transformers with per-layer embedding, NPT or both; comes before it among the base classes."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        per_layer, npt = config.per_layer_embedding, config.npt or {"npt_layers": []}
+        self.position = per_layer["per_layer_position"] if per_layer else None
+        if per_layer:
+            self.per_layer = PerLayerEmbedding(config)
+        self.is_npt = layer_idx in npt["npt_layers"]
+        if self.is_npt:
+            of_fc1, of_down = npt["np_rank"][npt["npt_layers"].index(layer_idx)]
+            self.keeps, self.eps = npt["np_residual"] == "keep", config.rms_norm_eps
+            self.np = nn.ModuleDict(
+                {
+                    target: _FORMS[npt["np_form"]](config, target, of_down if target == "down" else of_fc1)
+                    for target in npt["np_targets"]
+                }
+            )
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, per_layer: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if self.position == "before_layer":
+            hidden_states = self.per_layer(hidden_states, per_layer)
+        if self.is_npt:
+            hidden_states = self.with_npt(hidden_states, *args, **kwargs)
+        else:
+            hidden_states = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return self.per_layer(hidden_states, per_layer) if self.position == "after_mlp" else hidden_states
+
+    def with_npt(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Returns the output of an NPT layer."""
+        attention = self.self_attn(self.input_layernorm(hidden), *args, **kwargs)[0]
+        norm = self.post_attention_layernorm
+        if "fc1" in self.np:
+            normed = self.np["fc1"].mlp_input(norm, hidden, attention, self.eps)
+        else:
+            normed = norm(hidden)
+        changed = self._changed
+        gate = changed("gate", self.mlp.gate_proj(normed), normed, attention)
+        inner = self.mlp.act_fn(gate) * changed("up", self.mlp.up_proj(normed), normed, attention)
+        output = changed("down", self.mlp.down_proj(inner), inner, attention)
+        return hidden + attention + output if self.keeps else hidden + output
+
+    def _changed(
+        self, target: str, output: torch.Tensor, x: torch.Tensor, attention: torch.Tensor
+    ) -> torch.Tensor:
+        return output + self.np[target].delta(x, attention) if target in self.np else output
+
+
+class ExtendedModel(nn.Module):
+    """A model of transformers with such layers, without its head; comes before it among the base classes."""
+
+    layer_class: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([self.layer_class(config, number) for number in layers])
+        settings = config.per_layer_embedding
+        if settings:
+            self.per_layer_norm = PerLayerNorm(settings["per_layer_hidden_size"], config.rms_norm_eps)
+            if settings["per_layer_strategy"] != "identity":
+                self.register_buffer("per_layer_ids", torch.zeros(config.vocab_size, dtype=torch.int32))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        per_layer_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the model; `per_layer_ids` [b, s] takes the place of the ids that are computed from `input_ids`."""
+        if self.config.per_layer_embedding:
+            settings = self.config.per_layer_embedding
+            if settings.get("marks") and past_key_values is None and use_cache:
+                past_key_values = DynamicCache(config=self.config)
+            if per_layer_ids is None and input_ids is not None:
+                per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+            kwargs["per_layer"] = (inputs_embeds, per_layer_ids, self.per_layer_norm.weight)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def ids_of(self, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
+        """Returns the per-layer ids [b, s] of tokens [b, s]."""
+        settings = self.config.per_layer_embedding
+        ids = tokens if settings["per_layer_strategy"] == "identity" else self.per_layer_ids[tokens]
+        return ids if settings.get("marks") is None else self.marked(ids, tokens, mask, positions, cache)
+
+    def marked(
+        self, ids: torch.Tensor, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any
+    ) -> torch.Tensor:
+        """Replaces the ids that depend on the position in a document: its first token, each tenth, its end token."""
+        marks, length = self.config.per_layer_embedding["marks"], tokens.size(1)
+        is_token = torch.ones_like(tokens, dtype=torch.bool)
+        if positions is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                positions = positions - mask.int().argmax(-1, keepdim=True)  # without the padding on the left
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            is_token = mask[:, -length:].bool()
+        is_end = (tokens == marks["end_token"]) & is_token
+        # A document begins after the end of the one before it; the cache keeps where the last one began.
+        begun = getattr(cache, "document_start", torch.zeros_like(tokens[:, :1]))
+        starts = torch.cat([begun, torch.where(is_end, positions + 1, 0)], dim=1).cummax(dim=1).values
+        if cache is not None:
+            cache.document_start = starts[:, -1:]
+        place = positions - starts[:, :-1]
+        ids = ids.masked_fill(place % marks["period"] == 0, marks["repeated"])
+        return ids.masked_fill(place == 0, marks["start"]).masked_fill(is_end, marks["end"])
+
+
+class ExtendedForCausalLM(nn.Module):
+    """The same with its head."""
+
+    model_class: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.model_class(config)
+        self.post_init()
+
+
+def _classes(name: str, modeling: Any, config_class: Any, model_class: str) -> tuple[Any, Any]:
+    """Returns the configuration and the model that extend one architecture of transformers."""
+    ours, kind = f"MegatronExt{name}", config_class.model_type
+    # Parallel plans of transformers do not cover what is added.
+    plain = dict.fromkeys(("per_layer_embedding", "npt", "base_model_tp_plan", "base_model_pp_plan"))
+    fields = {"model_type": f"megatron_ext_{kind}", **plain}
+    config = type(f"{ours}Config", (config_class,), fields)
+    layer = type(f"{ours}DecoderLayer", (ExtendedLayer, getattr(modeling, f"{name}DecoderLayer")), {})
+    shared = {"config_class": config, "_no_split_modules": [layer.__name__], "_tp_plan": None}
+    bases = (ExtendedModel, getattr(modeling, model_class))
+    model = type(f"{ours}Model", bases, {"layer_class": layer, **shared})
+    bases = (ExtendedForCausalLM, getattr(modeling, f"{name}ForCausalLM"))
+    return config, type(f"{ours}ForCausalLM", bases, {"model_class": model, **shared})
+
+
+MegatronExtLlamaConfig, MegatronExtLlamaForCausalLM = _classes(
+    "Llama", modeling_llama, configuration_llama.LlamaConfig, "LlamaModel"
+)
+MegatronExtMistralConfig, MegatronExtMistralForCausalLM = _classes(
+    "Mistral", modeling_mistral, configuration_mistral.MistralConfig, "MistralModel"
+)
+MegatronExtQwen2Config, MegatronExtQwen2ForCausalLM = _classes(
+    "Qwen2", modeling_qwen2, configuration_qwen2.Qwen2Config, "Qwen2Model"
+)
+MegatronExtQwen3Config, MegatronExtQwen3ForCausalLM = _classes(
+    "Qwen3", modeling_qwen3, configuration_qwen3.Qwen3Config, "Qwen3Model"
+)
+MegatronExtGemma3Config, MegatronExtGemma3ForCausalLM = _classes(
+    "Gemma3", modeling_gemma3, configuration_gemma3.Gemma3TextConfig, "Gemma3TextModel"
+)
