@@ -94,6 +94,7 @@ class RowOptimizer(OwnOptimizer):
         """Per row of the block the last step that is in it."""
 
         self._rows: StepRows | None = None
+        self._gradients: list[torch.Tensor] = []
         self._is_reduced = False
         self._unknown: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
         self._count = 0
@@ -116,7 +117,7 @@ class RowOptimizer(OwnOptimizer):
             leaf.register_post_accumulate_grad_hook(partial(_move_gradient, into))
         for table, of_table in zip(self.tables, gradient, strict=True):
             table.main_grad, table.gradient_rows = of_table, rows  # type: ignore[attr-defined]
-        self._groups[0]["params"] = [weights]
+        self._groups[0]["params"], self._gradients = [weights], [gradient]
         self._rows, self._is_reduced = StepRows(rows, own, weights, state, gradient, inputs), False
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
@@ -152,8 +153,8 @@ class RowOptimizer(OwnOptimizer):
         return False
 
     def gradients(self) -> list[torch.Tensor]:
-        """Returns the step's gradient, or nothing outside of a step."""
-        return [] if self._rows is None else [self._rows.gradient]
+        """Returns the gradient of the last step that has begun."""
+        return self._gradients
 
     def data_parallel_rank(self) -> int:
         """Returns this rank's place among the data-parallel ranks."""
