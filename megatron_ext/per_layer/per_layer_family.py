@@ -171,7 +171,7 @@ class PerLayerFamily(Family):
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that PLE adds to `model`."""
-        return per_layer_cost(self.settings, model, self.rows)
+        return per_layer_cost(self._as_trained, model, self.rows)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
         """Returns the work of a step without the gradients of frozen tables, which are most of PLE's parameters."""
@@ -187,7 +187,7 @@ class PerLayerFamily(Family):
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
         """Returns what PLE adds to the activations."""
-        return per_layer_activations(self.settings, layout, self.rows)
+        return per_layer_activations(self._as_trained, layout, self.rows)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the tables for the engine if nobody or a `RowOptimizer` trains them."""
@@ -195,11 +195,17 @@ class PerLayerFamily(Family):
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
 
+    @property
+    def _as_trained(self) -> PerLayerConfig:
+        """The settings, without training by rows if the run trains nothing of PLE."""
+        off = {"per_layer_sparse": False, "per_layer_optimizer": "adam"} if self.is_frozen else {}
+        return replace(self.settings, **off)  # type: ignore[arg-type]
+
     def own_optimizers(
         self, chunks: list[GPTModel], settings: OptimizerSettings, engine: MegatronOptimizer
     ) -> list[OwnOptimizer]:
         """Returns the optimizer of the tables if `--per-layer-sparse` is given and they are not frozen."""
-        if not self.settings.trains_rows:
+        if not self._as_trained.trains_rows:
             return []
         stages = [stage_module(chunk) for chunk in chunks]
         constants = AdamConstants(settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
