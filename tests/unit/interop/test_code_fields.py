@@ -31,6 +31,8 @@ WITHOUT_EFFECT = {
     "per_layer_lr_scale",
     "per_layer_weight_decay",
     "freeze_per_layer_embedding",
+    "per_layer_sparse",
+    "per_layer_optimizer",
     "np_init_scale",
     "np_init_strategy",
     # What was logged.
