@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
-from megatron_ext.models.base_parameters import base_parameter_ids
+from megatron_ext.models.base_parameters import base_tensor_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.collectives import (
     gather_or_raise,
@@ -238,7 +238,7 @@ class Checkpointer:
         """
         if self.base is None:
             return None
-        of_base = base_parameter_ids(self.models)
+        of_base = base_tensor_ids(self.models)
         return lambda _, value: id(value) not in of_base or value.requires_grad
 
     def _wanted(self) -> tensors.Wanted | None:
@@ -420,7 +420,7 @@ def load_weights(
     stored, _ = _read_verified(folder)
     models: list[GPTModel] = unwrap_models(chunks)
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
-    of_base = base_parameter_ids(models)
+    of_base = base_tensor_ids(models)
     if base is not None:
         base.load(models, stored, families)
     tensors.read_into(

@@ -4,9 +4,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from megatron_ext.interop.formats.hf_config import from_model_config
 
 from megatron_ext.interop.added_parts import SECTIONS, base_config, is_extended
-from megatron_ext.interop.formats.hf_config import from_model_config
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig

@@ -8,6 +8,7 @@ What each `model_type` may have in addition:
     qwen2        biases in q, k and v; a sliding window in some layers
     qwen3        norms on queries and keys; attention_bias as in Llama; a sliding window in some layers
     gemma3_text  see `hf_gemma`
+    gemma4_text  see `hf_gemma4`
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,17 @@ from typing import Any
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.formats.configs.hf_fields import check_fields
 from megatron_ext.interop.formats.configs.hf_gemma import expresses_gemma, gemma_fields, gemma_flags, is_plain
+from megatron_ext.interop.formats.configs.hf_gemma4 import (
+    expresses_gemma4,
+    gemma4_fields,
+    gemma4_flags,
+    per_layer_width,
+    plain_ropes,
+)
 from megatron_ext.interop.formats.configs.hf_rope import read_gemma_rotary, read_rotary
 from megatron_ext.interop.formats.configs.hf_windows import (
     FIELDS,
+    Windows,
     expresses_windows,
     read_windows,
     window_fields,
@@ -31,22 +40,27 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma4ForCausalLM": "gemma4_text",
 }
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
+
+GEMMA4 = "Gemma4ForCausalLM"
+"""The architecture with per-layer embedding."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
 # Defaults of transformers' configuration classes, for fields that a config.json leaves out.
-_DEFAULT_HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256}
-_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4}
+_DEFAULT_HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "gemma4_text": 256}
+_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4, "gemma4_text": 4}
 _DEFAULT_POSITIONS = {
     "llama": 2048,
     "mistral": 131072,
     "qwen2": 32768,
     "qwen3": 32768,
     "gemma3_text": 131072,
+    "gemma4_text": 131072,
 }
-_TIES_BY_DEFAULT = ("gemma3_text",)
+_GEMMA = ("gemma3_text", "gemma4_text")
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,9 @@ class HFModel:
     architecture: str
     messages: tuple[str, ...]
     """Messages for the user about everything that could not be imported unchanged, one line each."""
+
+    per_layer: int | None = None
+    """Width of the per-layer embedding, which the preset gemma4 describes; None for a model without it."""
 
 
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
@@ -113,11 +130,7 @@ def to_model_config(
     vocab_size: int = config["vocab_size"]
     positions: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
     windows = read_windows(config, kind, source)
-    if kind == "gemma3_text":
-        has_windows = any(window is not None for window in windows)
-        rotary, rotary_notes = read_gemma_rotary(config, positions, source, has_windows=has_windows)
-    else:
-        rotary, rotary_notes = read_rotary(config, positions, source)
+    rotary, rotary_notes = _rotary(config, kind, windows, positions, source)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
             f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
@@ -135,11 +148,9 @@ def to_model_config(
         "max_position_embeddings": positions,
         **window_flags(windows),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "swiglu": kind != "gemma3_text",
+        "swiglu": kind not in _GEMMA,
         "qk_layernorm": kind == "qwen3",
-        "untie_embeddings_and_output_weights": not config.get(
-            "tie_word_embeddings", kind in _TIES_BY_DEFAULT
-        ),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", kind in _GEMMA),
         "hidden_dropout": 0.0,
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
         "init_method_std": config.get("initializer_range", 0.02),
@@ -147,12 +158,29 @@ def to_model_config(
         **_biases(config, kind),
         **rotary,
         **(gemma_flags(config) if kind == "gemma3_text" else {}),
+        **(gemma4_flags(config, windows, source) if kind == "gemma4_text" else {}),
     }
     messages += (*field_notes, *rotary_notes)
+    width = per_layer_width(config) if kind == "gemma4_text" else 0
     try:
-        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages)
+        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages, per_layer=width or None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: describes a model that cannot be built ({error})") from None
+
+
+def _rotary(
+    config: dict[str, Any], kind: str, windows: Windows, positions: int, source: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the fields of `ModelConfig` for the rotary embedding, and messages for the user."""
+    if kind not in _GEMMA:
+        return read_rotary(config, positions, source)
+    has_windows = any(window is not None for window in windows)
+    if kind == "gemma3_text":
+        return read_gemma_rotary(config, positions, source, has_windows=has_windows)
+    ropes, proportion = plain_ropes(config, source)
+    config = {**config, "rope_parameters": ropes}
+    fields, notes = read_gemma_rotary(config, positions, source, has_windows=has_windows)
+    return {**fields, "rotary_proportion": proportion}, notes
 
 
 def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
 
-_HAVE_ATTENTION_BIAS = ("llama", "qwen3", "gemma3_text")
+_HAVE_ATTENTION_BIAS = ("llama", "qwen3", *_GEMMA)
 
 
 def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
@@ -189,12 +217,13 @@ def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
     }
 
 
-def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
+def choose_architecture(model: ModelConfig, wanted: str | None = None, per_layer: int | None = None) -> str:
     """Chooses an architecture that can express a model exactly.
 
     Args:
         model: configuration of the base model.
         wanted: one of `ARCHITECTURES`; None chooses the first that fits.
+        per_layer: width of the per-layer embedding as the preset gemma4 has it; None without it.
 
     Raises:
         ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
@@ -210,7 +239,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
             raise ValueError(
                 f"{flag} {ours}: the model cannot be exported; a Llama-like model requires {theirs}"
             )
-    fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind)]
+    fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind, per_layer)]
     if wanted is not None and wanted not in ARCHITECTURES:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
@@ -226,8 +255,16 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
     return wanted or fitting[0]
 
 
-def _fits(model: ModelConfig, kind: str) -> bool:
-    if not expresses_windows(model, kind):
+def expresses(model: ModelConfig, architecture: str, per_layer: int | None = None) -> bool:
+    """Returns whether an architecture can express a model exactly; arguments as for `choose_architecture`."""
+    is_common = (
+        model.normalization == "RMSNorm" and model.position_embedding_type == "rope" and model.is_gated
+    )
+    return is_common and model.rotary_percent == 1.0 and _fits(model, ARCHITECTURES[architecture], per_layer)
+
+
+def _fits(model: ModelConfig, kind: str, per_layer: int | None) -> bool:
+    if not expresses_windows(model, kind) or (per_layer is not None and kind != "gemma4_text"):
         return False
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
     is_even = (
@@ -235,6 +272,8 @@ def _fits(model: ModelConfig, kind: str) -> bool:
     )  # transformers requires it of Llama and Gemma
     if kind == "gemma3_text":
         return qkv == output and not mlp and is_even and expresses_gemma(model)
+    if kind == "gemma4_text":
+        return qkv == output and not mlp and expresses_gemma4(model, per_layer)
     if not is_plain(model):
         return False
     if kind == "llama":
@@ -248,6 +287,7 @@ def _fits(model: ModelConfig, kind: str) -> bool:
 
 _REPLACED = {
     "rope_parameters",
+    "per_layer_config",
     "partial_rotary_factor",
     "original_max_position_embeddings",
     "dtype",
@@ -267,6 +307,7 @@ def from_model_config(
     architecture: str,
     dtype: str,
     imported: dict[str, Any] | None = None,
+    per_layer: int | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json, with field names that both transformers 4 and 5 read.
 
@@ -277,16 +318,19 @@ def from_model_config(
         dtype: name of the dtype, such as `float32`.
         imported: content of the config.json that the model was imported from, or None. Fields that the export does not
             set are taken from it.
+        per_layer: width of the per-layer embedding; None without it.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
-    config = _of_model(model, vocab_size, kind, dtype)
+    config = _of_model(model, vocab_size, kind, dtype, per_layer)
     if imported is None:
         return {**config, **free}
     if imported["model_type"] != kind:
         ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
         return {**config, **free, **ids}
     kept = {name: value for name, value in imported.items() if name not in _REPLACED.union(FIELDS)}
+    if not model.num_kv_shared_layers and "use_double_wide_mlp" in kept:  # has no effect then
+        del config["use_double_wide_mlp"]
     config = {**kept, **config}
     windows = read_windows(imported, kind)
     # An earlier version imported a model without its windows, with the shortest one as its longest position.
@@ -300,7 +344,9 @@ def from_model_config(
     return config
 
 
-def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dict[str, Any]:
+def _of_model(
+    model: ModelConfig, vocab_size: int, kind: str, dtype: str, per_layer: int | None
+) -> dict[str, Any]:
     architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == kind)
     config: dict[str, Any] = {
         "architectures": [architecture],
@@ -329,6 +375,10 @@ def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dic
     if kind == "gemma3_text":
         del config["hidden_act"]
         config |= gemma_fields(model)
+    if kind == "gemma4_text":
+        for name in ("hidden_act", "rope_theta", "rope_scaling"):
+            del config[name]
+        config |= gemma4_fields(model, vocab_size, per_layer)
     return config | window_fields(model, kind)
 
 

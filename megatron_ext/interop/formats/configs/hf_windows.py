@@ -4,6 +4,7 @@
     mistral        `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer
+    gemma4_text    the same; without `layer_types`, in all but every sixth layer; never in the last layer
     qwen2, qwen3   `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, from layer `max_window_layers` on
 
@@ -31,6 +32,8 @@ Windows = tuple[int | None, ...]
 _DEFAULT_WINDOW = 4096
 """Window that transformers assumes if a config.json has none."""
 
+_GEMMA = ("gemma3_text", "gemma4_text")
+
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -48,7 +51,8 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
     layers: int = config["num_hidden_layers"]
     if kind == "llama":
         return _of_llama(config, source)
-    window: int | None = config.get("sliding_window", _DEFAULT_WINDOW)
+    default = _DEFAULT_WINDOW if kind != "gemma4_text" else 512
+    window: int | None = config.get("sliding_window", default)
     if kind == "mistral":
         if "layer_types" in config:
             raise ValueError(
@@ -56,10 +60,12 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
-    if kind == "gemma3_text":
+    if kind in _GEMMA:
         if window is None:  # transformers makes a mask of the window even if no layer uses it
             raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
-        types = types or _gemma_types(config, layers, source)
+        types = types or _gemma_types(config if kind == "gemma3_text" else {}, layers, source)
+        if kind == "gemma4_text":  # as transformers does, with a warning
+            types = [*types[:-1], _FULL]
     else:
         window = window if config.get("use_sliding_window") else None
         first = config.get("max_window_layers", 28)
@@ -92,7 +98,7 @@ def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     if kind == "mistral":
         return {"sliding_window": size}
     types = [_FULL if window is None else _SLIDING for window in model.windows]
-    if kind == "gemma3_text":
+    if kind in _GEMMA:
         return {"sliding_window": size or _DEFAULT_WINDOW, "layer_types": types}
     if size is None:
         return {"sliding_window": None, "use_sliding_window": False}
