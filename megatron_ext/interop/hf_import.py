@@ -27,6 +27,7 @@ from megatron_ext.interop.formats.tokenizer.tokenizer_files import copy_imported
 from megatron_ext.interop.formats.weight_layout import Entry, entries, unused_tensors
 from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.interop.gguf.gguf_model import open_gguf
+from megatron_ext.interop.gguf.gguf_tensors import GGUFTensors
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.models.build_model import padded_vocab_size
 from megatron_ext.platform import process_groups
@@ -101,8 +102,8 @@ def load_hf(
     """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
-        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2, Qwen3, Gemma 3 or
-            Gemma 4 (text) model; or such a model as a GGUF file.
+        model_dir: local directory with config.json and safetensors of a model of one of `hf_config.ARCHITECTURES`; or
+            such a model as a GGUF file.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
@@ -130,19 +131,13 @@ def load_hf(
     families = Families()
     if extended and read_families is not None:
         families = read_families(config, SafetensorsFiles(folder), model, tokenizer)
-    notes = [] if tensors is None else list(tensors.messages)
-    files: TensorFiles = SafetensorsFiles(folder) if tensors is None else tensors
-    if has_others:
-        files = text = TextTensors(SafetensorsFiles(folder))
-        notes.append(
-            f"the language model of {config['model_type']}; {text.left_out} other tensors are left out"
-        )
-    if source.per_layer is not None:
+    elif source.per_layer is not None:
         families = _of_gemma4(model, source, tokenizer.vocab_size)
+    files, notes = _files(folder, config if has_others else None, tensors)
     parts, unused = families.parts, unused_tensors(model) & files.names
-    found = entries(model, source.vocab_size, padded) + (parts.entries if parts else []) + families.entries
+    found = entries(model, source.vocab_size, padded, source.architecture) + families.entries
     besides = unused | (set(parts.buffers) if parts else set())
-    state = HuggingFaceState(files, model, found, besides=besides)
+    state = HuggingFaceState(files, model, found + (parts.entries if parts else []), besides=besides)
     imported, left = Imported.read(folder, content)
     if unused:
         notes.append(f"{len(unused)} tensors are of keys and values that no layer uses; not imported")
@@ -158,6 +153,25 @@ def load_hf(
         families=families,
         messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
+
+
+def _files(
+    folder: Path, whole: dict[str, Any] | None, tensors: GGUFTensors | None
+) -> tuple[TensorFiles, list[str]]:
+    """Returns a model's tensors, and messages for the user.
+
+    Args:
+        folder: the Hugging Face directory.
+        whole: config.json of a model that has other parts beside its language model; else None.
+        tensors: the tensors of a GGUF file, which are used instead of the directory's.
+    """
+    if tensors is not None:
+        return tensors, list(tensors.messages)
+    files = SafetensorsFiles(folder)
+    if whole is None:
+        return files, []
+    text = TextTensors(files)
+    return text, [f"the language model of {whole['model_type']}; {text.left_out} other tensors are left out"]
 
 
 def import_checkpoint(

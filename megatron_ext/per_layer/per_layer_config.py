@@ -5,7 +5,7 @@ ids are the token ids and the tables have as many rows as the vocabulary; the ga
 comes after the MLP and is followed by `x <- x * layer_scalar`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.config.command_line.field_checks import (
@@ -16,6 +16,7 @@ from megatron_ext.config.command_line.field_checks import (
     flag_name,
 )
 from megatron_ext.config.run_config import RunConfig
+from megatron_ext.lora.adapter_config import AdapterConfig
 
 _GEMMA4 = {
     "per_layer_combination_method": "scaled_add",
@@ -167,3 +168,6 @@ class PerLayerRunConfig(RunConfig):
 
     per_layer: PerLayerConfig
     """Per-layer embedding."""
+
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA adapters over a loaded model, with or without per-layer embedding."""

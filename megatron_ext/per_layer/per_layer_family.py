@@ -25,6 +25,7 @@ from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_charts import PER_LAYER_CHARTS
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -163,6 +164,18 @@ class PerLayerFamily(Family):
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that PLE adds to `model`."""
         return per_layer_cost(self.settings, model, self.rows)
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
+        """Returns the work of a step without the gradients of frozen tables, which are most of PLE's parameters."""
+        if not self.settings.freeze_per_layer_embedding:
+            return None
+        cost = self.cost(model)
+        tables = model.num_layers * self.rows * self.settings.per_layer_hidden_size
+        return StepWork(
+            layers=(Use.TRAINED,) * model.num_layers,
+            trained_parameters=cost.parameters - tables,
+            flops_per_token=cost.training_flops_per_token,  # a look-up is not counted
+        )
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
         """Returns what PLE adds to the activations."""

@@ -209,8 +209,11 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1, layer: i
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    shape = model.layers[layer]
+    if model.qk_projection_norm:
+        keys = 0 if shape.keys_of is not None else shape.num_query_groups * shape.kv_channels
+        shared += attention_width(model, layer) + keys
     if model.qk_layernorm:
-        shape = model.layers[layer]
         replicated += (1 if shape.keys_of is not None else 2) * norm_parameters(model, shape.kv_channels)
     return shared // tensor_parallel_size + replicated
 

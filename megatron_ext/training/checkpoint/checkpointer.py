@@ -18,7 +18,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
-from megatron_ext.models.base_parameters import base_tensor_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.collectives import (
     gather_or_raise,
@@ -85,7 +84,7 @@ class Checkpointer:
             and `tokenizer_fingerprint`. The sections of the model families are added here.
         families: the run's model families, whose configuration, state and files are saved.
         base: the checkpoint from which the base model was loaded. If it is given, the run's checkpoints omit the base
-            model's frozen parameters.
+            checkpoint's frozen parameters.
         name: returns the name of the checkpoint's directory for a step; `checkpoint_files.step_of` must be able to
             parse it.
         loads_what_fits: whether to load only the tensors that exist in both checkpoint and run, and to start with a new
@@ -238,8 +237,8 @@ class Checkpointer:
         """
         if self.base is None:
             return None
-        of_base = base_tensor_ids(self.models)
-        return lambda _, value: id(value) not in of_base or value.requires_grad
+        of_base = self.base.tensor_names
+        return lambda name, value: name not in of_base or value.requires_grad
 
     def _wanted(self) -> tensors.Wanted | None:
         """Returns a function that selects the model's tensors to load; None for all."""
@@ -420,13 +419,14 @@ def load_weights(
     stored, _ = _read_verified(folder)
     models: list[GPTModel] = unwrap_models(chunks)
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
-    of_base = base_tensor_ids(models)
+    of_base: set[str] = set()
     if base is not None:
         base.load(models, stored, families)
+        of_base = base.tensor_names
     tensors.read_into(
         models,
         folder,
-        wanted=None if base is None else lambda name, value, names: name in names or id(value) not in of_base,
+        wanted=None if base is None else lambda name, _, names: name in names or name not in of_base,
         same_vocabulary=vocab_size == stored["vocab_size"],
     )
     return folder

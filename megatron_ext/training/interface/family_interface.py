@@ -47,6 +47,9 @@ class Family:
     name: str
     """Short name of the model family and of its `Extension`."""
 
+    is_frozen: bool = False
+    """Whether the run trains none of the model family's parameters, although it could; set by who builds the run."""
+
     statistics_interval: int | None = None
     """Number of steps between two calls of `statistics`; None never calls it."""
 

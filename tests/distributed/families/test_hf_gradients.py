@@ -1,4 +1,4 @@
-"""Losses and gradients of imported models with windows, and of Gemma 3, are those of transformers at any layout."""
+"""Losses and gradients of imported models are those of transformers at any layout: one or two of each architecture."""
 
 import functools
 from dataclasses import replace
@@ -44,6 +44,12 @@ NAMES = (
     "Gemma4",
     "Gemma4, keys are values",
     "Gemma4, no per-layer embedding",
+    "Phi3, longrope",
+    "Olmo2",
+    "Olmo3",
+    "SmolLM3",
+    "Granite",
+    "Llama, dynamic",
 )
 OF_TWO = {name: LAYOUTS[name] for name in ("TP2", "TP2+SP", "PP2", "PP2 interleaved")}
 OF_TWO["CP2"] = CONTEXT_LAYOUTS["CP2"][0]
@@ -141,7 +147,7 @@ def _in_their_words(name: str, gradients: dict[str, torch.Tensor]) -> dict[str, 
     content: dict[str, Any] = KINDS[name].build().config.to_dict()
     source = to_model_config(content, "config.json")
     model = replace(source.model, seq_length=LENGTH)
-    layout = entries(model, VOCAB_SIZE, VOCAB_SIZE)
+    layout = entries(model, VOCAB_SIZE, VOCAB_SIZE, f"{KINDS[name].name}ForCausalLM")
     if source.per_layer is not None:
         layout += per_layer_entries(model, source.per_layer, VOCAB_SIZE, VOCAB_SIZE)
     found: dict[str, torch.Tensor] = {}

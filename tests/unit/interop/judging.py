@@ -31,7 +31,8 @@ class Verdict:
     """transformers' error where the import takes it over; None where it loads and computes logits."""
 
     difference: float | None = None
-    """Greatest difference of logits between the two, where both load; over the positions that the import is for."""
+    """Greatest difference of logits between the two, as a part of the largest logit above 1, where both load; over the
+    positions that the import is for."""
 
     has_effect: bool | None = None
     """Whether transformers' logits differ from those without the change, where both load."""
@@ -89,7 +90,8 @@ def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tens
             auxiliary_inputs(families, {"tokens": ids}),
         )
         ours = chunks[0].eval()(ids, positions, None, auxiliary_inputs=inputs)
-    difference = float((ours - theirs[:, :length]).abs().max())
+    largest = max(1.0, float(theirs.abs().max()))
+    difference = float((ours - theirs[:, :length]).abs().max()) / largest
     per_layer = exported_width(source.families.configurations)
     state, target = dict(source.state), folder / "out"
     export_hf(source.model, source.vocab_size, state, target, imported=source.imported, per_layer=per_layer)
@@ -105,6 +107,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     said_otherwise = (
         "hidden_act",
         "head_dim",
+        "per_layer_config",
         "rope_parameters",
         "original_max_position_embeddings",
         "partial_rotary_factor",
@@ -134,7 +137,7 @@ def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
             is_around_one = "norm" in name and kind.name != "Gemma3"
             parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if is_around_one else 0.0)
             if "q_norm" in name and kind.name == "Gemma4":  # its attention has no other scale
-                parameter.mul_(0.3)
+                parameter.mul_(0.15)
     tied = model.config.tie_word_embeddings
     tensors = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -355,9 +355,9 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": LLAMA3_SCALING}, TAKEN),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
     ],
-    ("Gemma4", "rope_theta"): [({"rope_theta": 500.0}, REFUSED), ({"rope_theta": None}, SAME)],
+    ("Gemma4", "rope_theta"): [({"rope_theta": 500.0}, SAME), ({"rope_theta": None}, SAME)],
     ("Gemma4", "rope_scaling"): [
-        ({"rope_scaling": None}, SAME),
+        ({"rope_scaling": None}, REFUSED),
         ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, REFUSED),
     ],
     ("Gemma4", "original_max_position_embeddings"): [({"original_max_position_embeddings": 16}, SAME)],

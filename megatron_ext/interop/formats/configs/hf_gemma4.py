@@ -22,6 +22,8 @@ from typing import Any
 
 from megatron_ext.config.groups.model.layer_shapes import LayerShape
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_pieces import is_like_gemma
+from megatron_ext.interop.formats.configs.hf_rope import rope_scaling
 
 ROPES: dict[str, dict[str, Any]] = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
@@ -131,19 +133,23 @@ def expresses_gemma4(model: ModelConfig, per_layer: int | None) -> bool:
         model: configuration of the base model.
         per_layer: width of the per-layer embedding as the preset gemma4 has it; None without it.
     """
-    norms = model.sandwich_norm and model.qk_layernorm and model.v_layernorm and not model.apply_layernorm_1p
+    norms = (
+        is_like_gemma(model)
+        and model.sandwich_norm
+        and model.qk_layernorm
+        and model.v_layernorm
+        and not model.apply_layernorm_1p
+    )
     multiplier = math.isclose(model.embedding_multiplier, model.hidden_size**0.5, rel_tol=1e-9)
     scalar = model.layer_scalar or per_layer is not None
-    has_windows = any(window is not None for window in model.windows)
-    rotary = model.rotary_base_local is not None or not has_windows
     is_partial = model.rotary_proportion != 1.0 and model.use_rope_scaling  # no type has both
     return (
-        model.geglu
+        is_like_gemma(model)
+        and model.geglu
         and norms
         and multiplier
         and model.softmax_scale == 1.0
         and scalar
-        and rotary
         and not is_partial
         and model.windows[-1] is None
         and _is_double_wide(model.layers) is not None
