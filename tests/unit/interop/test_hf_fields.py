@@ -302,7 +302,7 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
             REFUSED,
         ),
         ({"rope_parameters": {**ROPES, "full_attention": LLAMA3_SCALING}}, TAKEN),
-        ({"rope_parameters": {**ROPES, "full_attention": YARN}}, REFUSED),
+        ({"rope_parameters": {**ROPES, "full_attention": YARN}}, TAKEN),
         ({"rope_parameters": {**ROPES, "sliding_attention": PARTIAL}}, REFUSED),
         ({"rope_parameters": {"full_attention": PARTIAL}}, REFUSED),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
