@@ -48,19 +48,21 @@ class PerLayerBlock(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         settings: PerLayerConfig,
-        stage_layers: int,
+        part: int,
+        parts: int,
     ) -> None:
         """Args:
         config: the engine's configuration.
         layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups; p is split over the tensor-parallel group.
         settings: PLE's configuration.
-        stage_layers: number of layers per stage.
+        part: number of the layer in its stage, from 0.
+        parts: number of layers of the stage.
         """
         super().__init__(config)
         self.settings = settings
         self.layer_number = layer_number
-        self.stage_layers = stage_layers
+        self.part, self.parts = part, parts
         hidden, width = config.hidden_size, settings.per_layer_hidden_size
         common = {
             "config": config,
@@ -99,9 +101,7 @@ class PerLayerBlock(MegatronModule):
 
     def _update(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """Returns what is added to the residual stream, or to several of them."""
-        combined = layer_inputs.read_part(
-            PER_LAYER_STREAM, (self.layer_number - 1) % self.stage_layers, self.stage_layers
-        )
+        combined = layer_inputs.read_part(PER_LAYER_STREAM, self.part, self.parts)
         activated = self.activation(self.gate(hidden_states)[0])
         update: torch.Tensor = self.post_norm(self.projection(activated * self._dropped(combined))[0])
         # With activation recomputation this runs twice, first without gradients: record only the second run.

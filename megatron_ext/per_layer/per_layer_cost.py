@@ -60,23 +60,28 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout) -> F
         block += layout.residual_bytes  # all streams, of which the block multiplies one
     if settings.per_layer_projection_dropout > 0:
         block += part + part / size  # the result, and a mask of one byte per value
-    vector = 2 * part
-    matrices = width * layout.model.hidden_size / tensor * size * (layout.layers_per_chunk > 1)
+    context = width * layout.model.hidden_size / tensor * size
+    kept = 2 * part
     if method != "scaled_add":
-        vector += 2 * value * width
-        matrices += 2 * width * width / tensor * size
+        kept += 2 * value * width + 2 * width * width / tensor * size
     if method == "gated":
-        vector += 3 * part
-    layers = layout.model.num_layers
-    streams = [vector + matrices] * layers
-    for first in range(0, layers, layout.layers_per_chunk):
-        if first:
-            streams[first] += layout.hidden_bytes
+        kept += 3 * part
+    layers, stages = layout.model.num_layers, range(layout.parallel.pipeline_model_parallel_size)
+    chunks = [chunk for stage in stages for chunk in layout.stage_chunks(stage)]
+    writes = {shape.keys_of for shape in layout.model.layers if shape.keys_of is not None}
+    streams = [kept] * layers
+    for chunk in chunks:
+        for layer in chunk if len(chunk) > 1 else ():
+            streams[layer] += context
+        if chunk.start:
+            streams[chunk.start] += layout.hidden_bytes
         if layout.sequence_split > 1:
-            streams[first] += layout.hidden_bytes * layout.sequence_split
+            streams[chunk.start] += layout.hidden_bytes * layout.sequence_split
+        # Writing a stream of the base model copies all streams of the chunk.
+        streams[chunk.start] += len(writes & set(chunk)) * len(chunk) * part
     return FamilyActivations(
         layers=(block,) * layers,
         streams=tuple(streams),
         held=(0.0,) * layers,
-        transient=layout.layers_per_chunk * part,  # the gradient of a chunk's vectors
+        transient=max(map(len, chunks)) * part,  # the gradient of a chunk's vectors
     )

@@ -107,16 +107,33 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
     if entry.kind == "rows":
         return torch.cat(list(parts))
     if entry.kind == "vocabulary":
-        return _padded(entry, parts[0])
+        return with_padding(entry, parts[0])
     if entry.kind == "slice":
         dim, start = entry.place
-        return _padded(entry, parts[0].narrow(dim, start, entry.shape[dim]))
+        return with_padding(entry, parts[0].narrow(dim, start, entry.shape[dim]))
     groups = entry.groups
     if entry.kind == "fused groups":
         parts = parts[0].split(_rows_of_qkv(entry, model))
     # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
+
+
+def with_padding(entry: Entry, part: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of `part`, and zeros in the rows that `entry` has beyond them."""
+    padded = part.new_zeros(entry.shape)
+    padded[: part.size(0)] = part
+    return padded
+
+
+def unused_tensors(model: ModelConfig) -> set[str]:
+    """Returns the Hugging Face names of keys and values in layers that use those of another layer.
+
+    Google's Gemma 4 has them; transformers does not read them.
+    """
+    names = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "k_proj.bias", "v_proj.bias")
+    layers = [layer for layer, shape in enumerate(model.layers) if shape.keys_of is not None]
+    return {f"model.layers.{layer}.self_attn.{name}" for layer in layers for name in names}
 
 
 def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
@@ -226,12 +243,6 @@ def _linear(
     biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)
     found = [Entry(f"{name}.weight", (total, width), weights, kind, groups)]
     return [*found, Entry(f"{name}.bias", (total,), biases, kind, groups)] if has_bias else found
-
-
-def _padded(entry: Entry, part: torch.Tensor) -> torch.Tensor:
-    padded = part.new_zeros(entry.shape)
-    padded[: part.size(0)] = part
-    return padded
 
 
 def _same(name: str, theirs: str, shape: Shape) -> Entry:

@@ -105,17 +105,19 @@ class ParallelLayout:
         """Model chunks per rank: more than 1 with the interleaved schedule."""
         return self.parallel.virtual_pipeline_size(self.model.num_layers) or 1
 
-    @property
-    def layers_per_chunk(self) -> int:
-        """Number of layers per chunk."""
-        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
-
     def stage_layers(self, stage: int) -> list[int]:
         """Returns the numbers of a stage's layers, chunk by chunk."""
-        stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        return [layer for chunk in self.stage_chunks(stage) for layer in chunk]
+
+    def stage_chunks(self, stage: int) -> list[range]:
+        """Returns the numbers of the layers of each of a stage's chunks."""
+        sizes = self.parallel.stage_sizes(self.model.num_layers)
+        if self.chunks == 1:
+            return [range(sum(sizes[:stage]), sum(sizes[: stage + 1]))]
         # The interleaved schedule assigns chunks to stages in turn.
+        stages, size = len(sizes), sizes[stage] // self.chunks
         firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
-        return [first + place for first in firsts for place in range(size)]
+        return [range(first, first + size) for first in firsts]
 
     def use(self, layer: int) -> Use:
         """Returns how a step uses a layer."""
@@ -180,6 +182,7 @@ def _kept_and_recomputed(
     """Returns what a stage's layers keep until their backward pass, and what they recompute at one time."""
     model, parallel = layout.model, layout.parallel
     numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
+    per_chunk = len(numbers) // layout.chunks
     saved = [
         layer_activation_bytes(layout, layout.use(number), number)
         + sum(family.layers[number] for family in families)
@@ -194,11 +197,11 @@ def _kept_and_recomputed(
     else:
         group = parallel.recompute_num_layers or 1
         if parallel.recompute_method == "uniform":
-            of_layers = -(-layout.layers_per_chunk // group) * layout.residual_bytes
+            of_layers = -(-per_chunk // group) * layout.residual_bytes
             again = group * max(saved)
         else:
-            recomputed, again = min(group, layout.layers_per_chunk), max(saved)
-            rest = (layout.layers_per_chunk - recomputed) / layout.layers_per_chunk
+            recomputed, again = min(group, per_chunk), max(saved)
+            rest = (per_chunk - recomputed) / per_chunk
             of_layers = recomputed * layout.residual_bytes + rest * sum(saved) / layout.chunks
     kept = in_flight * (of_layers + streams / layout.chunks) + held
     if stage == 0:

@@ -147,8 +147,9 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
         return 0
     if parallel.recompute_method == "uniform":
         return model.num_layers
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_size(model.num_layers) or 1)
-    return chunks * min(parallel.recompute_num_layers or 0, model.num_layers // chunks)
+    chunks = parallel.virtual_pipeline_size(model.num_layers) or 1
+    sizes = parallel.stage_sizes(model.num_layers)
+    return sum(chunks * min(parallel.recompute_num_layers or 0, size // chunks) for size in sizes)
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:

@@ -47,7 +47,7 @@ _KEYS = {
     },
 }
 _OF_PHI3 = ("default", "longrope")
-_LOCAL_BASE = {"gemma3_text": 1e4, "olmo3": 5e5}
+_LOCAL_BASE = {"gemma3_text": 1e4, "gemma4_text": 1e4, "olmo3": 5e5}
 """For each model_type, the base in layers with a window that transformers assumes if a config.json has none."""
 
 Rotary = tuple[dict[str, Any], list[str]]
@@ -105,7 +105,7 @@ def read_layered_rotary(
             f"{source}: {place}: rope_type must be default; the rotary embedding of layers with a sliding window "
             "cannot be scaled"
         )
-    if has_windows and (kind == "gemma3_text" or own != found):
+    if has_windows and (kind != "olmo3" or own != found):
         found["rotary_base_local"] = own["rotary_base"]
     return found, [*notes, *more]
 
@@ -307,7 +307,7 @@ def expresses_rotary(model: ModelConfig, kind: str) -> bool:
 
 def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_rotary`."""
-    scaling = _scaling(model)
+    scaling = rope_scaling(model)
     fields: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_scaling": scaling}
     if kind == "phi3":
         fields["partial_rotary_factor"] = model.rotary_percent
@@ -325,7 +325,8 @@ def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     return fields
 
 
-def _scaling(model: ModelConfig) -> dict[str, Any] | None:
+def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """Returns the rope dict for the scaling of the model's frequencies; None without scaling."""
     if model.rotary_seq_len_interpolation_factor is not None:
         return {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
     if not model.use_rope_scaling:

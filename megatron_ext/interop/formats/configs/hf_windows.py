@@ -4,6 +4,7 @@
     mistral, phi3  `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer
+    gemma4_text    the same; without `layer_types`, in all but every sixth layer; never in the last layer
     olmo3          the same; without `layer_types`, in all but every fourth layer
     smollm3        `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, in the layers without rotary positions
@@ -35,6 +36,8 @@ Windows = tuple[int | None, ...]
 _DEFAULT_WINDOW = 4096
 """Window that transformers assumes if a config.json has none."""
 
+_PERIODIC = ("gemma3_text", "gemma4_text", "olmo3")
+
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _WITHOUT = ("llama", "olmo2", "granite")
 _IN_EVERY_LAYER = ("mistral", "phi3")
@@ -54,7 +57,7 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
     layers: int = config["num_hidden_layers"]
     if kind in _WITHOUT:
         return _of_llama(config, kind, source)
-    default = None if kind in ("phi3", "smollm3") else _DEFAULT_WINDOW
+    default = None if kind in ("phi3", "smollm3") else 512 if kind == "gemma4_text" else _DEFAULT_WINDOW
     window: int | None = config.get("sliding_window", default)
     if kind in _IN_EVERY_LAYER:
         if ("layer_types" in config) if kind == "mistral" else config.get("layer_types"):
@@ -64,10 +67,12 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
-    if kind in ("gemma3_text", "olmo3"):
+    if kind in _PERIODIC:
         if window is None:  # transformers makes a mask of the window even if no layer uses it
             raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
         types = types or _periodic_types(config, kind, source)
+        if kind == "gemma4_text":  # as transformers does, with a warning
+            types = [*types[:-1], _FULL]
     elif kind == "smollm3":
         window = window if config.get("use_sliding_window") else None
         without = layers_without_rotary(config, source)
@@ -105,7 +110,7 @@ def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     if kind in _IN_EVERY_LAYER:
         return {"sliding_window": size}
     types = [_FULL if window is None else _SLIDING for window in model.windows]
-    if kind in ("gemma3_text", "olmo3"):
+    if kind in _PERIODIC:
         return {"sliding_window": size or _DEFAULT_WINDOW, "layer_types": types}
     if size is None:
         return {"sliding_window": None, "use_sliding_window": False}
@@ -130,7 +135,9 @@ def _of_llama(config: Mapping[str, Any], kind: str, source: str) -> Windows:
 
 
 def _periodic_types(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
-    every = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 4
+    every = 4 if kind == "olmo3" else 6
+    if kind == "gemma3_text":
+        every = config.get("sliding_window_pattern", every)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"{source}: sliding_window_pattern {every}: must be a number of at least 1")
     layers = range(config["num_hidden_layers"])
