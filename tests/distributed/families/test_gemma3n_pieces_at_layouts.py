@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
@@ -81,11 +82,13 @@ def test_every_trained_parameter_gets_a_gradient(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "values"), [("--altup-streams", {"altup_streams": 2}), ("--laurel-rank", {"laurel_rank": 3})]
+    ("flag", "model"),
+    [
+        ("--altup-streams", replace(TINY, altup_streams=2)),
+        ("--laurel-rank", replace(TINY, laurel_rank=3)),
+    ],
 )
-def test_npt_refuses_streams_and_paths_beside_the_attention_by_name(
-    flag: str, values: dict[str, int]
-) -> None:
+def test_npt_refuses_streams_and_paths_beside_the_attention_by_name(flag: str, model: ModelConfig) -> None:
     family = NPTFamily(NPTModuleConfig(npt_layers="all", np_target="gate+up+down", np_rank=4))
     with pytest.raises(ValueError, match=f"{flag}: not supported by the model family npt"):
-        family.check(replace(TINY, **values), ParallelConfig())
+        family.check(model, ParallelConfig())

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_ext.config.groups.model.layer_shapes import LayerShape
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.configs.hf_pieces import is_like_gemma
 from megatron_ext.interop.formats.configs.hf_rope import rope_scaling
 
@@ -75,6 +76,12 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
     return fields
 
 
+def gemma4_per_layer(config: Mapping[str, Any]) -> PerLayer | None:
+    """Returns the per-layer embedding of a model; None for a model without it."""
+    width = per_layer_width(config)
+    return PerLayer(preset="gemma4", width=width) if width else None
+
+
 def per_layer_width(config: Mapping[str, Any]) -> int:
     """Returns the width of Gemma 4's per-layer embedding; 0 for a model without it."""
     width: int = config.get("hidden_size_per_layer_input", 256)
@@ -126,12 +133,12 @@ def plain_ropes(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     return {**ropes, "full_attention": full}, float(proportion)
 
 
-def expresses_gemma4(model: ModelConfig, per_layer: int | None) -> bool:
+def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
     """Returns whether Gemma 4 can express the model.
 
     Args:
         model: configuration of the base model.
-        per_layer: width of the per-layer embedding as the preset gemma4 has it; None without it.
+        per_layer: the model's per-layer embedding; None without it.
     """
     norms = (
         is_like_gemma(model)
@@ -166,7 +173,7 @@ def _is_double_wide(layers: tuple[LayerShape, ...]) -> bool | None:
     return False if others <= {width} else True if others == {2 * width} else None
 
 
-def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: int | None) -> dict[str, Any]:
+def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: PerLayer | None) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_gemma4`; arguments as there."""
     full = model.layers[-1]
     return {
@@ -177,7 +184,7 @@ def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: int | None) ->
         "num_kv_shared_layers": model.num_kv_shared_layers,
         "attention_k_eq_v": model.attention_k_eq_v,
         **_full_head_fields(model, full),
-        "hidden_size_per_layer_input": per_layer or 0,
+        "hidden_size_per_layer_input": 0 if per_layer is None else per_layer.width,
         "vocab_size_per_layer_input": vocab_size,
         "enable_moe_block": False,
         "rope_parameters": _rope_fields(model),
