@@ -66,6 +66,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers -1"),
     ({"v_layernorm": True, "attention_backend": "local"}, "require --attention-backend sdpa"),
     ({"rotary_proportion": 0.5, "rotary_percent": 0.5}, "--rotary-proportion 0.5: cannot be given together"),
+    (
+        {"rotary_proportion": 0.5, "use_rope_scaling": True},
+        "--rotary-proportion 0.5: cannot be given together with --use-rope-scaling",
+    ),
     ({"rotary_proportion": 0.1}, "--rotary-proportion 0.1: rotates no channels"),
     ({"rotary_proportion": 1.5}, "--rotary-proportion 1.5"),
     ({"rotary_proportion": 0.5, "position_embedding_type": "none"}, "--rotary-proportion 0.5: has no effect"),

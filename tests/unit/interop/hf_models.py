@@ -199,7 +199,14 @@ KINDS = {
         },
     ),
     "Gemma4, no per-layer embedding": Kind(
-        "Gemma4", {**GEMMA4, "num_hidden_layers": 4, "layer_types": None, "hidden_size_per_layer_input": 0}
+        "Gemma4",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": None,
+            "hidden_size_per_layer_input": 0,
+            "tie_word_embeddings": False,
+        },
     ),
     "Phi3": Kind("Phi3", {"sliding_window": 10, "pad_token_id": None}),
     # Some channels are rotated; beyond 20 tokens by other frequencies.

@@ -395,7 +395,7 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
             REFUSED,
         ),
         ({"rope_parameters": {**ROPES, "full_attention": LLAMA3_SCALING}}, TAKEN),
-        ({"rope_parameters": {**ROPES, "full_attention": YARN}}, REFUSED),
+        ({"rope_parameters": {**ROPES, "full_attention": YARN}}, TAKEN),
         ({"rope_parameters": {**ROPES, "sliding_attention": PARTIAL}}, REFUSED),
         ({"rope_parameters": {"full_attention": PARTIAL}}, REFUSED),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
@@ -468,6 +468,7 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, REFUSED),
     ],
     ("Gemma4", "original_max_position_embeddings"): [({"original_max_position_embeddings": 16}, SAME)],
+    ("Gemma4", "model_type"): [({"model_type": "gemma2"}, REFUSED), ({"model_type": ...}, REFUSED)],
     ("Gemma4", "partial_rotary_factor"): [({"partial_rotary_factor": 0.5}, REFUSED)],
     ("Gemma4", "per_layer_config"): [
         ({"per_layer_config": {"1": {"head_dim": 12}}}, TAKEN),

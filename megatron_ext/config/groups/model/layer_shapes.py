@@ -178,6 +178,10 @@ def _check_rotation(model: "ModelConfig") -> None:
         raise ValueError(
             f"--rotary-proportion {proportion}: cannot be given together with --rotary-percent {model.rotary_percent}"
         )
+    if proportion != 1.0 and model.use_rope_scaling:
+        raise ValueError(
+            f"--rotary-proportion {proportion}: cannot be given together with --use-rope-scaling"
+        )
     if proportion != 1.0 and not rotated_pairs(channels or model.resolved_kv_channels, proportion):
         raise ValueError(f"--rotary-proportion {proportion}: rotates no channels of a head")
     if channels is not None and model.position_embedding_type == "rope":

@@ -370,9 +370,9 @@ def from_model_config(
         ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
         return {**config, **free, **ids}
     kept = {name: value for name, value in imported.items() if name not in _REPLACED.union(FIELDS)}
-    if not model.num_kv_shared_layers and "use_double_wide_mlp" in kept:  # has no effect then
-        del config["use_double_wide_mlp"]
-    config = {**kept, **config}
+    without_effect = {"use_double_wide_mlp"} if not model.num_kv_shared_layers else set()
+    without_effect |= {"vocab_size_per_layer_input"} if per_layer is None else set()
+    config = {**kept, **config, **{name: kept[name] for name in without_effect & kept.keys()}}
     windows = read_windows(imported, kind)
     # An earlier version imported a model without its windows, with the shortest one as its longest position.
     shortest = min((window for window in windows if window is not None), default=None)

@@ -257,7 +257,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
     """
     types = {name: kinds for name, kinds in _TYPES.items() if name not in _NOT_IN.get(kind, ())}
     types |= _OWN_TYPES[kind]
-    refused = {name: values for name, values in _REFUSED.items() if name not in types}
+    refused = {name: values for name, values in _REFUSED.items() if name not in _OWN_TYPES[kind]}
     refused |= _OWN_REFUSED.get(kind, {})
     for name in _REQUIRED:
         if name not in config:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.config.groups.model.layer_shapes import LayerShape
+from megatron_ext.config.groups.model.layer_shapes import LayerShape, rotated_pairs
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.configs.hf_pieces import is_like_gemma
@@ -54,6 +54,18 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
             "the others, which use their keys and values"
         )
     size, groups = _heads_of_full_layers(config, windows, source)
+    heads = config["num_attention_heads"]
+    if size % 2:
+        raise ValueError(f"{source}: global_head_dim {size}: must be an even number")
+    if groups is not None and heads % groups:
+        raise ValueError(
+            f"{source}: num_global_key_value_heads {groups}: must divide num_attention_heads {heads}"
+        )
+    _, proportion = plain_ropes(config, source)
+    if not rotated_pairs(size, proportion):
+        raise ValueError(
+            f"{source}: partial_rotary_factor {proportion}: rotates none of the {size} channels of a head"
+        )
     fields: dict[str, Any] = {
         "geglu": True,
         "sandwich_norm": True,
@@ -149,7 +161,6 @@ def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
     )
     multiplier = math.isclose(model.embedding_multiplier, model.hidden_size**0.5, rel_tol=1e-9)
     scalar = model.layer_scalar or per_layer is not None
-    is_partial = model.rotary_proportion != 1.0 and model.use_rope_scaling  # no type has both
     return (
         is_like_gemma(model)
         and model.geglu
@@ -157,7 +168,6 @@ def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
         and multiplier
         and model.softmax_scale == 1.0
         and scalar
-        and not is_partial
         and model.windows[-1] is None
         and _is_double_wide(model.layers) is not None
     )
