@@ -25,7 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_ext.config.groups.model_config import check_fits_window
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
-from megatron_ext.models.gemma3n.altup import StartStreams
+from megatron_ext.models.gemma3n.altup import RotaryOfStreams, StartStreams
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.cross_entropy import cross_entropy
@@ -68,6 +68,7 @@ class GPTModel(EngineGPTModel):
         self.altup_start: StartStreams | None = None
         if self.pre_process and altup_streams is not None:
             self.altup_start = StartStreams(self.config, altup_streams)
+            self._keep_order_of_use()
         # The engine transposes the word embedding, and the gradient of logits that a loss reads.
         if self.pre_process:
             self.embedding.register_forward_hook(lambda _, __, output: plain_strides(output))
@@ -92,7 +93,10 @@ class GPTModel(EngineGPTModel):
         """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
-        # Keep the modules in order of use: the engine prefetches sharded parameters in this order.
+        self._keep_order_of_use()
+
+    def _keep_order_of_use(self) -> None:
+        # The engine prefetches sharded parameters in the order of the modules.
         for later in ("decoder", "output_layer"):
             if later in self._modules:
                 self._modules[later] = self._modules.pop(later)
@@ -116,7 +120,8 @@ class GPTModel(EngineGPTModel):
 
     @property
     def _rotary(self) -> torch.nn.Module | None:
-        return getattr(self, "rotary_pos_emb", None)
+        rotary: torch.nn.Module | None = getattr(self, "rotary_pos_emb", None)
+        return rotary.rotary if isinstance(rotary, RotaryOfStreams) else rotary
 
     @property
     def cache_limit(self) -> int | None:

@@ -61,7 +61,7 @@ RUNS = LayoutRuns(
     {
         "TP2xPP2": ["all with PLE"],
         "TP2+SPxCP2": ["all with PLE"],
-        "DP2 overlapped distributed optimizer": ["all with PLE"],
+        "DP2 overlapped distributed optimizer": ["all with PLE", "two streams"],
         "TP1 MLP recomputed": ["all with PLE"],
     },
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.unit.interop import gemma3n_fields
 from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
@@ -33,19 +34,7 @@ BASES = {
             "vocab_size_per_layer_input": 96,
         },
     ),
-    "Gemma3n": Kind(
-        "Gemma3n",
-        {
-            **TWO_LAYERS,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "head_dim": 8,
-            "sliding_window": 20,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 90,
-            "num_kv_shared_layers": 0,
-            "laurel_rank": 4,
-        },
-    ),
+    "Gemma3n": gemma3n_fields.BASE,
 }
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 PARTIAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
@@ -168,24 +157,6 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "num_experts": [({"num_experts": 2}, SAME)],
     "top_k_experts": [({"top_k_experts": 2}, SAME)],
     "moe_intermediate_size": [({"moe_intermediate_size": 16}, SAME)],
-    # Of Gemma 3n only.
-    "altup_active_idx": [({"altup_active_idx": 1}, REFUSED)],
-    "altup_coef_clip": [
-        ({"altup_coef_clip": 0.5}, SAME),  # it has an effect in training only
-        ({"altup_coef_clip": 0.0}, REFUSED),
-        ({"altup_coef_clip": 120}, REFUSED),
-    ],
-    "altup_correct_scale": [({"altup_correct_scale": False}, REFUSED)],
-    "altup_num_inputs": [({"altup_num_inputs": 2}, TAKEN), ({"altup_num_inputs": 1}, REFUSED)],
-    "laurel_rank": [({"laurel_rank": 6}, TAKEN), ({"laurel_rank": 0}, REFUSED)],
-    "activation_sparsity_pattern": [
-        ({"activation_sparsity_pattern": [0.5, 0.0]}, TAKEN),
-        ({"activation_sparsity_pattern": [0.0, 0.0]}, SAME),
-        ({"activation_sparsity_pattern": [0.5, 1.0]}, REFUSED),
-        ({"activation_sparsity_pattern": [0.5, 0]}, REFUSED),
-        ({"activation_sparsity_pattern": [0.5]}, REFUSED),
-        ({"activation_sparsity_pattern": 0.5}, REFUSED),
-    ],
     # Of the base class.
     "transformers_version": [({"transformers_version": "4.40.0"}, SAME)],
     "architectures": [
@@ -290,68 +261,6 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
         ({"rope_parameters": None}, SAME),
     ],
-    ("Gemma3n", "num_attention_heads"): [
-        ({"num_attention_heads": 8, "num_key_value_heads": 4}, TAKEN),
-        ({"num_attention_heads": 6, "num_key_value_heads": 2}, REFUSED),
-    ],
-    ("Gemma3n", "tie_word_embeddings"): [
-        ({"tie_word_embeddings": False}, TAKEN),
-        ({"tie_word_embeddings": True}, SAME),
-        ({"tie_word_embeddings": None}, REFUSED),
-    ],
-    ("Gemma3n", "sliding_window"): [
-        ({"sliding_window": 16}, TAKEN),
-        ({"sliding_window": 0}, REFUSED),
-        ({"sliding_window": None}, REFUSED),
-        ({"sliding_window": None, "layer_types": FULL}, REFUSED),
-    ],
-    ("Gemma3n", "rope_parameters"): [
-        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}}, TAKEN),
-        ({"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}}, TAKEN),
-        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, TAKEN),
-        ({"rope_parameters": {"full_attention": LLAMA3_SCALING}}, TAKEN),
-        ({"rope_parameters": {"full_attention": YARN}}, REFUSED),
-        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}}, REFUSED),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
-        ({"rope_parameters": None}, SAME),
-    ],
-    ("Gemma3n", "layer_types"): [
-        ({"layer_types": FULL}, TAKEN),
-        ({"layer_types": MIXED}, TAKEN),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, SAME),
-        ({"layer_types": None}, TAKEN),  # every fifth layer has no window
-        ({"layer_types": FULL[:1]}, REFUSED),
-        ({"layer_types": ["chunked_attention"] * 2}, REFUSED),
-    ],
-    ("Gemma3n", "num_hidden_layers"): [
-        ({"num_hidden_layers": 3, "layer_types": ["sliding_attention", *MIXED]}, TAKEN),
-        (
-            {"num_hidden_layers": 11, "layer_types": [*MIXED * 5, "full_attention"]},
-            TAKEN,
-        ),  # of which 10 are sparse
-    ],
-    ("Gemma3n", "intermediate_size"): [
-        ({"intermediate_size": 40}, TAKEN),
-        ({"intermediate_size": [40, 24]}, TAKEN),
-        ({"intermediate_size": [40]}, REFUSED),
-        ({"intermediate_size": [40, 0]}, REFUSED),
-        ({"intermediate_size": [40, 24.0]}, REFUSED),
-    ],
-    ("Gemma3n", "vocab_size_per_layer_input"): [
-        ({"vocab_size_per_layer_input": 96}, TAKEN),
-        ({"vocab_size_per_layer_input": 50}, TAKEN),
-        ({"vocab_size_per_layer_input": 97}, REFUSED),
-        ({"vocab_size_per_layer_input": 0}, REFUSED),
-    ],
-    ("Gemma3n", "hidden_size_per_layer_input"): [
-        ({"hidden_size_per_layer_input": 12}, TAKEN),
-        ({"hidden_size_per_layer_input": 0}, REFUSED),
-    ],
-    ("Gemma3n", "pad_token_id"): [
-        ({"pad_token_id": 5}, SAME),
-        ({"pad_token_id": 93}, REFUSED),
-        ({"pad_token_id": 500}, REFUSED),
-    ],
     ("Gemma4", "vocab_size"): [({"vocab_size": 101, "vocab_size_per_layer_input": 101}, TAKEN)],
     ("Gemma4", "tie_word_embeddings"): [
         ({"tie_word_embeddings": False}, TAKEN),
@@ -440,22 +349,8 @@ NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
         ],
     },
 }
-NOT_IN_ITS_CLASS["Gemma3n"] = {
-    name: cases for name, cases in NOT_IN_ITS_CLASS["Gemma3"].items() if name != "sliding_window_pattern"
-}
-NOT_IN_ITS_CLASS["Gemma3n"]["query_pre_attn_scalar"] = [({"query_pre_attn_scalar": 20}, SAME)]
 # What a family takes beside its fields otherwise than is said above.
 BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
-    ("Gemma3n", "rope_scaling"): [
-        ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
-        ({"rope_scaling": LLAMA3_SCALING}, TAKEN),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
-    ],
-    ("Gemma3n", "original_max_position_embeddings"): [
-        ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 16}, REFUSED),
-        ({"original_max_position_embeddings": 16}, SAME),
-    ],
     ("Gemma3", "rope_scaling"): [
         ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
         ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
@@ -480,6 +375,15 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 16}, REFUSED),
         ({"original_max_position_embeddings": 16}, SAME),
     ],
+}
+FIELDS |= gemma3n_fields.ONLY
+_LIKE_GEMMA3 = ("num_attention_heads", "tie_word_embeddings", "sliding_window", "rope_parameters")
+OTHERWISE |= {("Gemma3n", name): OTHERWISE["Gemma3", name] for name in _LIKE_GEMMA3}
+OTHERWISE |= {("Gemma3n", name): cases for name, cases in gemma3n_fields.OTHERWISE.items()}
+NOT_IN_ITS_CLASS["Gemma3n"] = {**NOT_IN_ITS_CLASS["Gemma3"], **gemma3n_fields.NOT_IN_ITS_CLASS}
+BESIDE_OTHERWISE |= {
+    ("Gemma3n", name): BESIDE_OTHERWISE["Gemma3", name]
+    for name in ("rope_scaling", "original_max_position_embeddings")
 }
 
 
