@@ -279,16 +279,20 @@ def attention_activation_bytes(layout: ParallelLayout, layer: int | None = None)
     """
     model, parallel = layout.model, layout.parallel
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    shared = mean_over_layers(model, layer, lambda one: _saved_width(layout, one) * layout.element_bytes)
+    of_rank = mean_over_layers(model, layer, lambda one: _saved_width(layout, one) * layout.element_bytes)
     if model.attention_backend == "local" and "core_attn" not in again:
-        shared += _score_bytes(layout)
-    return layout.tokens * shared / parallel.tensor_model_parallel_size
+        of_rank += _score_bytes(layout) / parallel.tensor_model_parallel_size
+    return layout.tokens * of_rank
 
 
-def _saved_width(layout: ParallelLayout, layer: int) -> int:
-    """Returns the number of values per token of this rank that a layer's attention saves."""
-    model, shape = layout.model, layout.model.layers[layer]
-    queries, keys = attention_width(model, layer), shape.num_query_groups * shape.kv_channels
+def _saved_width(layout: ParallelLayout, layer: int) -> float:
+    """Returns the number of values per token that a layer's attention saves on this rank."""
+    model, shape, ranks = layout.model, layout.model.layers[layer], layout.parallel.tensor_model_parallel_size
+    groups = shape.num_query_groups / ranks
+    queries = attention_width(model, layer) / ranks
+    # Ranks that share a key/value group have all of its keys and values, and gather the projections of all.
+    keys = max(1.0, groups) * shape.kv_channels
+    projection = qkv_width(model, layer) / (ranks if groups >= 1 or shape.keys_of is not None else 1)
     is_windowed = attended_keys(model, layer) < model.seq_length
     # Under context parallelism and with a sliding window attention computes in several parts: it saves the keys and
     # values of all ranks, and the outputs of the parts, which are then joined.
@@ -302,11 +306,12 @@ def _saved_width(layout: ParallelLayout, layer: int) -> int:
     # A rotation does not keep the projection's output, of which the values are a part.
     keeps_values = not layout.is_half if model.v_layernorm else not in_parts
     if keeps_values or model.has_qk_norm or not rotates:
-        width += qkv_width(model, layer)
+        width += projection
     if is_changed:
         width += queries + (0 if in_parts else keys)
-    if model.has_qk_norm and shape.num_query_groups < model.num_attention_heads:
-        width += queries  # grouped queries are copied out of the projection's output
+    is_grouped = shape.num_query_groups < model.num_attention_heads
+    if model.has_qk_norm and is_grouped and (groups > 1 or model.qk_projection_norm):
+        width += queries  # queries of several groups are copied out of the projection's output
     if model.v_layernorm:
         width += (0 if in_parts else keys) + (2 * keys if layout.is_half else 0)  # normalized in fp32
     return width
