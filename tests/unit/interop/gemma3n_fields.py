@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.unit.interop.hf_models import Kind
+from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind
 
 Cases = dict[str, list[tuple[dict[str, Any], str]]]
 
@@ -44,7 +44,19 @@ ONLY: Cases = {
 }
 """Fields that no other class has."""
 
+_DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+_LINEAR = {"rope_type": "linear", "factor": 8.0}
 OTHERWISE: Cases = {
+    "rope_parameters": [
+        ({"rope_parameters": {"full_attention": _DEFAULT}}, TAKEN),
+        ({"rope_parameters": {"sliding_attention": _DEFAULT}}, TAKEN),
+        ({"rope_parameters": {"full_attention": _LINEAR}}, TAKEN),
+        ({"rope_parameters": {"full_attention": LLAMA3_SCALING}}, TAKEN),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, REFUSED),
+        ({"rope_parameters": {"sliding_attention": _LINEAR}}, REFUSED),
+        ({"rope_parameters": _DEFAULT}, REFUSED),
+        ({"rope_parameters": None}, SAME),
+    ],
     "layer_types": [
         ({"layer_types": FULL}, TAKEN),
         ({"layer_types": MIXED}, TAKEN),
@@ -83,6 +95,8 @@ OTHERWISE: Cases = {
         ({"pad_token_id": 500}, REFUSED),
     ],
 }
+
+MODEL_TYPE = [({"model_type": "gpt2"}, REFUSED), ({"model_type": ...}, REFUSED)]
 
 NOT_IN_ITS_CLASS: Cases = {
     "sliding_window_pattern": [({"sliding_window_pattern": 1}, SAME)],

@@ -377,7 +377,7 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
     ],
 }
 FIELDS |= gemma3n_fields.ONLY
-_LIKE_GEMMA3 = ("num_attention_heads", "tie_word_embeddings", "sliding_window", "rope_parameters")
+_LIKE_GEMMA3 = ("num_attention_heads", "tie_word_embeddings", "sliding_window")
 OTHERWISE |= {("Gemma3n", name): OTHERWISE["Gemma3", name] for name in _LIKE_GEMMA3}
 OTHERWISE |= {("Gemma3n", name): cases for name, cases in gemma3n_fields.OTHERWISE.items()}
 NOT_IN_ITS_CLASS["Gemma3n"] = {**NOT_IN_ITS_CLASS["Gemma3"], **gemma3n_fields.NOT_IN_ITS_CLASS}
@@ -385,6 +385,7 @@ BESIDE_OTHERWISE |= {
     ("Gemma3n", name): BESIDE_OTHERWISE["Gemma3", name]
     for name in ("rope_scaling", "original_max_position_embeddings")
 }
+BESIDE_OTHERWISE["Gemma3n", "model_type"] = gemma3n_fields.MODEL_TYPE
 
 
 def _class_fields(family: str) -> list[str]:
@@ -419,6 +420,7 @@ def _names(name: str, change: dict[str, Any]) -> set[str]:
         name,
         *change,
         *(["rope scaling", "rope_theta", "partial_rotary_factor"] if "rope" in name else []),
+        *(["layer_types"] if name == "num_hidden_layers" else []),
     }
 
 

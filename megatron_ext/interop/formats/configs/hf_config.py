@@ -197,7 +197,7 @@ def to_model_config(
         **_biases(config, kind),
         **rotary,
         **(gemma4_flags(config, windows, source) if kind == "gemma4_text" else {}),
-        **(gemma3n_flags(config) if kind == "gemma3n_text" else {}),
+        **(gemma3n_flags(config, windows, source) if kind == "gemma3n_text" else {}),
         **piece_flags(config, kind, source),
     }
     messages += (*field_notes, *rotary_notes)

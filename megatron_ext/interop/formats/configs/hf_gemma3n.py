@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_ext.config.groups.model.parts_of_gemma3n import spell_list
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_gemma4 import check_shared_layers
 from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 
 DEFAULTS: dict[str, Any] = {
@@ -41,9 +42,19 @@ DEFAULTS: dict[str, Any] = {
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95
 
 
-def gemma3n_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `ModelConfig` for a config.json that has passed `check_fields`."""
+def gemma3n_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], source: str) -> dict[str, Any]:
+    """Returns the fields of `ModelConfig` that are Gemma 3n's, except for the rotary embedding.
+
+    Args:
+        config: content of a config.json that has passed `check_fields`.
+        windows: the sliding window of every layer.
+        source: path of the file, for error messages.
+
+    Raises:
+        ValueError: one of the last layers has no earlier layer of its kind, whose keys and values it could use.
+    """
     given = {**DEFAULTS, **config}
+    check_shared_layers(given["num_kv_shared_layers"], windows, source)
     layers, widths, sparse = given["num_hidden_layers"], given["intermediate_size"], sparsity_pattern(config)
     is_list = isinstance(widths, list) and len(set(widths)) > 1
     width = widths[0] if isinstance(widths, list) else widths
@@ -80,9 +91,14 @@ def gemma3n_values(config: Mapping[str, Any]) -> list[tuple[str, Any, Callable[[
     given, layers = {**DEFAULTS, **config}, config["num_hidden_layers"]
 
     def is_list_of(kind: type, least: float, limit: float) -> Callable[[Any], bool]:
-        return lambda values: (
-            len(values) == layers and all(type(value) is kind and least <= value < limit for value in values)
-        )
+        def holds(values: list[Any]) -> bool:
+            return (
+                len(values) == layers
+                and {type(value) for value in values} == {kind}
+                and all(least <= value < limit for value in values)
+            )
+
+        return holds
 
     widths, sparse = config["intermediate_size"], config.get("activation_sparsity_pattern")
     found = [

@@ -47,12 +47,7 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
         ValueError: the layers cannot have the heads that the file gives them.
     """
     shared = config.get("num_kv_shared_layers", 0)
-    first = len(windows) - shared
-    if not set(windows[first:]) <= set(windows[:first]):
-        raise ValueError(
-            f"{source}: num_kv_shared_layers {shared}: the first {first} layers must have each of the layer_types of "
-            "the others, which use their keys and values"
-        )
+    check_shared_layers(shared, windows, source)
     size, groups = _heads_of_full_layers(config, windows, source)
     heads = config["num_attention_heads"]
     if size % 2:
@@ -86,6 +81,16 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
         width, own = config["intermediate_size"], config["num_hidden_layers"] - shared
         fields |= {"ffn_hidden_size": None, "ffn_hidden_sizes": f"[{width}]*{own}+[{2 * width}]*{shared}"}
     return fields
+
+
+def check_shared_layers(shared: int, windows: tuple[int | None, ...], source: str) -> None:
+    """Raises `ValueError` if one of the last `shared` layers has no earlier layer of its kind."""
+    first = len(windows) - shared
+    if not set(windows[first:]) <= set(windows[:first]):
+        raise ValueError(
+            f"{source}: num_kv_shared_layers {shared}: the first {first} layers must have each of the layer_types of "
+            "the others, which use their keys and values"
+        )
 
 
 def gemma4_per_layer(config: Mapping[str, Any]) -> PerLayer | None:
