@@ -4,7 +4,8 @@
     FLOPs        L 6 h p                                     + L 4 p p for concat and gated
 
 Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
-order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer. Only
+order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer; the
+preset gemma3n adds a vector [h] per layer. Only
 matrix products count as FLOPs; a table look-up costs none.
 
 Values per token that a rank keeps for the backward pass, with q = p / t and the hidden size divided under sequence
@@ -35,6 +36,7 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
     layers, hidden, width = model.num_layers, model.hidden_size, settings.per_layer_hidden_size
     combination = 0 if settings.per_layer_combination_method == "scaled_add" else 2 * width * width
     of_a_layer = rows * width + 3 * hidden * width + hidden + combination
+    of_a_layer += hidden * settings.adds_to_inactive_streams
     return ModelCost(
         parameters=layers * of_a_layer + width,
         forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
@@ -56,6 +58,8 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
     part = value * width / tensor
     gate = 2 if settings.per_layer_gate_activation == "relu" else 3
     block = 2 * layout.hidden_bytes + gate * part
+    if settings.adds_to_inactive_streams:
+        block += layout.residual_bytes  # all streams, of which the block multiplies one
     if settings.per_layer_projection_dropout > 0:
         block += part + part / size  # the result, and a mask of one byte per value
     context = width * layout.model.hidden_size / tensor * size
