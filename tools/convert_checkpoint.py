@@ -36,6 +36,7 @@ _ONLY_HUGGING_FACE = (
     "tokenizer_model",
     "no_tokenizer",
     "per_layer_vocab_file",
+    "npt_weights",
 )
 
 
@@ -151,6 +152,10 @@ class ExportConfig:
     """For a model with per-layer embedding that was trained on aligned per-layer data: the vocabulary that the data was
     made with, next to which the table of per-layer ids lies."""
 
+    npt_weights: str | None = None
+    """File npt_weights.pt or npt_weights.safetensors: export the base model in --load with these NP weights, such as
+    those of a calibration."""
+
     overwrite: bool = False
     """Replace the content of --model-dir."""
 
@@ -163,7 +168,11 @@ class ExportConfig:
         if self.format == "megatron":
             _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
         if chosen:
-            _refuse(self, ("per_layer_vocab_file",), f"cannot be given together with {flag_name(chosen[0])}")
+            _refuse(
+                self,
+                ("per_layer_vocab_file", "npt_weights"),
+                f"cannot be given together with {flag_name(chosen[0])}",
+            )
 
     def resolved_max_shard_size(self) -> int:
         """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
@@ -292,6 +301,7 @@ def _export_hugging_face(config: ExportConfig) -> list[str]:
         config.model_dir,
         base_only=config.base_only,
         per_layer_vocab_file=config.per_layer_vocab_file,
+        npt_weights=config.npt_weights,
         **options,
     )
 

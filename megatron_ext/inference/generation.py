@@ -105,6 +105,10 @@ def generate(
     # The first pass reads positions [0, shortest prompt); each later pass reads one position.
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
+        if (
+            start == model.cache_limit
+        ):  # from here on, the model computes something else for earlier tokens, too
+            start, context = 0, StaticInferenceContext(len(prompts), total)
         inputs = tokens[:, start:end]
         positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
         logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)

@@ -96,8 +96,8 @@ def load_hf(
     """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
-        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text)
-            model; or such a model as a GGUF file.
+        model_dir: local directory with config.json and safetensors of a model of one of `hf_config.ARCHITECTURES`; or
+            such a model as a GGUF file.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
@@ -119,13 +119,13 @@ def load_hf(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     model = source.model
-    config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
+    tokenizer_config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
     families = Families()
     if extended and read_families is not None:
         families = read_families(config, SafetensorsFiles(folder), model, tokenizer)
     files = SafetensorsFiles(folder) if tensors is None else tensors
-    found = entries(model, source.vocab_size, padded)
+    found = entries(model, source.vocab_size, padded, source.architecture)
     parts = families.parts
     state = HuggingFaceState(
         files, model, found + (parts.entries if parts else []), besides=set(parts.buffers) if parts else set()
@@ -135,7 +135,7 @@ def load_hf(
     return HuggingFaceModel(
         folder=folder,
         model=model,
-        tokenizer_config=config,
+        tokenizer_config=tokenizer_config,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         state=state,

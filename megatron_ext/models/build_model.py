@@ -18,6 +18,8 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.models.layer_spec import block_spec, key_value_streams, layer_spec
 from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.models.ops.positions.rope_scaling import depends_on_length
+from megatron_ext.models.ops.positions.rotary_by_length import RotaryByLength
 from megatron_ext.models.ops.rotary import rotary_frequencies
 from megatron_ext.models.transformer_engine import check_te, fuse_gradient_accumulation, uses_te
 from megatron_ext.platform import process_groups
@@ -154,10 +156,13 @@ def _build_chunk(
         stage=stage,
         sliding_window=model.sliding_window,
         embedding_multiplier=model.embedding_multiplier,
+        logit_divisor=model.logit_divisor,
         final_logit_softcapping=model.final_logit_softcapping,
     )
     scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
-    if scales or model.has_two_rotaries or model.rotary_proportion != 1.0:
+    if depends_on_length(model):
+        chunk.rotary_pos_emb = RotaryByLength(model, groups.cp)
+    elif scales or model.has_two_rotaries or model.rotary_proportion != 1.0:
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for extension in extensions:
         module = extension.stage_module(config, stage, groups)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.ops.positions.rope_scaling import rotary_scale
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.platform.process_groups import use_cuda
 
@@ -94,8 +95,10 @@ def build_transformer_config(
         cross_entropy_loss_fusion=parallel.cross_entropy_loss_fusion,
         cross_entropy_fusion_impl=parallel.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=False,
-        # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`).
-        apply_rope_fusion=uses_te(model) and not model.has_two_rotaries,
+        no_rope_freq=[int(is_without) for is_without in model.without_rotary] if model.no_rope_freq else None,
+        # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`), nor
+        # does it scale its result.
+        apply_rope_fusion=uses_te(model) and not model.has_two_rotaries and rotary_scale(model) == 1.0,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,

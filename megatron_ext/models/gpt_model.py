@@ -28,6 +28,7 @@ from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.cross_entropy import cross_entropy
 from megatron_ext.models.ops.documents.document_bounds import forbidden_pairs, packed_documents
 from megatron_ext.models.ops.plain_strides import plain_strides
+from megatron_ext.models.ops.positions.rotary_by_length import RotaryByLength
 
 WORD_EMBEDDING = "word_embedding"
 """Name of the travelling stream that holds the first layer's input, the word embedding [s, b, h]."""
@@ -48,6 +49,7 @@ class GPTModel(EngineGPTModel):
         stage: StageInfo,
         sliding_window: int | None = None,
         embedding_multiplier: float = 1.0,
+        logit_divisor: float = 1.0,
         final_logit_softcapping: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,6 +72,10 @@ class GPTModel(EngineGPTModel):
             self.output_layer.register_forward_hook(
                 lambda _, __, output: (plain_strides(output[0]), output[1])
             )
+            if logit_divisor != 1.0:
+                self.output_layer.register_forward_hook(
+                    lambda _, __, output: (output[0] / logit_divisor, output[1])
+                )
             if final_logit_softcapping is not None:
                 self.output_layer.register_forward_hook(
                     lambda _, __, output: (softcapped(output[0], final_logit_softcapping), output[1])
@@ -101,6 +107,18 @@ class GPTModel(EngineGPTModel):
                 "use a shorter prompt or fewer new tokens"
             )
 
+    @property
+    def _rotary(self) -> torch.nn.Module | None:
+        return getattr(self, "rotary_pos_emb", None)
+
+    @property
+    def cache_limit(self) -> int | None:
+        """Number of tokens beyond which a KV cache is of no use, because all hidden states change; None if none is."""
+        rotary = self._rotary
+        if not isinstance(rotary, RotaryByLength) or rotary.model.rope_scaling_type != "longrope":
+            return None
+        return rotary.model.rope_original_max_position_embeddings
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Stores the tensor from the previous stage, [k * s, b, h], split into hidden states and streams."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -131,6 +149,8 @@ class GPTModel(EngineGPTModel):
             On the last stage losses [b, s] or logits [b, s, V/t]; on other stages hidden states and travelling
             streams in one tensor [k * s, b, h].
         """
+        if isinstance(self._rotary, RotaryByLength):
+            self._rotary.begin(kwargs.get("inference_context"), input_ids.size(1))
         travelling, self._received = self._received, {}
         auxiliary_inputs = auxiliary_inputs or {}
         recomputes = self.training and self.config.recompute_granularity == "full"

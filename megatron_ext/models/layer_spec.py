@@ -25,7 +25,8 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStrea
 from megatron_ext.models.model_extension import StageInfo
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.gated_activations import GeGLU, SwiGLU, TESwiGLU
-from megatron_ext.models.ops.norm import Norm
+from megatron_ext.models.ops.norm import Norm, ProjectionNorm
+from megatron_ext.models.ops.positions.rope_scaling import rotary_scale
 from megatron_ext.models.ops.rotary import rotary_part
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
@@ -62,7 +63,7 @@ def layer_spec(
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     own: dict[str, type | ModuleSpec] = dict(zip(LINEARS, (column, row, column, row), strict=True))
-    if fuses_norms:
+    if fuses_norms and not model.post_norm:
         own |= dict.fromkeys(LINEARS[::2], backend.column_parallel_layer_norm_linear())
     own |= linears
     own["linear_qkv"] = _of_heads(own["linear_qkv"], model.num_attention_heads, shape)
@@ -70,17 +71,21 @@ def layer_spec(
         linear_qkv=own["linear_qkv"],
         core_attention=_core_attention(model, number),
         linear_proj=_with_bias(own["linear_proj"]) if model.add_attention_output_bias else own["linear_proj"],
-        q_layernorm=norm if model.qk_layernorm else IdentityOp,
-        k_layernorm=norm if model.qk_layernorm and shape.keys_of is None else IdentityOp,
+        q_layernorm=_head_norm(model, norm, model.num_attention_heads),
+        k_layernorm=IdentityOp
+        if shape.keys_of is not None
+        else _head_norm(model, norm, shape.num_query_groups),
     )
     mlp = MLPSubmodules(
         linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
         linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
         activation_func=_gated_activation(model),
     )
+    before = IdentityOp if model.post_norm else norm
+    after = norm if model.sandwich_norm or model.post_norm else IdentityOp
     key_values = key_value_settings(model, number, layers)
     submodules = ExtendedLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=before,
         self_attention=ModuleSpec(
             module=SelfAttention if key_values is None else ExtendedSelfAttention,
             params={"attn_mask_type": AttnMaskType.no_mask if bidirectional else AttnMaskType.causal}
@@ -88,15 +93,17 @@ def layer_spec(
             submodules=attention,
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=norm,
+        pre_mlp_layernorm=before,
         mlp=_mlp(mlp),
         mlp_bda=get_bias_dropout_add,
-        post_attention_layernorm=norm if model.sandwich_norm else IdentityOp,
-        post_mlp_layernorm=norm if model.sandwich_norm else IdentityOp,
+        post_attention_layernorm=after,
+        post_mlp_layernorm=after,
         **slots,
     )
     params = {
         "auxiliary": auxiliary,
+        "changes_outputs": model.changes_outputs,
+        "residual_multiplier": model.residual_multiplier,
         "sizes": _sizes(shape),
         "has_scalar": model.layer_scalar,
         "sends_written": stage is not None and not stage.is_last and number == stage.layer_numbers[-1],
@@ -224,6 +231,13 @@ def _backend(model: ModelConfig) -> BackendSpecProvider:
     return TESpecProvider()
 
 
+def _head_norm(model: ModelConfig, norm: type, heads: int) -> type | ModuleSpec:
+    """Returns the norm of queries or keys, of which there are `heads` per token."""
+    if model.qk_projection_norm:
+        return ModuleSpec(module=ProjectionNorm, params={"heads": heads})
+    return norm if model.qk_layernorm else IdentityOp
+
+
 def _core_attention(model: ModelConfig, number: int) -> Callable[..., Any]:
     if model.attention_backend == "te":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -232,6 +246,13 @@ def _core_attention(model: ModelConfig, number: int) -> Callable[..., Any]:
     if model.attention_backend == "local":
         return LocalSpecProvider().core_attention()
     window, part = model.layers[number].window, rotary_part(model, number)
-    if window is None and part is None:
+    has_own_base = model.rotary_base_local is not None and window is not None
+    chosen: dict[str, Any] = {
+        "window": window,
+        "rotary_part": part,
+        "rotary_scale": 1.0 if has_own_base else rotary_scale(model),
+        "rotates": not model.without_rotary[number],
+    }
+    if chosen == {"window": None, "rotary_part": None, "rotary_scale": 1.0, "rotates": True}:
         return SDPAttention
-    return functools.partial(SDPAttention, window=window, rotary_part=part)
+    return functools.partial(SDPAttention, **chosen)

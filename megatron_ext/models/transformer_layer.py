@@ -81,8 +81,10 @@ class NormInLinear(torch.nn.Module):
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
-def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Callable[..., BiasDropoutAdd]:
-    """Returns the engine's bias-dropout-add `add`, with a norm of the output and its bias before dropout and sum."""
+def changed(
+    change: Callable[[torch.Tensor], torch.Tensor], add: Callable[..., BiasDropoutAdd]
+) -> Callable[..., BiasDropoutAdd]:
+    """Returns the engine's bias-dropout-add `add`, which changes the output with its bias before dropout and sum."""
 
     def choose(*args: Any) -> BiasDropoutAdd:
         add_residual = add(*args)
@@ -91,8 +93,8 @@ def after_norm(norm: torch.nn.Module, add: Callable[..., BiasDropoutAdd]) -> Cal
             returned: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
         ) -> torch.Tensor:
             output, bias = returned
-            normed = norm(output if bias is None else output + bias)
-            return add_residual((normed, None), residual, dropout)
+            whole = change(output if bias is None else output + bias)
+            return add_residual((whole, None), residual, dropout)
 
         return run
 
@@ -119,12 +121,16 @@ class ExtendedTransformerLayer(TransformerLayer):
         submodules: ExtendedLayerSubmodules,
         auxiliary: AuxiliaryInputs,
         sizes: Mapping[str, int] | None = None,
+        changes_outputs: str | None = None,
+        residual_multiplier: float = 1.0,
         has_scalar: bool = False,
         sends_written: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(with_sizes(config, sizes or {}), *args, submodules=submodules, **kwargs)
         self.auxiliary = auxiliary
+        self.changes_outputs = changes_outputs
+        """See `ModelConfig.changes_outputs`."""
         self.sends_written = sends_written
         """Whether the output has the streams that layers have written as further rows, for the next stage."""
         self._separate_norm("input_layernorm", self.self_attention.linear_qkv)
@@ -137,9 +143,9 @@ class ExtendedTransformerLayer(TransformerLayer):
                 pg_collection=self.pg_collection,
             )
             setattr(self, slot, module)
-        self.sandwich_norm = submodules.post_mlp_layernorm is not IdentityOp
-        """Whether the outputs of attention and MLP are normalized."""
         for name, adds in (("post_attention_layernorm", "self_attn_bda"), ("post_mlp_layernorm", "mlp_bda")):
+            if residual_multiplier != 1.0:
+                setattr(self, adds, changed(lambda output: output * residual_multiplier, getattr(self, adds)))
             norm = build_module(
                 getattr(submodules, name),
                 config=self.config,
@@ -148,8 +154,8 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
             if not isinstance(norm, IdentityOp):
                 setattr(self, name, norm)
-                setattr(self, adds, after_norm(norm, getattr(self, adds)))
-        if self.sandwich_norm:
+                setattr(self, adds, changed(norm, getattr(self, adds)))
+        if changes_outputs:
             # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
             self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self.has_scalar = has_scalar

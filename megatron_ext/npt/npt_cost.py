@@ -55,7 +55,7 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
     Raises:
         ValueError: the layers or the target do not fit the model.
     """
-    settings.check_model(model.is_gated, model.sandwich_norm)
+    settings.check_model(model.is_gated, model.changes_outputs)
     layers = settings.layers(model.num_layers)
     flops = sum(sum(of_x) for layer in layers for of_x in _products(settings, model, layer).values())
     return ModelCost(

@@ -95,7 +95,7 @@ class NPTFamily(Family):
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Checks that NPT can use the model's layers."""
-        self.settings.check_model(model.is_gated, model.sandwich_norm)
+        self.settings.check_model(model.is_gated, model.changes_outputs)
         refuse_layer_sizes(model, "the model family npt")
 
     def cost(self, model: ModelConfig) -> ModelCost:

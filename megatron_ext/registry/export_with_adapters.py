@@ -13,7 +13,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.inference.load_model import LoadedModel, load_model
 from megatron_ext.interop import base_state, export_hf
-from megatron_ext.interop.formats.configs.hf_config import choose_architecture
+from megatron_ext.interop.formats.configs.hf_config import FUSED, choose_architecture, read_architecture
 from megatron_ext.interop.formats.imported_model import Imported
 from megatron_ext.interop.hf_export import DEFAULT_MAX_SHARD_SIZE
 from megatron_ext.interop.hf_import import require_one_process
@@ -61,7 +61,14 @@ def export_plain(
         check_free(adapter_dir, "--adapter-dir", overwrite=overwrite)
     stored = read_run_config(load, ckpt_step)
     model = group_in(ModelConfig, stored, "model")
-    choose_architecture(model, architecture)
+    imported = Imported.of_run(stored)
+    if architecture is None and imported is not None:
+        architecture, _ = read_architecture(imported.config, "imported config.json")
+    if choose_architecture(model, architecture) in FUSED and adapter_dir is not None:
+        raise ValueError(
+            f"--adapter-dir {adapter_dir}: the adapters are for separate projections, which {architecture} does not "
+            "have; use --architecture LlamaForCausalLM, or --merge-adapters"
+        )
     _check_families(stored["families"], load, as_adapters=adapter_dir is not None)
     tokenizer = group_in(TokenizerConfig, stored, "tokenizer")
     if tokenizer_model is not None:
@@ -79,7 +86,7 @@ def export_plain(
             dtype=dtype or _precision(stored["training"]),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            imported=Imported.of_run(stored),
+            imported=imported,
         )
     finally:
         process_groups.shutdown()

@@ -1,8 +1,9 @@
-"""Reads --window-size and --window-attn-skip-freq: which layers attend to a sliding window only.
+"""Reads flags that differ between layers: which have a sliding window, and which have rotary positions.
 
 The values are spelled as in Megatron-LM. `--window-size 511,0` means 511 earlier tokens, besides the token itself, and
-no later ones. `--window-attn-skip-freq` is a number N, if layers N, 2 N, ... (counted from 1) attend to all earlier
-tokens, or a list with a 1 for each layer with a window and a 0 for each layer without; lists may be added and repeated.
+no later ones. `--window-attn-skip-freq` and `--no-rope-freq` are a number N, if layers N, 2 N, ... (counted from 1)
+have no window, or no rotary positions; or a list with one entry per layer: 1 for a layer with a window, or without
+rotary positions, else 0. Lists may be added and repeated.
 """
 
 import ast
@@ -32,18 +33,41 @@ def windowed_layers(skip: str | None, num_layers: int) -> tuple[bool, ...]:
     """
     if skip is None:
         return (True,) * num_layers
+    value = _number_or_list("--window-attn-skip-freq", skip, num_layers)
+    if isinstance(value, int):
+        return tuple(not is_last for is_last in _every(value, num_layers))
+    return tuple(entry == 1 for entry in value)
+
+
+def layers_without_rotary(frequency: str | None, num_layers: int) -> tuple[bool, ...]:
+    """Returns for each layer whether it has no rotary positions, for a value of --no-rope-freq.
+
+    Raises:
+        ValueError: as in `windowed_layers`.
+    """
+    if frequency is None:
+        return (False,) * num_layers
+    value = _number_or_list("--no-rope-freq", frequency, num_layers)
+    if isinstance(value, int):
+        return _every(value, num_layers)
+    return tuple(entry == 1 for entry in value)
+
+
+def _every(number: int, num_layers: int) -> tuple[bool, ...]:
+    return tuple((layer + 1) % number == 0 for layer in range(num_layers))
+
+
+def _number_or_list(flag: str, text: str, num_layers: int) -> int | list[int]:
     wanted = f"must be a number of at least 1, or a list of {num_layers} zeros and ones such as ([1]*5+[0])*2"
     try:
-        value = _value(ast.parse(skip.strip(), mode="eval").body, num_layers)
+        value = _value(ast.parse(text.strip(), mode="eval").body, num_layers)
     except (SyntaxError, ValueError):
-        raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}") from None
-    if isinstance(value, int):
-        if value < 1:
-            raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}")
-        return tuple((number + 1) % value != 0 for number in range(num_layers))
-    if len(value) != num_layers or not set(value) <= {0, 1}:
-        raise ValueError(f"--window-attn-skip-freq {skip}: {wanted}")
-    return tuple(entry == 1 for entry in value)
+        raise ValueError(f"{flag} {text}: {wanted}") from None
+    if isinstance(value, int) and value >= 1:
+        return value
+    if isinstance(value, list) and len(value) == num_layers and set(value) <= {0, 1}:
+        return value
+    raise ValueError(f"{flag} {text}: {wanted}")
 
 
 def entries_of(text: str, longest: int) -> list[int] | None:
@@ -67,6 +91,18 @@ def skip_frequency(layers: tuple[bool, ...]) -> str | None:
     first = layers.index(False) + 1
     if layers == windowed_layers(str(first), len(layers)):
         return str(first)
+    return _list_of(layers)
+
+
+def no_rope_frequency(layers: tuple[bool, ...]) -> str | None:
+    """Returns the shortest value of --no-rope-freq for the layers without rotary positions; None if there is none."""
+    if not any(layers):
+        return None
+    first = layers.index(True) + 1
+    return str(first) if layers == _every(first, len(layers)) else _list_of(layers)
+
+
+def _list_of(layers: tuple[bool, ...]) -> str:
     return "[" + ",".join(str(int(layer)) for layer in layers) + "]"
 
 

@@ -19,7 +19,11 @@ from megatron_ext.config.command_line.field_checks import (
     flag,
     flag_name,
 )
-from megatron_ext.config.command_line.layer_windows import window_tokens, windowed_layers
+from megatron_ext.config.command_line.layer_windows import (
+    layers_without_rotary,
+    window_tokens,
+    windowed_layers,
+)
 from megatron_ext.config.groups.model.layer_shapes import (
     LayerFields,
     LayerShape,
@@ -101,6 +105,10 @@ class ModelConfig(PositionFields, LayerFields):
     sandwich_norm: bool = False
     """Normalize the outputs of attention and MLP as well, before they are added to the residual stream, as in Gemma."""
 
+    post_norm: bool = False
+    """Normalize the outputs of attention and MLP, before they are added to the residual stream, and not their inputs,
+    as in OLMo 2."""
+
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
 
@@ -128,12 +136,22 @@ class ModelConfig(PositionFields, LayerFields):
     qk_layernorm: bool = False
     """Normalize the queries and keys of each attention head."""
 
+    qk_projection_norm: bool = False
+    """Normalize the queries of all heads of a token together, and its keys, with one weight per channel, as in
+    OLMo 2."""
+
     softmax_scale: float | None = None
     """Factor of the attention scores. Default: 1 / sqrt(width of one attention head)."""
 
     embedding_multiplier: float = 1.0
     """Factor of the word embedding where it enters the first layer, rounded to the type of the weights; in Gemma the
     square root of the hidden size."""
+
+    residual_multiplier: float = 1.0
+    """Factor of the outputs of attention and MLP where they are added to the residual stream, as in Granite."""
+
+    logit_divisor: float = 1.0
+    """Divide the logits by this number, as in Granite."""
 
     final_logit_softcapping: float | None = None
     """Limit the logits to this number C: C tanh(logit / C). Default: no limit."""
@@ -184,8 +202,10 @@ class ModelConfig(PositionFields, LayerFields):
         check_at_least(self, 1, "num_query_groups", "kv_channels", "make_vocab_size_divisible_by")
         check_positive(self, "norm_epsilon", "init_method_std")
         check_positive(self, "softmax_scale", "embedding_multiplier", "final_logit_softcapping")
+        check_positive(self, "residual_multiplier", "logit_divisor")
         check_fraction(self, "hidden_dropout", "attention_dropout")
         self._check_heads()
+        self._check_norms()
         self._check_mlp()
         check_positions(self)
         check_layers(self)
@@ -208,6 +228,15 @@ class ModelConfig(PositionFields, LayerFields):
         if self.fp8_format is None or self.fp8_recipe != "delayed":
             for name in ("fp8_amax_history_len", "fp8_amax_compute_algo"):
                 require_default(self, name, "--fp8-format with --fp8-recipe delayed")
+
+    def _check_norms(self) -> None:
+        for name, other in (("post_norm", "sandwich_norm"), ("qk_projection_norm", "qk_layernorm")):
+            if getattr(self, name) and getattr(self, other):
+                raise ValueError(f"{flag_name(name)}: cannot be given together with {flag_name(other)}")
+        if self.qk_projection_norm and self.normalization != "RMSNorm":
+            raise ValueError(
+                f"--qk-projection-norm: requires --normalization RMSNorm (got {self.normalization})"
+            )
 
     def _check_mlp(self) -> None:
         chosen = [flag_name(name) for name in ("swiglu", "geglu", "squared_relu") if getattr(self, name)]
@@ -279,6 +308,26 @@ class ModelConfig(PositionFields, LayerFields):
         """Whether the rotary embedding of layers with a window differs from that of all other layers."""
         is_partial = self.window_size is not None and self.rotary_proportion != 1.0
         return is_partial or self.rotary_base_local is not None or self.kv_channels_full is not None
+
+    @property
+    def without_rotary(self) -> tuple[bool, ...]:
+        """For each layer, whether --no-rope-freq takes its rotary positions."""
+        return layers_without_rotary(self.no_rope_freq, self.num_layers)
+
+    @property
+    def changes_outputs(self) -> str | None:
+        """The flag with which a layer changes the outputs of attention and MLP before it adds them; None if none."""
+        flags = {
+            "--sandwich-norm": self.sandwich_norm,
+            "--post-norm": self.post_norm,
+            "--residual-multiplier": self.residual_multiplier != 1.0,
+        }
+        return next((flag for flag, is_set in flags.items() if is_set), None)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalized."""
+        return self.qk_layernorm or self.qk_projection_norm
 
     @property
     def has_qkv_bias(self) -> bool:

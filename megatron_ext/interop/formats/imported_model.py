@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
 from megatron_ext.interop.formats.hf_files import CONFIG, INDEX, read_object
 from megatron_ext.interop.formats.tokenizer.tokenizer_files import FILES
 from megatron_ext.training.checkpoint.checkpointer import IMPORTED
@@ -45,9 +46,6 @@ _WEIGHTS = (
 )
 _CODE = (".py", ".pyc", ".sh", ".so", ".ipynb")
 _LARGEST = 32 * 2**20
-
-_DEFAULT_EOS = {"llama": 2, "mistral": 2, "gemma3_text": 1}
-"""The `eos_token_id` that transformers assumes for each model_type if config.json has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ def _weights_read(folder: Path) -> set[str]:
 
 
 def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    of_model = config.get("eos_token_id", _DEFAULT_EOS.get(config["model_type"]))
+    of_model = config.get("eos_token_id", DEFAULTS[config["model_type"]].eos_token)
     found = generation.get("eos_token_id", of_model)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

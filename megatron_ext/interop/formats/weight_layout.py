@@ -12,11 +12,13 @@
     decoder.final_layernorm.weight                               model.norm.weight
     output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
 
-(1) With sandwich norms, as in Gemma:
+(1) With sandwich norms, as in Gemma; with norms of the outputs only, as in OLMo 2, the first and the third:
       post_attention_layernorm.weight                            post_attention_layernorm.weight
       pre_mlp_layernorm.weight                                   pre_feedforward_layernorm.weight
       post_mlp_layernorm.weight                                  post_feedforward_layernorm.weight
 
+With norms over all heads, as in OLMo 2, the weights of the norms of queries and keys are [n d] and [g d]. Phi-3 has
+self_attn.qkv_proj, the rows of q, then k, then v, and mlp.gate_up_proj: gate, then up.
 With `layer_scalar` (Gemma 4):
       layer_scalar                            [1]                layer_scalar
 
@@ -35,6 +37,7 @@ import torch
 
 from megatron_ext.config.groups.model.layer_shapes import LayerShape
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_config import FUSED
 
 Shape = tuple[int, ...]
 
@@ -52,32 +55,36 @@ class Entry:
     parts: tuple[tuple[str, Shape], ...]
     """Name and shape of each Hugging Face tensor."""
 
-    kind: Literal["same", "rows", "groups", "vocabulary", "slice"]
+    kind: Literal["same", "rows", "groups", "fused groups", "vocabulary", "slice"]
     """How the parts form the tensor. same: it equals its only part; rows: the parts are concatenated; groups: the rows
-    of the parts are interleaved by key/value group; vocabulary: its only part is padded with zero rows; slice: it is a
-    slice of its only part, padded with zero rows."""
+    of the parts are interleaved by key/value group; fused groups: the same, and its only part holds q, k and v one
+    after the other; vocabulary: its only part is padded with zero rows; slice: it is a slice of its only part, padded
+    with zero rows."""
 
     groups: int = 0
-    """Number of key/value groups, for the kind `groups`."""
+    """Number of key/value groups, for the kinds `groups` and `fused groups`."""
 
     place: tuple[int, int] = (0, 0)
     """Dimension and first index, for the kind `slice`."""
 
 
-def entries(model: ModelConfig, vocab_size: int, padded_vocab_size: int) -> list[Entry]:
+def entries(
+    model: ModelConfig, vocab_size: int, padded_vocab_size: int, architecture: str | None = None
+) -> list[Entry]:
     """Returns the entries for all tensors of a model, from the embedding to the output layer.
 
     Args:
         model: configuration of the base model, which `hf_config` must be able to express.
         vocab_size: number of rows of the embedding in Hugging Face's format.
         padded_vocab_size: number of rows of the embedding in a checkpoint.
+        architecture: Hugging Face class; those in `FUSED` have q, k and v in one tensor, and gate and up.
     """
     hidden = model.hidden_size
     found = [
         _vocabulary("embedding.word_embeddings", "model.embed_tokens", model, vocab_size, padded_vocab_size)
     ]
     for layer in range(model.num_layers):
-        found += _layer_entries(model, layer)
+        found += _layer_entries(model, layer, is_fused=architecture in FUSED)
     found.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
     if model.untie_embeddings_and_output_weights:
         found.append(_vocabulary("output_layer", "lm_head", model, vocab_size, padded_vocab_size))
@@ -105,6 +112,8 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
         dim, start = entry.place
         return _padded(entry, parts[0].narrow(dim, start, entry.shape[dim]))
     groups = entry.groups
+    if entry.kind == "fused groups":
+        parts = parts[0].split(_rows_of_qkv(entry, model))
     # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
@@ -129,13 +138,25 @@ def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.
         return [tensor[: shapes[0][0]]]
     if entry.kind == "rows":
         return list(tensor.split([shape[0] for shape in shapes]))
-    groups = entry.groups
+    groups, rows = entry.groups, [shape[0] for shape in shapes]
+    if entry.kind == "fused groups":
+        rows = _rows_of_qkv(entry, model)
     by_group = tensor.reshape(groups, tensor.size(0) // groups, *tensor.shape[1:])
-    pieces = by_group.split([shape[0] // groups for shape in shapes], dim=1)
-    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    pieces = by_group.split([count // groups for count in rows], dim=1)
+    found = [piece.reshape(count, *tensor.shape[1:]) for piece, count in zip(pieces, rows, strict=True)]
+    return [torch.cat(found)] if entry.kind == "fused groups" else found
+
+
+def _rows_of_qkv(entry: Entry, model: ModelConfig) -> list[int]:
+    head = entry.shape[0] // (model.num_attention_heads + 2 * entry.groups)
+    return [model.num_attention_heads * head, entry.groups * head, entry.groups * head]
 
 
 _PLAIN = {"pre_mlp_layernorm": "post_attention_layernorm"}
+_POST = {
+    "post_attention_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
+}
 _SANDWICH = {
     "post_attention_layernorm": "post_attention_layernorm",
     "pre_mlp_layernorm": "pre_feedforward_layernorm",
@@ -143,17 +164,24 @@ _SANDWICH = {
 }
 
 
-def _layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+def _layer_entries(model: ModelConfig, layer: int, *, is_fused: bool) -> list[Entry]:
     ours, theirs, shape = f"decoder.layers.{layer}", f"model.layers.{layer}", model.layers[layer]
     hidden, ffn = model.hidden_size, shape.ffn_hidden_size
     queries, mlp = model.num_attention_heads * shape.kv_channels, f"{ours}.mlp"
     gate_up = [(f"{theirs}.mlp.gate_proj", ffn), (f"{theirs}.mlp.up_proj", ffn)]
+    if is_fused:
+        gate_up = [(f"{theirs}.mlp.gate_up_proj", 2 * ffn)]
     output, down = [(f"{theirs}.self_attn.o_proj", hidden)], [(f"{theirs}.mlp.down_proj", hidden)]
-    found = [_same(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", (hidden,))]
-    found += _query_key_value_entries(model, shape, f"{ours}.self_attention", f"{theirs}.self_attn")
+    found = []
+    if not model.post_norm:
+        found.append(_same(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", (hidden,)))
+    found += _query_key_value_entries(
+        model, shape, f"{ours}.self_attention", f"{theirs}.self_attn", is_fused=is_fused
+    )
     projection = f"{ours}.self_attention.linear_proj"
     found += _linear(projection, output, queries, "same", model.has_attention_output_bias)
-    for name, in_theirs in (_SANDWICH if model.sandwich_norm else _PLAIN).items():
+    norms = _SANDWICH if model.sandwich_norm else _POST if model.post_norm else _PLAIN
+    for name, in_theirs in norms.items():
         found.append(_same(f"{ours}.{name}.weight", f"{theirs}.{in_theirs}.weight", (hidden,)))
     found += _linear(f"{mlp}.linear_fc1", gate_up, hidden, "rows", model.has_mlp_bias)
     found += _linear(f"{mlp}.linear_fc2", down, ffn, "same", model.has_mlp_bias)
@@ -162,7 +190,9 @@ def _layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
     return found
 
 
-def _query_key_value_entries(model: ModelConfig, shape: LayerShape, ours: str, theirs: str) -> list[Entry]:
+def _query_key_value_entries(
+    model: ModelConfig, shape: LayerShape, ours: str, theirs: str, *, is_fused: bool
+) -> list[Entry]:
     """Returns the entries of the projection to queries, keys and values, and of their norms."""
     head, groups = shape.kv_channels, shape.num_query_groups
     rows = {"q": model.num_attention_heads * head}
@@ -171,12 +201,14 @@ def _query_key_value_entries(model: ModelConfig, shape: LayerShape, ours: str, t
     if shape.keys_of is None and not shape.values_are_keys:
         rows["v"] = groups * head
     parts = [(f"{theirs}.{letter}_proj", size) for letter, size in rows.items()]
-    kind: Literal["same", "groups"] = "same" if len(parts) == 1 else "groups"
+    kind: Literal["same", "groups", "fused groups"] = "same" if len(parts) == 1 else "groups"
+    if is_fused:
+        parts, kind = [(f"{theirs}.qkv_proj", sum(rows.values()))], "fused groups"
     found = _linear(f"{ours}.linear_qkv", parts, model.hidden_size, kind, model.has_qkv_bias, groups)
-    if model.qk_layernorm:
+    if model.has_qk_norm:
         for letter in ("q", "k") if "k" in rows else ("q",):
-            name = f"{theirs}.{letter}_norm.weight"
-            found.append(_same(f"{ours}.{letter}_layernorm.weight", name, (head,)))
+            name, size = f"{theirs}.{letter}_norm.weight", rows[letter] if model.qk_projection_norm else head
+            found.append(_same(f"{ours}.{letter}_layernorm.weight", name, (size,)))
     return found
 
 
@@ -184,7 +216,7 @@ def _linear(
     name: str,
     outputs: list[tuple[str, int]],
     width: int,
-    kind: Literal["same", "rows", "groups"],
+    kind: Literal["same", "rows", "groups", "fused groups"],
     has_bias: bool,
     groups: int = 0,
 ) -> list[Entry]:

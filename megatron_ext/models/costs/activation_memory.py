@@ -137,6 +137,14 @@ class FamilyActivations:
     weights: tuple[float, ...] = ()
     """What a layer's weights take beyond the run's precision, or below it if negative; empty if nothing."""
 
+    state: tuple[float, ...] = ()
+    """State of a layer's parameters that the model family's own optimizer trains (`ModelCost.trained_apart`), with
+    fp32 main weights; empty if nothing."""
+
+    at_most: tuple[float, ...] = ()
+    """The most that a step can hold for a layer; less, depending on the data. Counted as temporary; empty if
+    nothing."""
+
     head: float = 0.0
     """What the loss adds to the head's on the last stage."""
 
@@ -276,16 +284,16 @@ def _saved_width(layout: ParallelLayout, layer: int) -> int:
     width = 2 * queries + 2 * keys * layout.parallel.context_parallel_size if in_parts else queries
     rotates = model.position_embedding_type == "rope"
     if shape.keys_of is not None:
-        projected = queries if model.qk_layernorm else 0
+        projected = queries if model.has_qk_norm else 0
         return width + projected + queries + (keys if rotates and not in_parts else 0)
-    is_changed = rotates or model.qk_layernorm
+    is_changed = rotates or model.has_qk_norm
     # A rotation does not keep the projection's output, of which the values are a part.
     keeps_values = not layout.is_half if model.v_layernorm else not in_parts
-    if keeps_values or model.qk_layernorm or not rotates:
+    if keeps_values or model.has_qk_norm or not rotates:
         width += qkv_width(model, layer)
     if is_changed:
         width += queries + (0 if in_parts else keys)
-    if model.qk_layernorm and shape.num_query_groups < model.num_attention_heads:
+    if model.has_qk_norm and shape.num_query_groups < model.num_attention_heads:
         width += queries  # grouped queries are copied out of the projection's output
     if model.v_layernorm:
         width += (0 if in_parts else keys) + (2 * keys if layout.is_half else 0)  # normalized in fp32

@@ -46,6 +46,10 @@ class ModelCost:
     training_flops: float | None = None
     """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
+    trained_apart: int = 0
+    """Number of the trained parameters that the model family's own optimizer trains: they have no gradient of every
+    element, and their state is in `FamilyActivations.state`."""
+
     @property
     def trained_parameters(self) -> int:
         """Number of parameters that are trained."""
@@ -208,8 +212,11 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1, layer: i
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    shape = model.layers[layer]
+    if model.qk_projection_norm:
+        keys = 0 if shape.keys_of is not None else shape.num_query_groups * shape.kv_channels
+        shared += attention_width(model, layer) + keys
     if model.qk_layernorm:
-        shape = model.layers[layer]
         replicated += (1 if shape.keys_of is not None else 2) * norm_parameters(model, shape.kv_channels)
     return shared // tensor_parallel_size + replicated
 

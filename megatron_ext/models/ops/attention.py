@@ -48,6 +48,8 @@ class SDPAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         window: int | None = None,
         rotary_part: tuple[int, int] | None = None,
+        rotary_scale: float = 1.0,
+        rotates: bool = True,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -65,6 +67,10 @@ class SDPAttention(torch.nn.Module):
         """The ranks that share each sequence; None if there is one."""
         self.rotary_part = rotary_part
         """Where in the rotary embedding this layer's part begins, and its size; None for all; see `take_rotary`."""
+        self.rotary_scale = rotary_scale
+        """Factor of rotated queries and keys."""
+        self.rotates = rotates
+        """Whether queries and keys are rotated at all."""
         self._angles: torch.Tensor | None = None
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -76,7 +82,7 @@ class SDPAttention(torch.nn.Module):
                 Where layers have different embeddings, each half holds all of them, one after the other.
         """
         # The engine caches its embedding, so the same object arrives at every call: keep cos and sin while it does.
-        if angles is not self._angles:
+        if angles is not self._angles and self.rotates:
             self._angles, self._cos_sin = angles, None
 
     def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +94,8 @@ class SDPAttention(torch.nn.Module):
             half = self._angles[..., : self._angles.size(-1) // 2]
             if self.rotary_part is not None:
                 half = half.narrow(-1, *self.rotary_part)
-            self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+            pair = half.cos() * self.rotary_scale, half.sin() * self.rotary_scale
+            self._cos_sin = pair[0].to(query.dtype), pair[1].to(query.dtype)
         # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.
         end, start = key.size(0), key.size(0) - query.size(0)
         cos, sin = self._cos_sin

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm that work under sequence parallelism.
+"""LayerNorm and RMSNorm that work under sequence parallelism, and an RMSNorm over the heads of all tensor ranks.
 
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight        (arXiv 1910.07467)
 
@@ -10,8 +10,12 @@ megatron-core's `WrappedTorchNorm` refuses sequence parallelism. Shapes: input a
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.platform import process_groups
 
@@ -118,6 +122,80 @@ class LayerNorm(WeightedNorm):
             )
             return exact.to(hidden_states.dtype)
         return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class _RMSNormOverRanks(torch.autograd.Function):
+    """RMSNorm over the last dimension of all ranks of a group together, each of which holds a part of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, part: torch.Tensor, weight: torch.Tensor, eps: float, width: int, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        values = part.float()
+        inverse_rms = _summed(values.square(), group).div_(width).add_(eps).rsqrt_()
+        ctx.save_for_backward(part, weight, inverse_rms)
+        ctx.width, ctx.group = width, group
+        return (values * inverse_rms).mul_(weight).to(part.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        part, weight, inverse_rms = ctx.saved_tensors
+        grad, normed = grads[0].float(), part.float() * inverse_rms
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        projection = _summed(product.mul_(weight), ctx.group).div_(ctx.width)
+        grad_input = (grad * weight).sub_(normed.mul_(projection)).mul_(inverse_rms)
+        return grad_input.to(part.dtype), grad_weight, None, None, None
+
+
+def _summed(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = values.sum(-1, keepdim=True)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+class ProjectionNorm(torch.nn.Module):
+    """RMSNorm of all heads of a token together, on tensor-parallel ranks that have some of the heads each.
+
+    The weight is split over the ranks like the heads.
+
+    Args:
+        config: megatron-core's transformer configuration.
+        hidden_size: width of one head, d.
+        eps: added to the mean square before the root.
+        heads: number of heads over all ranks, N; must be a multiple of the number of ranks t.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        super().__init__()
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        ranks = self.group.size()
+        if heads % ranks:
+            raise ValueError(
+                f"--tensor-model-parallel-size {ranks}: with --qk-projection-norm it must divide the number of heads "
+                f"(got {heads})"
+            )
+        self.eps, self.width = eps, heads * hidden_size
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _parameter(config, self.width // ranks, 0.0 if self.zero_centered else 1.0)
+        # Each rank has the whole sequence here, so its gradient is complete.
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """Normalizes queries or keys, [s, b, N/t, d] -> [s, b, N/t, d]."""
+        normed = _RMSNormOverRanks.apply(
+            heads.flatten(2), full_weight(self), self.eps, self.width, self.group
+        )
+        return normed.view(heads.shape)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describes the weight as one tensor [N d] that is split over the tensor-parallel ranks."""
+        state = {"weight": self.weight}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
 class Norm:

@@ -7,22 +7,20 @@ concatenates the rotated and the unrotated part. Shapes: input [s, b, n, d]; cos
 first r of the d values of a head are rotated.
 """
 
-import math
 from typing import Any
 
 import torch
 
 from megatron_ext.config.groups.model.layer_shapes import rotated_pairs
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.models.ops.positions.rope_scaling import depends_on_length, frequencies_at, scaled
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     """Returns the angle per position of each channel pair, `base^(-2i/r)`, in radians, with the configured scaling.
 
-    Linear scaling divides every frequency by a factor F (arXiv 2306.15595). Llama 3's scaling (arXiv 2407.21783,
-    section 3.4.3) depends on the number of turns `t` that a frequency makes over the original context length: with
-    `t <= low` it is divided by F, with `t >= high` it is unchanged, and in between `w = (t - low) / (high - low)`
-    interpolates. The engine implements Llama 3's scaling only for fixed thresholds and a fixed original length.
+    Linear scaling divides every frequency by a factor F (arXiv 2306.15595). The other scalings are in `rope_scaling`;
+    of those that depend on the length of the sequence, the result is the one for sequences up to the original length.
     With a `rotary_proportion` below 1 the lowest frequencies are 0, so that these channels are not rotated (Gemma 4).
 
     Returns:
@@ -70,10 +68,9 @@ def _scaled(model: ModelConfig, frequencies: torch.Tensor) -> torch.Tensor:
         return frequencies / model.rotary_seq_len_interpolation_factor
     if not model.use_rope_scaling:
         return frequencies
-    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
-    turns = model.rope_original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return torch.lerp(frequencies / model.rope_scaling_factor, frequencies, kept)
+    if depends_on_length(model):
+        return frequencies_at(model, torch.tensor([1])).squeeze(0)
+    return scaled(model, frequencies)
 
 
 class _Rotate(torch.autograd.Function):

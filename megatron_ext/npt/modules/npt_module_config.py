@@ -191,19 +191,19 @@ class NPTModuleConfig:
         """
         return choose_layers(self.npt_layers, num_layers)
 
-    def check_model(self, gated: bool, sandwich_norm: bool = False) -> None:
-        """Checks that the model's MLP has the weights that `--np-target` names, and that no norm follows it.
+    def check_model(self, gated: bool, changes_outputs: str | None = None) -> None:
+        """Checks that the model's MLP has the weights that `--np-target` names, and that its output is added unchanged.
 
         Args:
             gated: whether the MLP has a gate.
-            sandwich_norm: whether the outputs of attention and MLP are normalized.
+            changes_outputs: see `ModelConfig.changes_outputs`.
 
         Raises:
             ValueError: the MLP does not have these weights, or NPT cannot use the model.
         """
-        if sandwich_norm:
+        if changes_outputs:
             # The modulated MLP must be able to return `a + MLP(..)` of any size, which a norm after it would undo.
-            raise ValueError("--sandwich-norm: not supported by the model family npt")
+            raise ValueError(f"{changes_outputs}: not supported by the model family npt")
         if gated != self.is_gated:
             kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
             raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}; choose from {choices}")

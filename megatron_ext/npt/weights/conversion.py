@@ -29,7 +29,7 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
     """
     config = chunks[0].config
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
-    settings.check_model(config.gated_linear_unit, any(layer.sandwich_norm for layer in layers))
+    settings.check_model(config.gated_linear_unit, layers[0].changes_outputs if layers else None)
     chosen = settings.layers(config.num_layers)
     for chunk in chunks:
         for layer in chunk.decoder.layers:

@@ -38,6 +38,7 @@ from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostC
 from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.engine.loss_scale import loss_scale_state, restore_loss_scale
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.interface.own_optimizer import bring_up_to_date
 
 IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
@@ -289,6 +290,7 @@ class Checkpointer:
     def _writing(self, path: Path, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
         """Yields the parts in which a checkpoint is written and published."""
         gather_parameters(self.chunks)
+        bring_up_to_date(self.optimizer)
         folder = on_first_rank(lambda: files.begin(path.parent, path.name))
         writer = self._prepare(folder, progress, copies)
 

@@ -1,4 +1,4 @@
-"""Losses and gradients of imported models with windows, and of Gemma 3, are those of transformers at any layout."""
+"""Losses and gradients of imported models are those of transformers at any layout: one or two of each architecture."""
 
 import functools
 from dataclasses import replace
@@ -40,6 +40,12 @@ NAMES = (
     "Gemma3",
     "Gemma3, scaled and limited",
     "Gemma3, no windows",
+    "Phi3, longrope",
+    "Olmo2",
+    "Olmo3",
+    "SmolLM3",
+    "Granite",
+    "Llama, dynamic",
 )
 OF_TWO = {name: LAYOUTS[name] for name in ("TP2", "TP2+SP", "PP2", "PP2 interleaved")}
 OF_TWO["CP2"] = CONTEXT_LAYOUTS["CP2"][0]
@@ -135,7 +141,7 @@ def _in_their_words(name: str, gradients: dict[str, torch.Tensor]) -> dict[str, 
     content: dict[str, Any] = KINDS[name].build().config.to_dict()
     model = replace(to_model_config(content, "config.json").model, seq_length=LENGTH)
     found: dict[str, torch.Tensor] = {}
-    for entry in entries(model, VOCAB_SIZE, VOCAB_SIZE):
+    for entry in entries(model, VOCAB_SIZE, VOCAB_SIZE, f"{KINDS[name].name}ForCausalLM"):
         parts = split(entry, gradients[entry.name], model)
         found |= {part: value for (part, _), value in zip(entry.parts, parts, strict=True)}
     return found

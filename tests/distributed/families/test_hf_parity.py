@@ -39,6 +39,7 @@ CUT_KINDS = (
     "Qwen2, sliding windows",
     "Gemma3",
     "Gemma3, scaled and limited",
+    "Olmo2",
 )
 
 
@@ -170,14 +171,26 @@ def test_a_model_loads_at_two_tensor_ranks_and_two_stages_from_a_checkpoint_and_
         assert logits.size(-1) == (98 if layout == "TP2" and name == "Llama, all biases" else vocabulary)
 
 
-WINDOWED = ("Mistral, sliding window", "Qwen2, sliding windows", "Gemma3", "Gemma3, scaled and limited")
+PAST_A_LIMIT = (
+    "Mistral, sliding window",
+    "Qwen2, sliding windows",
+    "Gemma3",
+    "Gemma3, scaled and limited",
+    "Phi3",
+    "Phi3, longrope",
+    "Olmo3",
+    "SmolLM3",
+    "Llama, dynamic",
+)
+"""Models with sliding windows, or with frequencies that change with the length of the sequence."""
+
 PROMPT, NEW_TOKENS = [70, 71], 45
 
 
 def _generated(path: str, layouts: list[str]) -> dict[tuple[str, str], list[int]]:
     found = {}
     for layout in layouts:
-        for name in WINDOWED:
+        for name in PAST_A_LIMIT:
             loaded = load_model(
                 f"{path}/checkpoint-{name}",
                 {},
@@ -189,10 +202,10 @@ def _generated(path: str, layouts: list[str]) -> dict[tuple[str, str], list[int]
     return found
 
 
-def test_greedy_generation_far_past_the_window_is_that_of_transformers(folder: Path) -> None:
+def test_greedy_generation_far_past_window_and_original_length_is_that_of_transformers(folder: Path) -> None:
     found = alone(_generated, str(folder), ["TP1"])
     found |= run_distributed(_generated, 2, str(folder), ["TP2", "PP2"])[1]
-    for name in WINDOWED:
+    for name in PAST_A_LIMIT:
         prompt = torch.tensor([PROMPT])
         whole = KINDS[name].build().generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
         expected = whole[len(PROMPT) :]

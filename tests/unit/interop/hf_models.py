@@ -30,6 +30,14 @@ LLAMA3_SCALING = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
 LENGTH = 48
 
 
@@ -105,6 +113,68 @@ KINDS = {
     ),
     "Gemma3, no windows": Kind(
         "Gemma3", {"head_dim": 8, "layer_types": ["full_attention"] * 4, "pad_token_id": None}
+    ),
+    "Phi3": Kind("Phi3", {"sliding_window": 10, "pad_token_id": None}),
+    # Some channels are rotated; beyond 20 tokens by other frequencies.
+    "Phi3, longrope": Kind(
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 5000.0,
+                "short_factor": [1.0, 1.1, 1.3, 2.0],
+                "long_factor": [1.5, 3.0, 6.0, 9.0],
+            },
+            "original_max_position_embeddings": 20,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "Olmo2": Kind("Olmo2", {"pad_token_id": None}),
+    "Olmo2, attention bias, yarn": Kind(
+        "Olmo2",
+        {
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+            "pad_token_id": None,
+        },
+    ),
+    "Olmo3": Kind("Olmo3", {"sliding_window": 10, "rope_scaling": YARN, "pad_token_id": None}),
+    "SmolLM3": Kind(
+        "SmolLM3",
+        {
+            "no_rope_layers": [1, 0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "pad_token_id": None,
+        },
+    ),
+    "SmolLM3, biases": Kind(
+        "SmolLM3",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "pad_token_id": None},
+    ),
+    "Granite": Kind(
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 0.25,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "Llama, yarn": Kind("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    # Beyond 32 tokens, every length has frequencies of its own.
+    "Llama, dynamic": Kind(
+        "Llama",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+        },
     ),
 }
 

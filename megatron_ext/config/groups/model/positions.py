@@ -1,24 +1,49 @@
 """The base model's position embedding: its type, and the rotary frequencies with their scaling."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
     check_fraction,
     check_positive,
+    flag,
     flag_name,
 )
+from megatron_ext.config.command_line.layer_windows import layers_without_rotary
 
 if TYPE_CHECKING:
     from megatron_ext.config.groups.model_config import ModelConfig
 
-_ROPE_SCALING = (
-    "use_rope_scaling",
+_BLENDED = {
     "rope_scaling_factor",
     "rope_low_freq_factor",
     "rope_high_freq_factor",
     "rope_original_max_position_embeddings",
+}
+_FIELDS_OF_TYPE = {
+    "llama3": _BLENDED,
+    "yarn": {*_BLENDED, "rope_attention_factor"},
+    "dynamic": {"rope_scaling_factor", "rope_original_max_position_embeddings"},
+    "longrope": {
+        "rope_scaling_factor",
+        "rope_original_max_position_embeddings",
+        "rope_attention_factor",
+        "rope_short_factors",
+        "rope_long_factors",
+    },
+}
+"""For each --rope-scaling-type, the fields that have an effect."""
+
+_ROPE_SCALING = (
+    "rope_scaling_type",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "rope_attention_factor",
+    "rope_short_factors",
+    "rope_long_factors",
 )
 
 
@@ -49,20 +74,41 @@ class PositionFields:
     rotary_seq_len_interpolation_factor: float | None = None
     """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
 
+    no_rope_freq: Annotated[str | None, flag(metavar="N | LIST")] = None
+    """Layers without rotary positions, as in Megatron-LM: every Nth layer, or a list with a 1 for each layer without
+    and a 0 for each layer with them, such as ([0]*3+[1])*2. Default: no layer."""
+
     use_rope_scaling: bool = False
-    """Scale rotary frequencies as Llama 3 does: divide low ones by a factor, keep high ones, blend those in between."""
+    """Scale rotary frequencies, for longer sequences than the model was first trained on; see --rope-scaling-type."""
+
+    rope_scaling_type: Literal["llama3", "yarn", "dynamic", "longrope"] = "llama3"
+    """With --use-rope-scaling: as Llama 3 (divide low frequencies by a factor, keep high ones, blend those in between),
+    YaRN (the same with another blend, and larger scores), dynamic NTK (a base that grows with the length of the
+    sequence beyond the original length), or LongRoPE (one list of divisors up to the original length, one beyond)."""
 
     rope_scaling_factor: float = 8.0
-    """Llama 3's rope scaling: the factor that low frequencies are divided by."""
+    """Rope scaling: the factor that low frequencies are divided by; dynamic: how fast the base grows; longrope: only
+    the default of --rope-attention-factor depends on it."""
 
     rope_low_freq_factor: float = 1.0
-    """Llama 3's rope scaling: a frequency is low if its wavelength exceeds the original length divided by this."""
+    """Rope scaling llama3, yarn: a frequency is low if its wavelength exceeds the original length divided by this."""
 
     rope_high_freq_factor: float = 4.0
-    """Llama 3's rope scaling: a frequency is high if its wavelength is below the original length divided by this."""
+    """Rope scaling llama3, yarn: a frequency is high if its wavelength is below the original length divided by this; 32
+    in most models with yarn."""
 
     rope_original_max_position_embeddings: int = 8192
-    """Llama 3's rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
+    """Rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
+
+    rope_attention_factor: float | None = None
+    """Rope scaling yarn, longrope: factor of the rotated queries and keys. Default, with the scaling factor F and the
+    original length L: 0.1 ln F + 1 (yarn), sqrt(1 + ln F / ln L) (longrope); 1 for F up to 1."""
+
+    rope_short_factors: tuple[float, ...] = ()
+    """Rope scaling longrope: what each frequency is divided by, in sequences up to the original length."""
+
+    rope_long_factors: tuple[float, ...] = ()
+    """Rope scaling longrope: what each frequency is divided by in longer sequences."""
 
 
 def require_default(config: object, name: str, needed: str) -> None:
@@ -100,6 +146,8 @@ def _check_rotary(model: "ModelConfig") -> None:
             "rotary_percent",
             "rotary_proportion",
             "rotary_seq_len_interpolation_factor",
+            "no_rope_freq",
+            "use_rope_scaling",
             *_ROPE_SCALING,
         ):
             require_default(
@@ -108,8 +156,9 @@ def _check_rotary(model: "ModelConfig") -> None:
         return
     if model.window_size is None:
         require_default(model, "rotary_base_local", "--window-size")
-    if not model.use_rope_scaling:
-        for name in _ROPE_SCALING[1:]:
+    layers_without_rotary(model.no_rope_freq, model.num_layers)
+    for name in _ROPE_SCALING:
+        if not model.use_rope_scaling:
             require_default(model, name, "--use-rope-scaling")
     channels = model.resolved_kv_channels
     rotated = int(channels * model.rotary_percent)
@@ -124,7 +173,7 @@ def _check_rotary(model: "ModelConfig") -> None:
 
 
 def _check_scaling(model: "ModelConfig") -> None:
-    names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+    names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_attention_factor")
     check_positive(model, *names)
     check_at_least(model, 1e-6, "rotary_seq_len_interpolation_factor")  # frequencies must stay finite
     check_at_least(model, 1, "rope_original_max_position_embeddings")
@@ -138,3 +187,36 @@ def _check_scaling(model: "ModelConfig") -> None:
         raise ValueError(
             f"--rotary-seq-len-interpolation-factor {factor}: cannot be given together with --use-rope-scaling"
         )
+    if model.use_rope_scaling and model.rope_scaling_type != "llama3":
+        _check_scaling_type(model)
+
+
+def _check_scaling_type(model: "ModelConfig") -> None:
+    kind = model.rope_scaling_type
+    chosen = f"--rope-scaling-type {kind}"
+    for name in set(_ROPE_SCALING[1:]) - _FIELDS_OF_TYPE[kind]:
+        require_default(model, name, f"another type than {chosen}")
+    if model.attention_backend != "sdpa":
+        raise ValueError(f"{chosen}: requires --attention-backend sdpa (got {model.attention_backend})")
+    if kind in ("dynamic", "longrope"):
+        require_default(model, "rotary_proportion", f"another type than {chosen}")
+    if kind == "dynamic" and model.window_size is not None:
+        raise ValueError(f"{chosen}: cannot be given together with --window-size {model.window_size}")
+    if kind == "dynamic" and int(model.resolved_kv_channels * model.rotary_percent) == 2:
+        raise ValueError(f"{chosen}: requires more than 2 rotated channels in a head (got 2)")
+    if kind == "longrope":
+        _check_longrope(model)
+
+
+def _check_longrope(model: "ModelConfig") -> None:
+    check_at_least(model, 2, "rope_original_max_position_embeddings")
+    pairs = int(model.resolved_kv_channels * model.rotary_percent) // 2
+    for name in ("rope_short_factors", "rope_long_factors"):
+        factors = getattr(model, name)
+        if len(factors) != pairs or min(factors) <= 0:
+            raise ValueError(
+                f"{flag_name(name)}: must be {pairs} numbers above 0, one for each pair of rotated channels of a head "
+                f"(got {len(factors)}{f', the smallest {min(factors)}' if factors else ''})"
+            )
+    for name in ("rotary_base_local", "kv_channels_full"):
+        require_default(model, name, "another type than --rope-scaling-type longrope")

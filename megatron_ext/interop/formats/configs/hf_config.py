@@ -8,15 +8,28 @@ What each `model_type` may have in addition:
     qwen2        biases in q, k and v; a sliding window in some layers
     qwen3        norms on queries and keys; attention_bias as in Llama; a sliding window in some layers
     gemma3_text  see `hf_gemma`
+    phi3         a rotation of some channels only; rope scaling `longrope`; a sliding window
+    olmo2        norms of outputs instead of inputs, and of queries and keys over all heads; attention_bias
+    olmo3        the same; a sliding window in some layers
+    smollm3      layers without rotary positions; a sliding window in some layers; biases as in Llama
+    granite      four multipliers; biases as in Llama
+
+All but Phi-3 may have the rope scalings `linear`, `llama3` and `yarn`, and those without windows `dynamic`.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
 from megatron_ext.interop.formats.configs.hf_fields import check_fields
-from megatron_ext.interop.formats.configs.hf_gemma import expresses_gemma, gemma_fields, gemma_flags, is_plain
-from megatron_ext.interop.formats.configs.hf_rope import read_gemma_rotary, read_rotary
+from megatron_ext.interop.formats.configs.hf_pieces import expresses_pieces, piece_fields, piece_flags
+from megatron_ext.interop.formats.configs.hf_rope import (
+    expresses_rotary,
+    read_layered_rotary,
+    read_rotary,
+    rotary_fields,
+)
 from megatron_ext.interop.formats.configs.hf_windows import (
     FIELDS,
     expresses_windows,
@@ -31,22 +44,21 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
 }
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
-# Defaults of transformers' configuration classes, for fields that a config.json leaves out.
-_DEFAULT_HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256}
-_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4}
-_DEFAULT_POSITIONS = {
-    "llama": 2048,
-    "mistral": 131072,
-    "qwen2": 32768,
-    "qwen3": 32768,
-    "gemma3_text": 131072,
-}
-_TIES_BY_DEFAULT = ("gemma3_text",)
+FUSED = ("Phi3ForCausalLM",)
+"""Architectures whose files hold q, k and v in one tensor, and gate and up in another."""
+
+_LAYERED_ROTARY = ("gemma3_text", "olmo3")
+"""Values of `model_type` with one rotary embedding for layers with a window, and one for the others."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,8 @@ def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[s
         ValueError: the architecture is not one of `ARCHITECTURES`.
     """
     kind, named = config.get("model_type"), config.get("architectures") or []
+    if kind not in ARCHITECTURES.values():
+        _check_no_experts(config, source)
     if not isinstance(named, list) or any(name not in ARCHITECTURES for name in named):
         what = ", ".join(map(str, named)) if isinstance(named, list) else named
         raise ValueError(f"{source}: architectures {what}: must be one of {', '.join(ARCHITECTURES)}")
@@ -86,6 +100,15 @@ def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[s
     if named and kinds[kind] not in named:
         return kinds[kind], (f"imported as {kinds[kind]}, as its model_type says, and not as {named[0]}",)
     return kinds[kind], ()
+
+
+def _check_no_experts(config: dict[str, Any], source: str) -> None:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        if config.get(name):
+            raise ValueError(
+                f"{source}: model_type {config.get('model_type')}: is a mixture of experts ({name} {config[name]}), "
+                "which cannot be imported"
+            )
 
 
 def to_model_config(
@@ -111,13 +134,15 @@ def to_model_config(
     kind = ARCHITECTURES[architecture]
     field_notes = check_fields(config, kind, source)
     vocab_size: int = config["vocab_size"]
-    positions: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    defaults = DEFAULTS[kind]
+    positions: int = config.get("max_position_embeddings", defaults.positions)
     windows = read_windows(config, kind, source)
-    if kind == "gemma3_text":
+    if kind in _LAYERED_ROTARY:
         has_windows = any(window is not None for window in windows)
-        rotary, rotary_notes = read_gemma_rotary(config, positions, source, has_windows=has_windows)
+        rotary, rotary_notes = read_layered_rotary(config, positions, kind, source, has_windows=has_windows)
     else:
-        rotary, rotary_notes = read_rotary(config, positions, source)
+        rotary, rotary_notes = read_rotary(config, positions, kind, source)
+    positions = rotary.get("max_position_embeddings", positions)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
             f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
@@ -134,19 +159,16 @@ def to_model_config(
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
         **window_flags(windows),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": config.get("rms_norm_eps", defaults.norm_epsilon),
         "swiglu": kind != "gemma3_text",
-        "qk_layernorm": kind == "qwen3",
-        "untie_embeddings_and_output_weights": not config.get(
-            "tie_word_embeddings", kind in _TIES_BY_DEFAULT
-        ),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", defaults.is_tied),
         "hidden_dropout": 0.0,
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
         "init_method_std": config.get("initializer_range", 0.02),
         "make_vocab_size_divisible_by": divisor,
         **_biases(config, kind),
         **rotary,
-        **(gemma_flags(config) if kind == "gemma3_text" else {}),
+        **piece_flags(config, kind, source),
     }
     messages += (*field_notes, *rotary_notes)
     try:
@@ -157,13 +179,13 @@ def to_model_config(
 
 def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(kind))
+    groups = config.get("num_key_value_heads", DEFAULTS[kind].key_value_heads)
     groups = heads if groups is None else groups
     if heads % groups:
         raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
     if kind in ("llama", "gemma3_text") and hidden % heads:
         raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
-    size = config.get("head_dim", _DEFAULT_HEAD_SIZE.get(kind))
+    size = config.get("head_dim", DEFAULTS[kind].head_size)
     width = hidden // heads if size is None else size
     if width % 2 or width == 0:
         what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
@@ -173,12 +195,13 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
 
-_HAVE_ATTENTION_BIAS = ("llama", "qwen3", "gemma3_text")
+_HAVE_ATTENTION_BIAS = ("llama", "qwen3", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite")
+_HAVE_MLP_BIAS = ("llama", "smollm3", "granite")
 
 
 def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
     attention = kind in _HAVE_ATTENTION_BIAS and bool(config.get("attention_bias"))
-    mlp = kind == "llama" and bool(config.get("mlp_bias"))
+    mlp = kind in _HAVE_MLP_BIAS and bool(config.get("mlp_bias"))
     if attention and mlp:
         return {"disable_bias_linear": False}
     return {
@@ -202,7 +225,6 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
     obstacles = {
         "--normalization": (model.normalization, "RMSNorm"),
         "--position-embedding-type": (model.position_embedding_type, "rope"),
-        "--rotary-percent": (model.rotary_percent, 1.0),
         "--swiglu": (model.is_gated, True),
     }
     for flag, (ours, theirs) in obstacles.items():
@@ -215,35 +237,30 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
         raise ValueError(
-            f"--architecture {wanted}: cannot express this model's biases, norms, scales or sliding windows"
+            f"--architecture {wanted}: cannot express this model's biases, norms, scales, positions or sliding windows"
             + (f"; use {' or '.join(fitting)}" if fitting else "")
         )
     if not fitting:
         raise ValueError(
-            "no Llama-like architecture can express this model's combination of biases, norms, scales and sliding "
-            "windows"
+            "no Llama-like architecture can express this model's combination of biases, norms, scales, positions and "
+            "sliding windows"
         )
     return wanted or fitting[0]
 
 
 def _fits(model: ModelConfig, kind: str) -> bool:
-    if not expresses_windows(model, kind):
+    if not (
+        expresses_windows(model, kind) and expresses_rotary(model, kind) and expresses_pieces(model, kind)
+    ):
         return False
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
-    is_even = (
-        model.hidden_size % model.num_attention_heads == 0
-    )  # transformers requires it of Llama and Gemma
-    if kind == "gemma3_text":
-        return qkv == output and not mlp and is_even and expresses_gemma(model)
-    if not is_plain(model):
-        return False
-    if kind == "llama":
-        return qkv == output and not model.qk_layernorm and is_even
-    if kind == "mistral":
-        return not (qkv or output or mlp or model.qk_layernorm)
+    if kind in ("llama", "gemma3_text") and model.hidden_size % model.num_attention_heads:
+        return False  # transformers requires it of Llama and Gemma
     if kind == "qwen2":
-        return qkv and not (output or mlp or model.qk_layernorm)
-    return qkv == output and not mlp and model.qk_layernorm
+        return qkv and not (output or mlp)
+    if kind not in _HAVE_ATTENTION_BIAS:
+        return not (qkv or output or mlp)
+    return qkv == output and (not mlp or kind in _HAVE_MLP_BIAS)
 
 
 _REPLACED = {
@@ -296,7 +313,7 @@ def from_model_config(
         config = {name: value for name, value in config.items() if name not in FIELDS}
         config |= {name: imported[name] for name in FIELDS if name in imported}
     if is_earlier:
-        config["max_position_embeddings"] = imported.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+        config["max_position_embeddings"] = imported.get("max_position_embeddings", DEFAULTS[kind].positions)
     return config
 
 
@@ -315,8 +332,6 @@ def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dic
         "hidden_act": "silu",
         "max_position_embeddings": model.resolved_max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": _rope_scaling(model),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "initializer_range": model.init_method_std,
         "attention_dropout": model.attention_dropout,
@@ -324,23 +339,8 @@ def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dic
     }
     if kind in _HAVE_ATTENTION_BIAS:
         config["attention_bias"] = model.has_qkv_bias
-    if kind == "llama":
+    if kind in _HAVE_MLP_BIAS:
         config["mlp_bias"] = model.has_mlp_bias
     if kind == "gemma3_text":
         del config["hidden_act"]
-        config |= gemma_fields(model)
-    return config | window_fields(model, kind)
-
-
-def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
-    if model.rotary_seq_len_interpolation_factor is not None:
-        return {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
-    if not model.use_rope_scaling:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": model.rope_scaling_factor,
-        "low_freq_factor": model.rope_low_freq_factor,
-        "high_freq_factor": model.rope_high_freq_factor,
-        "original_max_position_embeddings": model.rope_original_max_position_embeddings,
-    }
+    return config | rotary_fields(model, kind) | piece_fields(model, kind) | window_fields(model, kind)

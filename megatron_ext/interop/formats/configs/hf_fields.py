@@ -2,7 +2,7 @@
 
 Each field is of one of these kinds:
 
-    imported         read by `hf_config`, `hf_rope` and `hf_windows`
+    imported         read by `hf_config`, `hf_rope`, `hf_windows` and `hf_pieces`
     without effect   does not change the model's outputs; kept for a later export
     rejected         changes the computation in a way that is not supported here
     unknown          not a field of the class in transformers, which ignores it; ignored here too, with a message
@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
+from megatron_ext.interop.formats.configs.hf_pieces import MULTIPLIERS
 
 _NONE = type(None)
 
@@ -49,18 +52,20 @@ _WINDOW_TYPES: dict[str, tuple[type, ...]] = {
     "max_window_layers": (int,),
     "layer_types": (list, _NONE),
 }
+# Fields that the class does not have, but that transformers' masks and caches read.
+_NO_WINDOW_TYPES: dict[str, tuple[type, ...]] = {"layer_types": (list, _NONE), "sliding_window": (int, _NONE)}
+# Classes without head_dim, whose layers use one that is in the file, and fail on null.
+_HEAD: dict[str, tuple[type, ...]] = {"head_dim": (int,)}
 _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "llama": {
         "attention_bias": (bool,),
         "mlp_bias": (bool,),
         "attention_dropout": (float, int, _NONE),
         "pretraining_tp": (int, _NONE),
-        "layer_types": (list, _NONE),
-        "sliding_window": (int, _NONE),
+        **_NO_WINDOW_TYPES,
     },
     "mistral": {"num_key_value_heads": (int,), "sliding_window": (int, _NONE)},
-    # Qwen2's class has no head_dim, but its layers use one that is in the file, and fail on null.
-    "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
+    "qwen2": {**_HEAD, **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
     "gemma3_text": {
         "head_dim": (int,),
@@ -74,6 +79,37 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "final_logit_softcapping": (float, _NONE),
         "attn_logit_softcapping": (float, _NONE),
         "use_bidirectional_attention": (bool, _NONE),
+    },
+    "phi3": {
+        **_HEAD,
+        **_NO_WINDOW_TYPES,
+        "resid_pdrop": (float, int),
+        "embd_pdrop": (float, int),
+        "original_max_position_embeddings": (int,),
+    },
+    "olmo2": {**_HEAD, **_NO_WINDOW_TYPES, "attention_bias": (bool,)},
+    "olmo3": {
+        **_HEAD,
+        "attention_bias": (bool,),
+        "sliding_window": (int, _NONE),
+        "layer_types": (list, _NONE),
+    },
+    "smollm3": {
+        **_HEAD,
+        "attention_bias": (bool,),
+        "mlp_bias": (bool,),
+        "use_sliding_window": (bool,),
+        "sliding_window": (int, _NONE),
+        "layer_types": (list, _NONE),
+        "no_rope_layers": (list, _NONE),
+        "no_rope_layer_interval": (int,),
+    },
+    "granite": {
+        **_HEAD,
+        **_NO_WINDOW_TYPES,
+        "attention_bias": (bool,),
+        "mlp_bias": (bool,),
+        **dict.fromkeys(MULTIPLIERS, (float, int)),
     },
 }
 """For each model_type, the types of fields that only this model has, or that have another type in other models."""
@@ -133,6 +169,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
+    "phi3": {"resid_pdrop": (0,)},
 }
 """The same for fields that only one model_type has."""
 
@@ -193,7 +230,8 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
         if value is not None and value < least:
             raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
     epsilon, deviation = config.get("rms_norm_eps", 1e-6), config.get("initializer_range", 0.02)
-    dropout, pad = config.get("attention_dropout") or 0.0, config.get("pad_token_id")
+    dropout = config.get("attention_dropout") or 0.0
+    pad = config.get("pad_token_id", DEFAULTS[kind].pad_token)
     named = config.get("dtype") or config.get("torch_dtype") or "float32"
     for name, value, holds, wanted in (
         *_own_values(config, kind),
@@ -220,7 +258,17 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
 def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
     """Returns name, value, condition and its text for fields that differ between models."""
     if kind != "gemma3_text":
-        return [("hidden_act", config.get("hidden_act", "silu"), lambda v: v in ("silu", "swish"), "silu")]
+        positive = [(name, config.get(name, 1.0), lambda v: v > 0, "above 0") for name in MULTIPLIERS]
+        interval = config.get("no_rope_layer_interval", 4)
+        return [
+            ("hidden_act", config.get("hidden_act", "silu"), lambda v: v in ("silu", "swish"), "silu"),
+            *(positive if kind == "granite" else []),
+            *(
+                [("no_rope_layer_interval", interval, lambda v: v > 0, "above 0")]
+                if kind == "smollm3"
+                else []
+            ),
+        ]
     tanh, limit = "gelu_pytorch_tanh", config.get("final_logit_softcapping")
     return [
         ("hidden_activation", config.get("hidden_activation", tanh), lambda v: v == tanh, tanh),

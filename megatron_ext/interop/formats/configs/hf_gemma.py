@@ -53,15 +53,6 @@ def has_parts_of_gemma4(model: ModelConfig) -> bool:
     return differs or model.v_layernorm or model.layer_scalar or model.rotary_proportion != 1.0
 
 
-def is_plain(model: ModelConfig) -> bool:
-    """Returns whether the model has none of Gemma's norms, scales and activation, as all other architectures."""
-    scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
-    own = model.geglu or model.apply_layernorm_1p or model.sandwich_norm
-    is_changed = model.embedding_multiplier != 1.0 or model.final_logit_softcapping is not None
-    own = own or has_parts_of_gemma4(model)
-    return not own and not is_changed and scale and model.rotary_base_local in (None, model.rotary_base)
-
-
 def gemma_fields(model: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_gemma`."""
     has_windows = any(window is not None for window in model.windows)

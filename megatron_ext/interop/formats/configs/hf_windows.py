@@ -1,9 +1,12 @@
 """Reads and writes the sliding windows of a config.json: how many tokens each layer attends to.
 
-    llama          none
-    mistral        `sliding_window` in every layer
+    llama, olmo2, granite: none
+    mistral, phi3  `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer
+    olmo3          the same; without `layer_types`, in all but every fourth layer
+    smollm3        `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
+                   without `layer_types`, in the layers without rotary positions
     qwen2, qwen3   `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, from layer `max_window_layers` on
 
@@ -15,6 +18,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.layer_windows import skip_frequency
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_pieces import layers_without_rotary
 
 FIELDS = (
     "sliding_window",
@@ -32,6 +36,8 @@ _DEFAULT_WINDOW = 4096
 """Window that transformers assumes if a config.json has none."""
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_WITHOUT = ("llama", "olmo2", "granite")
+_IN_EVERY_LAYER = ("mistral", "phi3")
 
 
 def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.json") -> Windows:
@@ -46,20 +52,27 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
         ValueError: the fields contradict each other, or the windows cannot be imported.
     """
     layers: int = config["num_hidden_layers"]
-    if kind == "llama":
-        return _of_llama(config, source)
-    window: int | None = config.get("sliding_window", _DEFAULT_WINDOW)
-    if kind == "mistral":
-        if "layer_types" in config:
+    if kind in _WITHOUT:
+        return _of_llama(config, kind, source)
+    default = None if kind in ("phi3", "smollm3") else _DEFAULT_WINDOW
+    window: int | None = config.get("sliding_window", default)
+    if kind in _IN_EVERY_LAYER:
+        if ("layer_types" in config) if kind == "mistral" else config.get("layer_types"):
             raise ValueError(
-                f"{source}: layer_types cannot be imported for mistral: transformers reads the model as ministral"
+                f"{source}: layer_types cannot be imported for {kind}: transformers "
+                + ("reads the model as ministral" if kind == "mistral" else "has them for its cache only")
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
-    if kind == "gemma3_text":
+    if kind in ("gemma3_text", "olmo3"):
         if window is None:  # transformers makes a mask of the window even if no layer uses it
             raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
-        types = types or _gemma_types(config, layers, source)
+        types = types or _periodic_types(config, kind, source)
+    elif kind == "smollm3":
+        window = window if config.get("use_sliding_window") else None
+        without = layers_without_rotary(config, source)
+        chosen = [_SLIDING if is_without and window is not None else _FULL for is_without in without]
+        types = chosen if types is None else types
     else:
         window = window if config.get("use_sliding_window") else None
         first = config.get("max_window_layers", 28)
@@ -86,13 +99,13 @@ def window_flags(windows: Windows) -> dict[str, Any]:
 
 def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     """Returns the fields of a config.json for a model's windows; `kind` must be able to express them."""
-    if kind == "llama":
+    if kind in _WITHOUT:
         return {}
     size = next((window for window in model.windows if window is not None), None)
-    if kind == "mistral":
+    if kind in _IN_EVERY_LAYER:
         return {"sliding_window": size}
     types = [_FULL if window is None else _SLIDING for window in model.windows]
-    if kind == "gemma3_text":
+    if kind in ("gemma3_text", "olmo3"):
         return {"sliding_window": size or _DEFAULT_WINDOW, "layer_types": types}
     if size is None:
         return {"sliding_window": None, "use_sliding_window": False}
@@ -102,25 +115,26 @@ def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
 def expresses_windows(model: ModelConfig, kind: str) -> bool:
     """Returns whether a `model_type` can express the model's windows."""
     windows = set(model.windows)
-    if kind in ("llama", "mistral"):
-        return windows == {None} or (kind == "mistral" and None not in windows)
+    if kind in (*_WITHOUT, *_IN_EVERY_LAYER):
+        return windows == {None} or (kind in _IN_EVERY_LAYER and None not in windows)
     return True
 
 
-def _of_llama(config: Mapping[str, Any], source: str) -> Windows:
+def _of_llama(config: Mapping[str, Any], kind: str, source: str) -> Windows:
     if config.get("sliding_window") is not None:
         # transformers' llama ignores the window on prompts, but its KV cache drops older tokens: two different models.
-        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: llama requires null")
+        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: {kind} requires null")
     if _SLIDING in (_layer_types(config, source) or ()):
-        raise ValueError(f"{source}: layer_types: llama requires full_attention in every layer")
+        raise ValueError(f"{source}: layer_types: {kind} requires full_attention in every layer")
     return (None,) * int(config["num_hidden_layers"])
 
 
-def _gemma_types(config: Mapping[str, Any], layers: int, source: str) -> list[str]:
-    every = config.get("sliding_window_pattern", 6)
+def _periodic_types(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
+    every = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 4
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"{source}: sliding_window_pattern {every}: must be a number of at least 1")
-    return [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
+    layers = range(config["num_hidden_layers"])
+    return [_SLIDING if (layer + 1) % every else _FULL for layer in layers]
 
 
 def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:

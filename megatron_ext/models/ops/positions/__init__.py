@@ -1,0 +1,1 @@
+"""Rotary frequencies that are scaled for sequences longer than the model was first trained on."""
