@@ -190,9 +190,9 @@ def _patch_from_numpy() -> None:
     """Lets a tensor in host memory that was made of an array be read: its values may decide which kernels run."""
     make: Any = torch.from_numpy
 
-    def from_numpy(array: Any) -> torch.Tensor:
-        made: torch.Tensor = make(array)
-        setattr(made, _ARRAY, array)
+    def from_numpy(ndarray: Any) -> torch.Tensor:
+        made: torch.Tensor = make(ndarray)
+        setattr(made, _ARRAY, ndarray)
         return made
 
     torch.from_numpy = from_numpy
