@@ -120,7 +120,9 @@ def export_hf(
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
             as_imported = _is_unchanged(imported, config)
-            messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+            messages += check_read_back(
+                folder, tokenizer, model_dir, as_imported=as_imported, has_code=added is not None
+            )
         if added is not None:
             added.write_code(folder)
             messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
