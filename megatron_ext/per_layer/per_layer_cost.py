@@ -97,14 +97,11 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
     of_row = state[settings.per_layer_optimizer]
-    copies = layout.num_microbatches * layout.data_parallel_size * layout.parallel.context_parallel_size
-    touched = min(rows, layout.tokens * copies)
-    # Copied weights and their gradient in fp32, with bf16 the rounded weights, too.
-    in_step = (8 + (layout.element_bytes if layout.is_half else 0)) * columns + of_row
+    ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
+    shards = ranks if layout.parallel.use_distributed_optimizer else 1
+    touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
+    # Gradient, and looked-up weights unless they are the copied ones; of its own share of rows weights and state.
+    has_inputs = layout.is_half or shards > 1
+    in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)
-    shards = (
-        layout.data_parallel_size * layout.parallel.context_parallel_size
-        if layout.parallel.use_distributed_optimizer
-        else 1
-    )
     return rows * kept / shards, touched * in_step
