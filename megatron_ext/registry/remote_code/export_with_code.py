@@ -68,7 +68,7 @@ def _parts(
         stored = families[PerLayerFamily.name]
         if stored["settings"]["per_layer_preset"] == "gemma3n":
             raise ValueError(
-                "--per-layer-preset gemma3n: can be exported as Gemma3nForCausalLM only, which cannot express this model"
+                "--per-layer-preset gemma3n: can be exported as Gemma3nForCausalLM only, which cannot express it"
             )
         families[PerLayerFamily.name] = _with_table(stored, load, vocab_file, tokenizer_config)
         if stored["settings"]["per_layer_strategy"] == "attention_guidance":
