@@ -233,20 +233,18 @@ class ExtendedLayer(nn.Module):
                 }
             )
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, per_layer: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *, per_layer: Any = None, **kwargs: Any) -> torch.Tensor:
         if self.position == "before_layer":
             hidden_states = self.per_layer(hidden_states, per_layer)
         if self.is_npt:
-            hidden_states = self.with_npt(hidden_states, *args, **kwargs)
+            hidden_states = self.with_npt(hidden_states, **kwargs)
         else:
-            hidden_states = super().forward(hidden_states, *args, **kwargs)
+            hidden_states = super().forward(hidden_states, **kwargs)
         return self.per_layer(hidden_states, per_layer) if self.position == "after_mlp" else hidden_states
 
-    def with_npt(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def with_npt(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Returns the output of an NPT layer."""
-        attention = self.self_attn(self.input_layernorm(hidden), *args, **kwargs)[0]
+        attention = self.self_attn(self.input_layernorm(hidden), **kwargs)[0]
         norm = self.post_attention_layernorm
         if "fc1" in self.np:
             normed = self.np["fc1"].mlp_input(norm, hidden, attention, self.eps)
@@ -301,8 +299,9 @@ class ExtendedModel(nn.Module):
         """Runs the model; `per_layer_ids` [b, s] takes the place of the ids that are computed from `input_ids`."""
         if self.config.per_layer_embedding:
             settings = self.config.per_layer_embedding
-            if settings.get("marks") and past_key_values is None and use_cache:
-                past_key_values = DynamicCache(config=self.config)
+            keeps = self.config.use_cache if use_cache is None else use_cache
+            if settings.get("marks") and past_key_values is None and keeps and not self.training:
+                past_key_values = DynamicCache(config=self.config)  # it keeps where a document began
             if per_layer_ids is None and input_ids is not None:
                 per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
             if inputs_embeds is None:
