@@ -18,15 +18,21 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.added_parts import AddedParts
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.formats.configs.hf_config import (
-    GEMMA4,
+    PER_LAYER,
     choose_architecture,
     expresses,
     from_model_config,
     read_architecture,
 )
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.hf_files import Group, write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
-from megatron_ext.interop.formats.per_layer_layout import FAMILY, exported_width, pack, per_layer_entries
+from megatron_ext.interop.formats.per_layer_layout import (
+    FAMILY,
+    exported_per_layer,
+    pack,
+    per_layer_entries,
+)
 from megatron_ext.interop.formats.tokenizer.tokenizer_files import TOKENIZER_CONFIG, write_files
 from megatron_ext.interop.formats.tokenizer.tokenizer_readback import check_read_back
 from megatron_ext.interop.formats.weight_layout import Entry, entries, split
@@ -59,7 +65,7 @@ def export_hf(
     overwrite: bool = False,
     imported: Imported | None = None,
     added: AddedParts | None = None,
-    per_layer: int | None = None,
+    per_layer: PerLayer | None = None,
 ) -> list[str]:
     """Writes a Hugging Face directory; on an error nothing is left at `model_dir`.
 
@@ -76,7 +82,7 @@ def export_hf(
         overwrite: replace the content of `model_dir`.
         imported: for an imported model, the configuration and small files of its source (`load_hf(...).imported`).
         added: what model families add to the base model; `state` has their tensors too.
-        per_layer: width of Gemma 4's per-layer embedding, whose tensors `state` has too; None for a model without it.
+        per_layer: Gemma's per-layer embedding, whose tensors `state` has too; None for a model without it.
 
     Returns:
         Messages for the user.
@@ -92,10 +98,10 @@ def export_hf(
     if architecture is None and imported is not None:
         architecture, _ = read_architecture(imported.config, "imported config.json")
     chosen = choose_architecture(model, architecture, per_layer)
-    if chosen == GEMMA4 and added is not None:
+    if chosen in PER_LAYER.values() and added is not None:
         raise ValueError(
-            "a base model that only Gemma 4 expresses is exported with --per-layer-preset gemma4 or alone; no code is "
-            "written for other families on it"
+            f"a base model that only {chosen} expresses is exported with its own --per-layer-preset or alone; no code "
+            "is written for other families on it"
         )
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
     found = _entries_of(model, vocab_size, state, chosen, added, per_layer)
@@ -114,7 +120,9 @@ def export_hf(
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
             as_imported = _is_unchanged(imported, config)
-            messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+            messages += check_read_back(
+                folder, tokenizer, model_dir, as_imported=as_imported, has_code=added is not None
+            )
         if added is not None:
             added.write_code(folder)
             messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
@@ -161,7 +169,7 @@ def _entries_of(
     state: Mapping[str, torch.Tensor],
     architecture: str,
     added: AddedParts | None,
-    per_layer: int | None,
+    per_layer: PerLayer | None,
 ) -> list[Entry]:
     """Returns the layout entries of all tensors in `model`; raises `ValueError` unless `state` has exactly these."""
     found = entries(model, vocab_size, vocab_size, architecture) + ([] if added is None else added.entries)
@@ -267,7 +275,7 @@ def export_checkpoint(
         group_in(ModelConfig, run_config, "model"),
         group_in(TokenizerConfig, run_config, "tokenizer"),
     )
-    per_layer = None if base_only else _gemma4_width(model, run_config["families"], architecture)
+    per_layer = None if base_only else _per_layer_of(model, run_config["families"], architecture)
     if base_only or (read_parts is None and per_layer is None):
         check_families(run_config["families"], load, base_only=base_only)
     choose_architecture(model, architecture, per_layer)
@@ -305,11 +313,12 @@ def export_checkpoint(
         process_groups.shutdown()
 
 
-def _gemma4_width(model: ModelConfig, families: dict[str, Any], architecture: str | None) -> int | None:
-    """Returns the width of the per-layer embedding if the model is exported as Gemma 4; else None."""
-    width = exported_width(families) if families.keys() == {FAMILY} else None
-    is_gemma4 = width is not None and architecture in (GEMMA4, None) and expresses(model, GEMMA4, width)
-    return width if is_gemma4 else None
+def _per_layer_of(model: ModelConfig, families: dict[str, Any], architecture: str | None) -> PerLayer | None:
+    """Returns the per-layer embedding if the model is exported as a Gemma that has it; else None."""
+    found = exported_per_layer(families) if families.keys() == {FAMILY} else None
+    if found is None or architecture not in (PER_LAYER[found.preset], None):
+        return None
+    return found if expresses(model, PER_LAYER[found.preset], found) else None
 
 
 def _base_names(model: ModelConfig) -> set[str]:

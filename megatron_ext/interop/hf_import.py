@@ -132,7 +132,7 @@ def load_hf(
     if extended and read_families is not None:
         families = read_families(config, SafetensorsFiles(folder), model, tokenizer)
     elif source.per_layer is not None:
-        families = _of_gemma4(model, source, tokenizer.vocab_size)
+        families = _of_gemma(model, source, tokenizer.vocab_size)
     files, notes = _files(folder, config if has_others else None, tensors)
     parts, unused = families.parts, unused_tensors(model) & files.names
     found = entries(model, source.vocab_size, padded, source.architecture) + families.entries
@@ -259,8 +259,8 @@ def require_one_process() -> None:
         )
 
 
-def _of_gemma4(model: ModelConfig, source: HFModel, vocab_size: int) -> Families:
-    """Returns the per-layer embedding of a Gemma 4 model."""
+def _of_gemma(model: ModelConfig, source: HFModel, vocab_size: int) -> Families:
+    """Returns the per-layer embedding of a Gemma 4 or 3n model."""
     assert source.per_layer is not None
     family = family_of(source.per_layer, vocab_size)
     return Families(

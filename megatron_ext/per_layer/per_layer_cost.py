@@ -4,7 +4,8 @@
     FLOPs        L 6 h p                                     + L 4 p p for concat and gated
 
 Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
-order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer. Only
+order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer; the
+preset gemma3n adds a vector [h] per layer. Only
 matrix products count as FLOPs; a table look-up costs none.
 
 Values per token that a rank keeps for the backward pass, with q = p / t and the hidden size divided under sequence
@@ -35,6 +36,7 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
     layers, hidden, width = model.num_layers, model.hidden_size, settings.per_layer_hidden_size
     combination = 0 if settings.per_layer_combination_method == "scaled_add" else 2 * width * width
     of_a_layer = rows * width + 3 * hidden * width + hidden + combination
+    of_a_layer += hidden * settings.adds_to_inactive_streams
     return ModelCost(
         parameters=layers * of_a_layer + width,
         forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
@@ -56,6 +58,8 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
     part = value * width / tensor
     gate = 2 if settings.per_layer_gate_activation == "relu" else 3
     block = 2 * layout.hidden_bytes + gate * part
+    if settings.adds_to_inactive_streams:
+        block += layout.residual_bytes  # all streams, of which the block multiplies one
     if settings.per_layer_projection_dropout > 0:
         block += part + part / size  # the result, and a mask of one byte per value
     context = width * layout.model.hidden_size / tensor * size
@@ -93,14 +97,11 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
     of_row = state[settings.per_layer_optimizer]
-    copies = layout.num_microbatches * layout.data_parallel_size * layout.parallel.context_parallel_size
-    touched = min(rows, layout.tokens * copies)
-    # Copied weights and their gradient in fp32, with bf16 the rounded weights, too.
-    in_step = (8 + (layout.element_bytes if layout.is_half else 0)) * columns + of_row
+    ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
+    shards = ranks if layout.parallel.use_distributed_optimizer else 1
+    touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
+    # Gradient, and looked-up weights unless they are the copied ones; of its own share of rows weights and state.
+    has_inputs = layout.is_half or shards > 1
+    in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)
-    shards = (
-        layout.data_parallel_size * layout.parallel.context_parallel_size
-        if layout.parallel.use_distributed_optimizer
-        else 1
-    )
     return rows * kept / shards, touched * in_step

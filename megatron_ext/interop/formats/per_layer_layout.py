@@ -1,4 +1,4 @@
-"""Maps the tensors of per-layer embedding between a checkpoint and Hugging Face's Gemma 4.
+"""Maps the tensors of per-layer embedding between a checkpoint and Hugging Face's Gemma 4 and 3n.
 
     checkpoint                                                   Hugging Face
     per_layer.layers.{i}.embedding.weight     [V_p, p]           model.embed_tokens_per_layer.weight: columns i p ..
@@ -8,10 +8,11 @@
       gate.weight                             [p, h]             model.layers.{i}.per_layer_input_gate.weight
       projection.weight                       [h, p]             model.layers.{i}.per_layer_projection.weight
       post_norm.weight                        [h]                model.layers.{i}.post_per_layer_input_norm.weight
-      layer_scalar                            [1]                model.layers.{i}.layer_scalar
+      layer_scalar (Gemma 4)                  [1]                model.layers.{i}.layer_scalar
+      input_scale (Gemma 3n)                  [h]                model.layers.{i}.altup.correct_output_scale
 
 Hugging Face packs the tables of L layers into one tensor [V, L p], and their projections into one [L p, h].
-V_p: vocabulary size, V: number of rows in Hugging Face's table, p: per-layer hidden size, h: hidden size.
+V_p: number of rows of a table, V: that in Hugging Face's, p: per-layer hidden size, h: hidden size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,58 +21,68 @@ from typing import Any
 import torch
 
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.weight_layout import Entry
 
 FAMILY = "per_layer"
 """Name of the model family in a checkpoint."""
 
-_GEMMA4: dict[str, Any] = {
+_FIXED: dict[str, Any] = {
     "use_per_layer_embedding": True,
-    "per_layer_preset": "gemma4",
-    "per_layer_vocab_size": None,
     "per_layer_combination_method": "scaled_add",
     "per_layer_gate_activation": "gelu_tanh",
     "per_layer_position": "after_mlp",
     "per_layer_embed_scale": 1.0,
     "per_layer_strategy": "identity",
 }
-"""Settings of per-layer embedding as Gemma 4 has it, all but its width."""
+"""Settings of per-layer embedding that Gemma 4 and 3n have in common."""
 
 
-def per_layer_settings(width: int) -> dict[str, Any]:
-    """Returns the section `per_layer` of a configuration for Gemma 4's per-layer embedding of this width."""
-    return {**_GEMMA4, "per_layer_hidden_size": width}
-
-
-def family_of(width: int, vocab_size: int) -> dict[str, Any]:
+def family_of(per_layer: PerLayer, vocab_size: int) -> dict[str, Any]:
     """Returns what a checkpoint stores of the model family, for a tokenizer with `vocab_size` ids."""
-    return {"settings": per_layer_settings(width), "vocab_size": vocab_size, "table": None}
+    own = {
+        "per_layer_preset": per_layer.preset,
+        "per_layer_vocab_size": per_layer.rows,
+        "per_layer_hidden_size": per_layer.width,
+    }
+    return {"settings": {**_FIXED, **own}, "vocab_size": vocab_size, "table": None}
 
 
-def exported_width(families: Mapping[str, Any]) -> int | None:
-    """Returns the width of a checkpoint's per-layer embedding if it is Gemma 4's; else None.
+def exported_per_layer(families: Mapping[str, Any]) -> PerLayer | None:
+    """Returns a checkpoint's per-layer embedding if it is a Gemma's; else None.
 
     Args:
         families: the section `families` of the run's configuration.
     """
-    settings = families.get(FAMILY, {}).get("settings", {})
-    fixed = [name for name in _GEMMA4 if name != "per_layer_vocab_size"]
-    if any(settings.get(name) != _GEMMA4[name] for name in fixed):
+    family = families.get(FAMILY, {})
+    settings = family.get("settings", {})
+    preset = settings.get("per_layer_preset")
+    if any(settings.get(name) != value for name, value in _FIXED.items()):
         return None
-    width: int = settings["per_layer_hidden_size"]
-    return width
+    if preset not in ("gemma4", "gemma3n"):
+        return None
+    rows = settings.get("per_layer_vocab_size") or family["vocab_size"]
+    return PerLayer(
+        preset=preset,
+        width=settings["per_layer_hidden_size"],
+        rows=rows if preset == "gemma3n" else None,
+    )
 
 
-def per_layer_entries(model: ModelConfig, width: int, rows: int, rows_in_theirs: int) -> list[Entry]:
+def per_layer_entries(model: ModelConfig, per_layer: PerLayer, rows: int, rows_in_theirs: int) -> list[Entry]:
     """Returns the entries of all tensors that per-layer embedding adds to the model.
 
     Args:
         model: configuration of the base model.
-        width: p, the per-layer hidden size.
+        per_layer: the per-layer embedding; its `rows`, if any, are those of a table in both formats.
         rows: number of rows of a table in a checkpoint.
         rows_in_theirs: number of rows of the table in Hugging Face's format.
     """
-    layers, hidden = model.num_layers, model.hidden_size
+    layers, hidden, width = model.num_layers, model.hidden_size, per_layer.width
+    rows, rows_in_theirs = per_layer.rows or rows, per_layer.rows or rows_in_theirs
+    scale = ("layer_scalar", "layer_scalar", (1,))
+    if per_layer.preset == "gemma3n":
+        scale = ("input_scale", "altup.correct_output_scale", (hidden,))
     table = ("model.embed_tokens_per_layer.weight", (rows_in_theirs, layers * width))
     context = ("model.per_layer_model_projection.weight", (layers * width, hidden))
     norm = ("model.per_layer_projection_norm.weight", (width,))
@@ -90,7 +101,7 @@ def per_layer_entries(model: ModelConfig, width: int, rows: int, rows_in_theirs:
             ("gate.weight", "per_layer_input_gate.weight", (width, hidden)),
             ("projection.weight", "per_layer_projection.weight", (hidden, width)),
             ("post_norm.weight", "post_per_layer_input_norm.weight", (hidden,)),
-            ("layer_scalar", "layer_scalar", (1,)),
+            scale,
         ):
             found.append(Entry(f"{block}.{name}", shape, ((f"{theirs}.{in_theirs}", shape),), "same"))
     return found

@@ -12,7 +12,10 @@ import torch
 from megatron_ext.interop.formats.hf_files import SafetensorsFiles, TensorFiles
 from megatron_ext.interop.formats.weight_layout import Shape
 
-_TEXT = {"gemma4": ("gemma4_text", "Gemma4ForCausalLM")}
+_TEXT = {
+    "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
+}
 """Maps the model_type of a whole model to model_type and architecture of its language model."""
 
 _PREFIX = "model.language_model."

@@ -19,6 +19,15 @@
 
 With norms over all heads, as in OLMo 2, the weights of the norms of queries and keys are [n d] and [g d]. Phi-3 has
 self_attn.qkv_proj, the rows of q, then k, then v, and mlp.gate_up_proj: gate, then up.
+With AltUp and Laurel (Gemma 3n), of k residual streams:
+    altup_start.weight                        [(k - 1) h, h]     model.altup_projections.{j}.weight
+    decoder.final_layernorm.weight            [(k - 1) h, h]     model.altup_unembed_projections.{j}.weight
+    decoder.final_layernorm.norm.weight       [h]                model.norm.weight
+      altup.router, router_norm.weight                           altup.modality_router.weight, router_norm.weight
+      altup.prediction, correction                               altup.{prediction,correction}_coefs.weight
+      laurel.left, right                                         laurel.linear_left.weight, linear_right.weight
+      laurel.post_norm.weight                                    laurel.post_laurel_norm.weight
+
 With `layer_scalar` (Gemma 4):
       layer_scalar                            [1]                layer_scalar
 
@@ -85,7 +94,12 @@ def entries(
     ]
     for layer in range(model.num_layers):
         found += _layer_entries(model, layer, is_fused=architecture in FUSED)
-    found.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
+    norm = "decoder.final_layernorm.weight"
+    if model.altup_streams is not None:
+        found.append(_of_streams("altup_start.weight", "model.altup_projections", model))
+        found.append(_of_streams(norm, "model.altup_unembed_projections", model))
+        norm = "decoder.final_layernorm.norm.weight"
+    found.append(_same(norm, "model.norm.weight", (hidden,)))
     if model.untie_embeddings_and_output_weights:
         found.append(_vocabulary("output_layer", "lm_head", model, vocab_size, padded_vocab_size))
     return found
@@ -202,8 +216,36 @@ def _layer_entries(model: ModelConfig, layer: int, *, is_fused: bool) -> list[En
         found.append(_same(f"{ours}.{name}.weight", f"{theirs}.{in_theirs}.weight", (hidden,)))
     found += _linear(f"{mlp}.linear_fc1", gate_up, hidden, "rows", model.has_mlp_bias)
     found += _linear(f"{mlp}.linear_fc2", down, ffn, "same", model.has_mlp_bias)
+    for name, in_theirs, size in _parts_of_gemma3n(model):
+        found.append(_same(f"{ours}.{name}", f"{theirs}.{in_theirs}.weight", size))
     if model.layer_scalar:
         found.append(_same(f"{ours}.layer_scalar", f"{theirs}.layer_scalar", (1,)))
+    return found
+
+
+def _of_streams(name: str, theirs: str, model: ModelConfig) -> Entry:
+    hidden, count = model.hidden_size, (model.altup_streams or 1) - 1
+    parts = tuple((f"{theirs}.{number}.weight", (hidden, hidden)) for number in range(count))
+    return Entry(name, (count * hidden, hidden), parts, "rows")
+
+
+def _parts_of_gemma3n(model: ModelConfig) -> list[tuple[str, str, Shape]]:
+    """Returns our name, theirs without `.weight`, and the shape of AltUp's and Laurel's tensors in a layer."""
+    hidden, streams, rank = model.hidden_size, model.altup_streams, model.laurel_rank
+    found: list[tuple[str, str, Shape]] = []
+    if streams is not None:
+        found += [
+            ("altup.router", "altup.modality_router", (streams, hidden)),
+            ("altup.router_norm.weight", "altup.router_norm", (hidden,)),
+            ("altup.prediction", "altup.prediction_coefs", (streams**2, streams)),
+            ("altup.correction", "altup.correction_coefs", (streams, streams)),
+        ]
+    if rank is not None:
+        found += [
+            ("laurel.left", "laurel.linear_left", (rank, hidden)),
+            ("laurel.right", "laurel.linear_right", (hidden, rank)),
+            ("laurel.post_norm.weight", "laurel.post_laurel_norm", (hidden,)),
+        ]
     return found
 
 

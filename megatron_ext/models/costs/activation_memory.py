@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.gemma3n_cost import end_activations, layer_activations
 from megatron_ext.models.costs.model_cost import (
     attended_keys,
     attention_width,
@@ -78,6 +79,11 @@ class ParallelLayout:
     def hidden_bytes(self) -> float:
         """Bytes of the hidden states [s, b, h] of a micro-batch on one rank, [s/t, b, h] under sequence parallelism."""
         return self.tokens * self.model.hidden_size * self.element_bytes / self.sequence_split
+
+    @property
+    def residual_bytes(self) -> float:
+        """Bytes of all residual streams of a micro-batch on one rank; without AltUp there is one."""
+        return self.hidden_bytes * (self.model.altup_streams or 1)
 
     @property
     def ffn_bytes(self) -> float:
@@ -199,13 +205,15 @@ def _kept_and_recomputed(
     else:
         group = parallel.recompute_num_layers or 1
         if parallel.recompute_method == "uniform":
-            of_layers = -(-per_chunk // group) * layout.hidden_bytes
+            of_layers = -(-per_chunk // group) * layout.residual_bytes
             again = group * max(saved)
         else:
             recomputed, again = min(group, per_chunk), max(saved)
             rest = (per_chunk - recomputed) / per_chunk
-            of_layers = recomputed * layout.hidden_bytes + rest * sum(saved) / layout.chunks
+            of_layers = recomputed * layout.residual_bytes + rest * sum(saved) / layout.chunks
     kept = in_flight * (of_layers + streams / layout.chunks) + held
+    if stage == 0:
+        kept += in_flight / layout.chunks * end_activations(model, layout.hidden_bytes)
     if stage == 0 and model.hidden_dropout > 0:
         # The embedding's dropout mask, one byte per value; only one of the stage's chunks has it.
         kept += in_flight / layout.chunks * layout.hidden_bytes / layout.element_bytes
@@ -252,6 +260,7 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
     # A recomputed norm does not keep its output, a frozen layer does not need it.
     whole = (2 if is_frozen or "layernorm" in again else 4) * layout.hidden_bytes
     whole += 2 * layout.model.sandwich_norm * layout.hidden_bytes
+    whole += layer_activations(layout.model, layout.hidden_bytes)
     whole += 2 * (layout.model.hidden_dropout > 0) * layout.hidden_bytes / size
     mlp = 0 if "mlp" in again else (3 if layout.model.is_gated else 2) - is_frozen
     inner = mean_over_layers(layout.model, layer, layout.ffn_bytes_of)
@@ -332,7 +341,8 @@ def head_activation_bytes(layout: ParallelLayout) -> float:
         softmax = 0  # the gradient takes the logits' place
     # Limited logits: their hyperbolic tangent.
     capped = layout.element_bytes * (layout.model.final_logit_softcapping is not None)
-    return 2 * layout.hidden_bytes + (layout.element_bytes + softmax + capped) * layout.logit_count
+    norm = 2 * layout.hidden_bytes + end_activations(layout.model, layout.hidden_bytes)
+    return norm + (layout.element_bytes + softmax + capped) * layout.logit_count
 
 
 def _score_bytes(layout: ParallelLayout) -> float:

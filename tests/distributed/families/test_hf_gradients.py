@@ -44,6 +44,8 @@ NAMES = (
     "Gemma4",
     "Gemma4, keys are values",
     "Gemma4, no per-layer embedding",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Phi3, longrope",
     "Olmo2",
     "Olmo3",

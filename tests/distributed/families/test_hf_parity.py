@@ -50,6 +50,8 @@ CUT_KINDS = (
     "Gemma3, scaled and limited",
     "Gemma4",
     "Gemma4, keys are values",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Olmo2",
 )
 
@@ -180,6 +182,8 @@ PAST_A_LIMIT = (
     "Gemma4",
     "Gemma4, keys are values",
     "Gemma4, no per-layer embedding",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Phi3",
     "Phi3, longrope",
     "Olmo3",

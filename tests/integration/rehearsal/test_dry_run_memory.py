@@ -51,6 +51,16 @@ CASES = {
     "PLE, frozen tables": (GPT, (0,), PLE + TP + SP + "--freeze-per-layer-embedding "),
     "PLE, one stage": (GPT, (0,), PLE + SHARDED),
     "PLE, gemma4": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-preset gemma4 "),
+    "PLE, gemma3n, AltUp, Laurel and sparse gates": (
+        GPT,
+        (0, 7),
+        PLE
+        + TP
+        + PP
+        + SP
+        + SHARDED
+        + "--per-layer-preset gemma3n --altup-streams 4 --laurel-rank 64 --mlp-activation-sparsity 0.95 ",
+    ),
     "PLE, concat, interleaved": (
         GPT,
         (0, 7),

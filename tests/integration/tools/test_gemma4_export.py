@@ -13,7 +13,7 @@ import transformers
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.inference.generation import Sampling, generate, stage_logits
 from megatron_ext.inference.load_model import load_model
-from megatron_ext.interop.formats.per_layer_layout import per_layer_settings
+from megatron_ext.interop.formats.per_layer_layout import family_of
 from megatron_ext.interop.hf_import import model_flags
 from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.forked_scripts import run_script
@@ -103,7 +103,9 @@ def test_a_dry_run_of_the_true_e2b_on_four_tensor_ranks_and_two_stages(
     tokenizer = TokenizerConfig(
         tokenizer_type="NullTokenizer", vocab_size=262143
     )  # and the end of a document
-    text = model_flags(source.model, tokenizer, per_layer=per_layer_settings(256))
+    assert source.per_layer is not None
+    settings = family_of(source.per_layer, source.vocab_size)["settings"]
+    text = model_flags(source.model, tokenizer, per_layer=settings)
     (tmp_path / "model.yaml").write_text(text)
     words = (
         "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 17 "

@@ -41,7 +41,7 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 LENGTH = 48
-GEMMA = ("Gemma3", "Gemma4")
+GEMMA = ("Gemma3", "Gemma4", "Gemma3n")
 GEMMA4 = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -54,6 +54,20 @@ GEMMA4 = {
     "pad_token_id": None,
 }
 """E2B in small: 6 layers, of which the last 3 use keys and values of layers 1 and 2."""
+
+GEMMA3N = {
+    "intermediate_size": [96, 96, 64, 64],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 12,
+    "sliding_window": 10,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 90,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.7, 0.5, 0.0, 0.3],
+    "laurel_rank": 6,
+    "pad_token_id": None,
+}
+"""E2B in small: the last 2 of 4 layers use the keys and values of the first 2 and have narrower MLPs."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,19 @@ class Kind:
             for name, parameter in model.named_parameters():
                 # Gemma 3 stores the weights of its norms less 1.
                 parameter.normal_(0.0, 0.15).add_(1.0 if "norm" in name and self.name != "Gemma3" else 0.0)
-                if "q_norm" in name and self.name == "Gemma4":  # its attention has no other scale
-                    parameter.mul_(0.15)
+                self.adapt(name, parameter)
             for name, buffer in model.named_buffers():
                 if name.endswith("layer_scalar"):
                     buffer.uniform_(0.5, 1.5)
         return model.eval()
+
+    def adapt(self, name: str, parameter: torch.Tensor) -> None:
+        """Changes random values of N(0, 0.15) with which the model would round too much."""
+        if "q_norm" in name and self.name == "Gemma4":  # its attention has no other scale
+            parameter.mul_(0.15)
+        if self.name == "Gemma3n" and "norm" not in name:
+            parameter.mul_(3.0 if "modality_router" in name else 0.33)
+            parameter.add_(1.0 if "correct_output_scale" in name else 0.0)
 
 
 KINDS = {
@@ -153,6 +174,26 @@ KINDS = {
                     "rope_theta": 5000.0,
                     "factor": 2.0,
                 },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "Gemma3n": Kind("Gemma3n", GEMMA3N),
+    "Gemma3n, three streams, biases": Kind(
+        "Gemma3n",
+        {
+            **GEMMA3N,
+            "intermediate_size": 96,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": None,
+            "altup_num_inputs": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
         },

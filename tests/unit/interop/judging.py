@@ -13,7 +13,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import export_hf, load_hf, load_into
 from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.hf_files import read_config
-from megatron_ext.interop.formats.per_layer_layout import exported_width
+from megatron_ext.interop.formats.per_layer_layout import exported_per_layer
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.training.interface.family_interface import auxiliary_inputs
@@ -92,7 +92,7 @@ def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tens
         ours = chunks[0].eval()(ids, positions, None, auxiliary_inputs=inputs)
     largest = max(1.0, float(theirs.abs().max()))
     difference = float((ours - theirs[:, :length]).abs().max()) / largest
-    per_layer = exported_width(source.families.configurations)
+    per_layer = exported_per_layer(source.families.configurations)
     state, target = dict(source.state), folder / "out"
     export_hf(source.model, source.vocab_size, state, target, imported=source.imported, per_layer=per_layer)
     before, after = _configuration(folder), _configuration(folder / "out")
@@ -136,8 +136,7 @@ def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
         for name, parameter in model.named_parameters():
             is_around_one = "norm" in name and kind.name != "Gemma3"
             parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if is_around_one else 0.0)
-            if "q_norm" in name and kind.name == "Gemma4":  # its attention has no other scale
-                parameter.mul_(0.15)
+            kind.adapt(name, parameter)
     tied = model.config.tie_word_embeddings
     tensors = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,8 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.interop import load_hf, load_into
 from megatron_ext.interop.formats.configs.hf_config import HFModel, choose_architecture, to_model_config
-from megatron_ext.interop.formats.per_layer_layout import exported_width, family_of, per_layer_settings
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
+from megatron_ext.interop.formats.per_layer_layout import exported_per_layer, family_of
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -75,7 +76,7 @@ def test_true_shapes_have_as_many_parameters_as_in_transformers(name: str) -> No
     assert sum(parameter.numel() for parameter in model.parameters()) == total
     assert model.model.embed_tokens_per_layer.weight.numel() == table
     source = imported(config)
-    assert source.per_layer == 256
+    assert source.per_layer == PerLayer(preset="gemma4", width=256)
     settings = PerLayerConfig(
         use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=256
     )
@@ -90,17 +91,18 @@ def test_true_shapes_have_as_many_parameters_as_in_transformers(name: str) -> No
 
 
 def test_the_imported_settings_are_those_of_the_preset() -> None:
-    stored = family_of(16, 96)
+    per_layer = PerLayer(preset="gemma4", width=16)
+    stored = family_of(per_layer, 96)
     family = PerLayerFamily.from_configuration(stored)
     assert family.settings == PerLayerConfig(
         use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=16
     )
     # What a later run compares must be stored.
     compared = group_to_dict(family.settings).keys() - family.free_on_resume
-    assert compared <= per_layer_settings(16).keys()
-    assert exported_width({"per_layer": family.configuration()}) == 16
+    assert compared <= stored["settings"].keys()
+    assert exported_per_layer({"per_layer": family.configuration()}) == per_layer
     others = {**stored["settings"], "per_layer_embed_scale": 2.0}
-    assert exported_width({"per_layer": {**stored, "settings": others}}) is None
+    assert exported_per_layer({"per_layer": {**stored, "settings": others}}) is None
 
 
 def _logits(folder: str) -> tuple[torch.Tensor, tuple[str, ...]]:

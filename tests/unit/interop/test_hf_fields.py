@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.unit.interop import gemma3n_fields
 from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
-ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4")
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4", "Gemma3n")
 QWEN = ("Qwen2", "Qwen3")
 TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
@@ -33,6 +34,7 @@ BASES = {
             "vocab_size_per_layer_input": 96,
         },
     ),
+    "Gemma3n": gemma3n_fields.BASE,
 }
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 PARTIAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
@@ -374,6 +376,16 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"original_max_position_embeddings": 16}, SAME),
     ],
 }
+FIELDS |= gemma3n_fields.ONLY
+_LIKE_GEMMA3 = ("num_attention_heads", "tie_word_embeddings", "sliding_window")
+OTHERWISE |= {("Gemma3n", name): OTHERWISE["Gemma3", name] for name in _LIKE_GEMMA3}
+OTHERWISE |= {("Gemma3n", name): cases for name, cases in gemma3n_fields.OTHERWISE.items()}
+NOT_IN_ITS_CLASS["Gemma3n"] = {**NOT_IN_ITS_CLASS["Gemma3"], **gemma3n_fields.NOT_IN_ITS_CLASS}
+BESIDE_OTHERWISE |= {
+    ("Gemma3n", name): BESIDE_OTHERWISE["Gemma3", name]
+    for name in ("rope_scaling", "original_max_position_embeddings")
+}
+BESIDE_OTHERWISE["Gemma3n", "model_type"] = gemma3n_fields.MODEL_TYPE
 
 
 def _class_fields(family: str) -> list[str]:
@@ -408,6 +420,7 @@ def _names(name: str, change: dict[str, Any]) -> set[str]:
         name,
         *change,
         *(["rope scaling", "rope_theta", "partial_rotary_factor"] if "rope" in name else []),
+        *(["layer_types"] if name == "num_hidden_layers" else []),
     }
 
 

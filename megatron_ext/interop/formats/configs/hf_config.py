@@ -9,6 +9,7 @@ What each `model_type` may have in addition:
     qwen3        norms on queries and keys; attention_bias as in Llama; a sliding window in some layers
     gemma3_text  see `hf_gemma`
     gemma4_text  see `hf_gemma4`
+    gemma3n_text see `hf_gemma3n`
     phi3         a rotation of some channels only; rope scaling `longrope`; a sliding window
     olmo2        norms of outputs instead of inputs, and of queries and keys over all heads; attention_bias
     olmo3        the same; a sliding window in some layers
@@ -24,13 +25,21 @@ from typing import Any
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
 from megatron_ext.interop.formats.configs.hf_fields import check_fields
+from megatron_ext.interop.formats.configs.hf_gemma3n import (
+    expresses_gemma3n,
+    gemma3n_fields,
+    gemma3n_flags,
+    gemma3n_per_layer,
+    has_parts_of_gemma3n,
+)
 from megatron_ext.interop.formats.configs.hf_gemma4 import (
     expresses_gemma4,
     gemma4_fields,
     gemma4_flags,
-    per_layer_width,
+    gemma4_per_layer,
     plain_ropes,
 )
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.configs.hf_pieces import expresses_pieces, piece_fields, piece_flags
 from megatron_ext.interop.formats.configs.hf_rope import (
     expresses_rotary,
@@ -54,6 +63,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
     "Gemma4ForCausalLM": "gemma4_text",
+    "Gemma3nForCausalLM": "gemma3n_text",
     "Phi3ForCausalLM": "phi3",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
@@ -62,18 +72,22 @@ ARCHITECTURES = {
 }
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
-GEMMA4 = "Gemma4ForCausalLM"
-"""The architecture with per-layer embedding."""
+PER_LAYER = {"gemma4": "Gemma4ForCausalLM", "gemma3n": "Gemma3nForCausalLM"}
+"""The architectures with per-layer embedding, by its preset."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
 FUSED = ("Phi3ForCausalLM",)
 """Architectures whose files hold q, k and v in one tensor, and gate and up in another."""
 
-_LAYERED_ROTARY = ("gemma3_text", "gemma4_text", "olmo3")
+_LAYERED_ROTARY = ("gemma3_text", "gemma4_text", "gemma3n_text", "olmo3")
 """Values of `model_type` with one rotary embedding for layers with a window, and one for the others."""
 
-_GEMMA = ("gemma3_text", "gemma4_text")
+_GEMMA = ("gemma3_text", "gemma4_text", "gemma3n_text")
+
+
+_EVEN_HEADS = ("llama", "gemma3_text", "gemma3n_text")
+"""Values of `model_type` for which transformers requires that the number of heads divides the hidden size."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,8 @@ class HFModel:
     messages: tuple[str, ...]
     """Messages for the user about everything that could not be imported unchanged, one line each."""
 
-    per_layer: int | None = None
-    """Width of the per-layer embedding, which the preset gemma4 describes; None for a model without it."""
+    per_layer: PerLayer | None = None
+    """The per-layer embedding; None for a model without it."""
 
 
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
@@ -183,12 +197,14 @@ def to_model_config(
         **_biases(config, kind),
         **rotary,
         **(gemma4_flags(config, windows, source) if kind == "gemma4_text" else {}),
+        **(gemma3n_flags(config, windows, source) if kind == "gemma3n_text" else {}),
         **piece_flags(config, kind, source),
     }
     messages += (*field_notes, *rotary_notes)
-    width = per_layer_width(config) if kind == "gemma4_text" else 0
+    of_kind = {"gemma4_text": gemma4_per_layer, "gemma3n_text": gemma3n_per_layer}
+    per_layer = of_kind[kind](config) if kind in of_kind else None
     try:
-        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages, per_layer=width or None)
+        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages, per_layer=per_layer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: describes a model that cannot be built ({error})") from None
 
@@ -214,7 +230,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     groups = heads if groups is None else groups
     if heads % groups:
         raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
-    if kind in ("llama", "gemma3_text") and hidden % heads:
+    if kind in _EVEN_HEADS and hidden % heads:
         raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
     size = config.get("head_dim", DEFAULTS[kind].head_size)
     width = hidden // heads if size is None else size
@@ -243,13 +259,15 @@ def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
     }
 
 
-def choose_architecture(model: ModelConfig, wanted: str | None = None, per_layer: int | None = None) -> str:
+def choose_architecture(
+    model: ModelConfig, wanted: str | None = None, per_layer: PerLayer | None = None
+) -> str:
     """Chooses an architecture that can express a model exactly.
 
     Args:
         model: configuration of the base model.
         wanted: one of `ARCHITECTURES`; None chooses the first that fits.
-        per_layer: width of the per-layer embedding as the preset gemma4 has it; None without it.
+        per_layer: the model's per-layer embedding as a Gemma has it; None without it.
 
     Raises:
         ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
@@ -280,7 +298,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None, per_layer
     return wanted or fitting[0]
 
 
-def expresses(model: ModelConfig, architecture: str, per_layer: int | None = None) -> bool:
+def expresses(model: ModelConfig, architecture: str, per_layer: PerLayer | None = None) -> bool:
     """Returns whether an architecture can express a model exactly; arguments as for `choose_architecture`."""
     is_common = (
         model.normalization == "RMSNorm" and model.position_embedding_type == "rope" and model.is_gated
@@ -288,17 +306,19 @@ def expresses(model: ModelConfig, architecture: str, per_layer: int | None = Non
     return is_common and _fits(model, ARCHITECTURES[architecture], per_layer)
 
 
-def _fits(model: ModelConfig, kind: str, per_layer: int | None) -> bool:
-    is_gemma4 = kind == "gemma4_text"
+def _fits(model: ModelConfig, kind: str, per_layer: PerLayer | None) -> bool:
+    own = {"gemma4_text": expresses_gemma4, "gemma3n_text": expresses_gemma3n}
     if not (expresses_windows(model, kind) and expresses_rotary(model, kind)):
         return False
-    if not (expresses_gemma4(model, per_layer) if is_gemma4 else expresses_pieces(model, kind)):
+    if not (own[kind](model, per_layer) if kind in own else expresses_pieces(model, kind)):
         return False
-    if per_layer is not None and not is_gemma4:
+    if (per_layer is not None and kind not in own) or (
+        has_parts_of_gemma3n(model) and kind != "gemma3n_text"
+    ):
         return False
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
-    if kind in ("llama", "gemma3_text") and model.hidden_size % model.num_attention_heads:
-        return False  # transformers requires it of Llama and Gemma 3
+    if kind in _EVEN_HEADS and model.hidden_size % model.num_attention_heads:
+        return False
     if kind == "qwen2":
         return qkv and not (output or mlp)
     if kind not in _HAVE_ATTENTION_BIAS:
@@ -328,7 +348,7 @@ def from_model_config(
     architecture: str,
     dtype: str,
     imported: dict[str, Any] | None = None,
-    per_layer: int | None = None,
+    per_layer: PerLayer | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json, with field names that both transformers 4 and 5 read.
 
@@ -339,7 +359,7 @@ def from_model_config(
         dtype: name of the dtype, such as `float32`.
         imported: content of the config.json that the model was imported from, or None. Fields that the export does not
             set are taken from it.
-        per_layer: width of the per-layer embedding; None without it.
+        per_layer: the model's per-layer embedding; None without it.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
@@ -366,7 +386,7 @@ def from_model_config(
 
 
 def _of_model(
-    model: ModelConfig, vocab_size: int, kind: str, dtype: str, per_layer: int | None
+    model: ModelConfig, vocab_size: int, kind: str, dtype: str, per_layer: PerLayer | None
 ) -> dict[str, Any]:
     architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == kind)
     config: dict[str, Any] = {
@@ -393,6 +413,9 @@ def _of_model(
         config["mlp_bias"] = model.has_mlp_bias
     if kind == "gemma3_text":
         del config["hidden_act"]
+    if kind == "gemma3n_text":
+        del config["hidden_act"]
+        config |= rotary_fields(model, kind) | gemma3n_fields(model, per_layer)
     if kind == "gemma4_text":
         del config["hidden_act"]
         return config | gemma4_fields(model, vocab_size, per_layer) | window_fields(model, kind)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
+from megatron_ext.interop.formats.configs.hf_gemma3n import gemma3n_values
 from megatron_ext.interop.formats.configs.hf_pieces import MULTIPLIERS
 
 _NONE = type(None)
@@ -103,6 +104,26 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "num_global_key_value_heads": (int, _NONE),
         "per_layer_config": (dict, _NONE),
     },
+    "gemma3n_text": {
+        "intermediate_size": (int, list),
+        "head_dim": (int,),
+        "num_key_value_heads": (int,),
+        "attention_bias": (bool,),
+        "attention_dropout": (float, int, _NONE),
+        "hidden_activation": (str,),
+        "sliding_window": (int,),
+        "layer_types": (list, _NONE),
+        "final_logit_softcapping": (float,),
+        "vocab_size_per_layer_input": (int,),
+        "hidden_size_per_layer_input": (int,),
+        "altup_active_idx": (int,),
+        "altup_coef_clip": (float,),
+        "altup_correct_scale": (bool,),
+        "altup_num_inputs": (int,),
+        "num_kv_shared_layers": (int,),
+        "laurel_rank": (int,),
+        "activation_sparsity_pattern": (list, _NONE),
+    },
     "phi3": {
         **_HEAD,
         **_NO_WINDOW_TYPES,
@@ -140,6 +161,7 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 _NOT_IN: dict[str, set[str]] = {
     "gemma3_text": {"hidden_act"},
     "gemma4_text": {"hidden_act", "rope_scaling"},
+    "gemma3n_text": {"hidden_act"},
 }
 """For each model_type, fields of the other models that its class ignores."""
 
@@ -204,11 +226,16 @@ _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "rope_scaling": (),
         "partial_rotary_factor": (None,),
     },
+    # The last layer's output is that of the first stream, whichever is active, and all others are added to.
+    "gemma3n_text": {"altup_active_idx": (0,), "altup_correct_scale": (True,)},
     "phi3": {"resid_pdrop": (0,)},
 }
 """The same for fields that only one model_type has."""
 
-_OWN_WITHOUT_EFFECT = {"gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"}}
+_OWN_WITHOUT_EFFECT = {
+    "gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"},
+    "gemma3n_text": {"rope_local_base_freq"},
+}
 """Fields that only one model_type has and that other modules check."""
 
 """Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
@@ -262,6 +289,8 @@ def _check_type(name: str, value: Any, types: tuple[type, ...], source: str) -> 
 def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
     for name in _COUNTS:
         value = config.get(name)
+        if isinstance(value, list):
+            continue  # `gemma3n_values` checks it
         least = 2 if name == "vocab_size" else 1  # one id is needed to end a document
         if value is not None and value < least:
             raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
@@ -293,7 +322,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
 
 def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
     """Returns name, value, condition and its text for fields that differ between models."""
-    if kind not in ("gemma3_text", "gemma4_text"):
+    if kind not in ("gemma3_text", "gemma4_text", "gemma3n_text"):
         positive = [(name, config.get(name, 1.0), lambda v: v > 0, "above 0") for name in MULTIPLIERS]
         interval = config.get("no_rope_layer_interval", 4)
         return [
@@ -313,6 +342,8 @@ def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Ca
     if kind == "gemma3_text":
         scalar = config.get("query_pre_attn_scalar", 256)
         return [*of_both, ("query_pre_attn_scalar", scalar, lambda v: v > 0, "above 0")]
+    if kind == "gemma3n_text":
+        return [*of_both, *gemma3n_values(config)]
     layers, width = config["num_hidden_layers"], config.get("hidden_size_per_layer_input", 256)
     shared, rows = config.get("num_kv_shared_layers", 0), config.get("vocab_size_per_layer_input", 262144)
     return [

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_ext.config.groups.model.layer_shapes import LayerShape, rotated_pairs
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.configs.hf_pieces import is_like_gemma
 from megatron_ext.interop.formats.configs.hf_rope import rope_scaling
 
@@ -46,12 +47,7 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
         ValueError: the layers cannot have the heads that the file gives them.
     """
     shared = config.get("num_kv_shared_layers", 0)
-    first = len(windows) - shared
-    if not set(windows[first:]) <= set(windows[:first]):
-        raise ValueError(
-            f"{source}: num_kv_shared_layers {shared}: the first {first} layers must have each of the layer_types of "
-            "the others, which use their keys and values"
-        )
+    check_shared_layers(shared, windows, source)
     size, groups = _heads_of_full_layers(config, windows, source)
     heads = config["num_attention_heads"]
     if size % 2:
@@ -85,6 +81,22 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
         width, own = config["intermediate_size"], config["num_hidden_layers"] - shared
         fields |= {"ffn_hidden_size": None, "ffn_hidden_sizes": f"[{width}]*{own}+[{2 * width}]*{shared}"}
     return fields
+
+
+def check_shared_layers(shared: int, windows: tuple[int | None, ...], source: str) -> None:
+    """Raises `ValueError` if one of the last `shared` layers has no earlier layer of its kind."""
+    first = len(windows) - shared
+    if not set(windows[first:]) <= set(windows[:first]):
+        raise ValueError(
+            f"{source}: num_kv_shared_layers {shared}: the first {first} layers must have each of the layer_types of "
+            "the others, which use their keys and values"
+        )
+
+
+def gemma4_per_layer(config: Mapping[str, Any]) -> PerLayer | None:
+    """Returns the per-layer embedding of a model; None for a model without it."""
+    width = per_layer_width(config)
+    return PerLayer(preset="gemma4", width=width) if width else None
 
 
 def per_layer_width(config: Mapping[str, Any]) -> int:
@@ -138,12 +150,12 @@ def plain_ropes(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     return {**ropes, "full_attention": full}, float(proportion)
 
 
-def expresses_gemma4(model: ModelConfig, per_layer: int | None) -> bool:
+def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
     """Returns whether Gemma 4 can express the model.
 
     Args:
         model: configuration of the base model.
-        per_layer: width of the per-layer embedding as the preset gemma4 has it; None without it.
+        per_layer: the model's per-layer embedding; None without it.
     """
     norms = (
         is_like_gemma(model)
@@ -176,7 +188,7 @@ def _is_double_wide(layers: tuple[LayerShape, ...]) -> bool | None:
     return False if others <= {width} else True if others == {2 * width} else None
 
 
-def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: int | None) -> dict[str, Any]:
+def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: PerLayer | None) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_gemma4`; arguments as there."""
     full = model.layers[-1]
     return {
@@ -187,7 +199,7 @@ def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: int | None) ->
         "num_kv_shared_layers": model.num_kv_shared_layers,
         "attention_k_eq_v": model.attention_k_eq_v,
         **_full_head_fields(model, full),
-        "hidden_size_per_layer_input": per_layer or 0,
+        "hidden_size_per_layer_input": 0 if per_layer is None else per_layer.width,
         "vocab_size_per_layer_input": vocab_size,
         "enable_moe_block": False,
         "rope_parameters": _rope_fields(model),
