@@ -105,7 +105,9 @@ def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
         "attention_backend": {"te": "sdpa"},
         "fp8_format": dict.fromkeys(("e4m3", "hybrid")),
     }
-    found = {name: others.get(name, {}).get(value, value) for name, value in section.items()}
+    found = {
+        name: others[name].get(value, value) if name in others else value for name, value in section.items()
+    }
     if found.get("fp8_format") is None:  # its details would be refused without it
         found = {name: value for name, value in found.items() if not name.startswith("fp8_")}
     return found

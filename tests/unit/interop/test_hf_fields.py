@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
+from tests.unit.interop import field_cases
+from tests.unit.interop.field_cases import DYNAMIC, FULL, LONGROPE, MIXED
+from tests.unit.interop.hf_models import LLAMA3_SCALING, YARN, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
-ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", *field_cases.BASES)
 QWEN = ("Qwen2", "Qwen3")
 TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
@@ -22,10 +24,8 @@ BASES = {
     "Gemma3": Kind(
         "Gemma3", {**TWO_LAYERS, "head_dim": 8, "sliding_window": 20, "sliding_window_pattern": 2}
     ),
+    **field_cases.BASES,
 }
-FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
 
 # Field -> changes of config.json, and what becomes of each. Every field of the classes is in here.
 FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
@@ -62,9 +62,16 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"type": "linear", "factor": 3}}, TAKEN),
         ({"rope_parameters": {"rope_type": "linear", "type": "default", "factor": 3.0}}, TAKEN),
         ({"rope_parameters": {"type": "linear", "rope_type": "default", "factor": 3.0}}, SAME),
-        ({"rope_parameters": YARN}, REFUSED),
+        ({"rope_parameters": YARN}, TAKEN),
+        ({"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5, "beta_fast": 0}}, TAKEN),
+        ({"rope_parameters": {**YARN, "attention_factor": 0.7, "mscale": 1}}, TAKEN),
+        ({"rope_parameters": {**YARN, "truncate": False}}, REFUSED),
+        ({"rope_parameters": {**YARN, "beta_fast": 0.1}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 32}}, REFUSED),
         ({"rope_parameters": LONGROPE}, REFUSED),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
+        ({"rope_parameters": DYNAMIC}, SAME),
+        ({"rope_parameters": DYNAMIC, "max_position_embeddings": 32}, TAKEN),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, REFUSED),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 5e3}}, REFUSED),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, REFUSED),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, REFUSED),
@@ -127,6 +134,8 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "problem_type": [({"problem_type": "regression"}, SAME)],
 }
 
+FIELDS |= field_cases.FIELDS
+
 # What a class takes beside its fields: names of earlier versions, and what code shared by all models reads.
 BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "rope_theta": [
@@ -139,8 +148,8 @@ BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
         ({"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
         ({"rope_scaling": LLAMA3_SCALING, "rope_parameters": {"rope_theta": 7.0}}, TAKEN),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, REFUSED),
-        ({"rope_scaling": {**YARN, "type": "yarn"}}, REFUSED),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, SAME),
+        ({"rope_scaling": {**YARN, "type": "yarn"}}, TAKEN),
         ({"rope_scaling": {"type": "linear", "factor": "3"}}, REFUSED),
     ],
     "original_max_position_embeddings": [
@@ -167,8 +176,8 @@ BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "configuration_files": [({"configuration_files": ["config.4.0.0.json"]}, REFUSED)],
     "text_config": [({"text_config": {"hidden_size": 16}}, REFUSED)],
     "model_type": [
-        ({"model_type": "granite"}, REFUSED),
-        ({"model_type": "smollm3"}, REFUSED),
+        ({"model_type": "cohere"}, REFUSED),
+        ({"model_type": "granitemoe", "num_local_experts": 8}, REFUSED),
         ({"model_type": ...}, REFUSED),
     ],
 }
@@ -210,13 +219,14 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}}, TAKEN),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, TAKEN),
         ({"rope_parameters": {"full_attention": LLAMA3_SCALING}}, TAKEN),
-        ({"rope_parameters": {"full_attention": YARN}}, REFUSED),
+        ({"rope_parameters": {"full_attention": YARN}}, TAKEN),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}}, REFUSED),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
         ({"rope_parameters": None}, SAME),
     ],
     ("Mistral", "layer_types"): [({"layer_types": MIXED, "sliding_window": 16}, REFUSED)],
 }
+OTHERWISE |= field_cases.OTHERWISE
 NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
     "Llama": {
         "sliding_window": [({"sliding_window": 16}, REFUSED)],
@@ -240,6 +250,7 @@ NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
         "rope_local_base_freq": [({"rope_local_base_freq": 5.0}, TAKEN)],
         "cache_implementation": [({"cache_implementation": "hybrid"}, SAME)],
     },
+    **field_cases.NOT_IN_ITS_CLASS,
 }
 # What a family takes beside its fields otherwise than is said above.
 BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
@@ -254,6 +265,9 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"original_max_position_embeddings": 16}, SAME),
     ],
 }
+
+
+BESIDE_OTHERWISE |= field_cases.BESIDE_OTHERWISE
 
 
 def _class_fields(family: str) -> list[str]:
