@@ -40,16 +40,21 @@ def _run(config: PerLayerRunConfig) -> int:
     # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.training.pretrain import pretrain
 
-    return pretrain(config, _families)
+    if config.adapters.lora_rank is None:
+        return pretrain(config, _families)
+    from megatron_ext.adapters.adapter_run import train_adapters
+    from megatron_ext.registry.known_families import FAMILIES
+
+    return train_adapters(config, config.adapters, _families, FAMILIES)
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Returns defaults from the --load checkpoint: model, tokenizer and per-layer settings."""
+    """Returns defaults from the --load checkpoint: model, tokenizer, per-layer settings and adapters."""
     if not given.keys() & {"load", "use_checkpoint_args"}:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults
 
-    return stored_defaults(given, ("model", "tokenizer", "per_layer"))
+    return stored_defaults(given, ("model", "tokenizer", "per_layer", "adapters"))
 
 
 def _families(config: PerLayerRunConfig, tokenizer: "Tokenizer") -> list["Family"]:

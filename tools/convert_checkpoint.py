@@ -4,6 +4,7 @@
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
     convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
+    convert_checkpoint.py merge --load RUN --save CKPT            make a checkpoint of a run with LoRA adapters, merged
     convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of Megatron-LM
     convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for pretrain_gpt.py --load
 
@@ -35,6 +36,7 @@ _ONLY_HUGGING_FACE = (
     "tokenizer_model",
     "no_tokenizer",
     "per_layer_vocab_file",
+    "npt_weights",
 )
 
 
@@ -133,8 +135,8 @@ class ExportConfig:
     """Export the base model without the parameters that a model family (NPT) added; the base must have been frozen."""
 
     merge_adapters: Switch = False
-    """Merge the adapters of a model trained by pretrain_progressive.py (objective clm) into its weights, and export the
-    result as a plain model."""
+    """Merge the adapters of a model trained by pretrain_progressive.py (objective clm) or with --lora-rank into its
+    weights, and export the result as a plain model."""
 
     adapter_dir: str | None = None
     """Write each adapter in peft's format to a subdirectory of this directory, and only the base model to
@@ -150,6 +152,10 @@ class ExportConfig:
     """For a model with per-layer embedding that was trained on aligned per-layer data: the vocabulary that the data was
     made with, next to which the table of per-layer ids lies."""
 
+    npt_weights: str | None = None
+    """File npt_weights.pt or npt_weights.safetensors: export the base model in --load with these NP weights, such as
+    those of a calibration."""
+
     overwrite: bool = False
     """Replace the content of --model-dir."""
 
@@ -162,7 +168,11 @@ class ExportConfig:
         if self.format == "megatron":
             _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
         if chosen:
-            _refuse(self, ("per_layer_vocab_file",), f"cannot be given together with {flag_name(chosen[0])}")
+            _refuse(
+                self,
+                ("per_layer_vocab_file", "npt_weights"),
+                f"cannot be given together with {flag_name(chosen[0])}",
+            )
 
     def resolved_max_shard_size(self) -> int:
         """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
@@ -172,6 +182,23 @@ class ExportConfig:
         if size < 1:
             raise ValueError(f"--max-shard-size {self.max_shard_size}: must be a size such as 500MB or 2GiB")
         return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Flags for the run with adapters, and for the checkpoint to write."""
+
+    load: str
+    """Directory of checkpoints of a run with --lora-rank, or the directory of one checkpoint."""
+
+    save: str
+    """Directory to write the merged model's checkpoint to; must not exist yet, or be empty."""
+
+    ckpt_step: int | None = None
+    """Step to merge. Default: the newest complete checkpoint."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "ckpt_step")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +267,13 @@ def run_import(config: ImportConfig) -> None:
     )
 
 
+def run_merge(config: MergeConfig) -> None:
+    """Add the adapters of a run with --lora-rank to the model's weights; write a checkpoint that needs no other."""
+    from megatron_ext.adapters.adapter_merge import merge_adapters_of_run
+
+    print(f"{merge_adapters_of_run(config.load, config.save, ckpt_step=config.ckpt_step)}: merged")
+
+
 def run_export(config: ExportConfig) -> None:
     """Convert a checkpoint's model to a Hugging Face directory, or to a checkpoint that Megatron-LM loads."""
     for line in _export_megatron(config) if config.format == "megatron" else _export_hugging_face(config):
@@ -267,6 +301,7 @@ def _export_hugging_face(config: ExportConfig) -> list[str]:
         config.model_dir,
         base_only=config.base_only,
         per_layer_vocab_file=config.per_layer_vocab_file,
+        npt_weights=config.npt_weights,
         **options,
     )
 
@@ -318,6 +353,7 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[..., None], str]] = {
         run_export,
         "--load checkpoints/llama --model-dir models/mine --max-shard-size 2GB",
     ),
+    "merge": (MergeConfig, run_merge, "--load checkpoints/tuned --save checkpoints/merged"),
 }
 
 

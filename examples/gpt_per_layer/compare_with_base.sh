@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
-# Compares per-layer embedding with the base model after the same number of steps, on held-out text, with two seeds.
+# Compares per-layer embedding, after the same steps on the same tokens, with base models: the plain one, one of equal
+# FLOPs, and two of equal parameters. One of these spends them in its MLP, the other in a table as PLE does. Three seeds.
 #
 #     make quickstart && bash examples/gpt_per_layer/compare_with_base.sh
 #
 # Uses the data of the quickstart, or of the given directory. A second call replaces the results of the first.
-# Two runs at a time, one core each; about six minutes.
+# Two runs at a time, one core each; RUNTIME.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-runs/quickstart}
 out=${OUT:-runs/compare_with_base}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-steps=${TRAIN_ITERS:-400}
-seeds=${SEEDS:-1 2}
+steps=${TRAIN_ITERS:-1000}
+seeds=${SEEDS:-1 2 3}
 export OMP_NUM_THREADS=1
 [ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }
 mkdir -p "$out"
 
-# base: no per-layer embedding; 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4
+# 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4. The others are base models. The
+# plain one has an MLP of 320. 32 more are the FLOPs that both PLE models add; 374 more are the parameters that gemma4 adds.
+# An output layer of its own leaves the embedding to be a mere table: 524k more parameters, no FLOPs.
+names="base base-flops base-untied base-parameters 003 gemma4"
 declare -A variant=(
     [base]=""
+    [base-flops]="--ffn-hidden-size 352"
+    [base-untied]="--untie-embeddings-and-output-weights"
+    [base-parameters]="--ffn-hidden-size 694"
     [003]="--use-per-layer-embedding --per-layer-vocab-file $data/per_layer_vocab.json"
     [gemma4]="--use-per-layer-embedding --per-layer-preset gemma4"
 )
@@ -38,14 +45,14 @@ train_and_evaluate() { # name seed
 }
 
 for seed in $seeds; do
-    for name in base 003 gemma4; do
+    for name in $names; do
         while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
         train_and_evaluate "$name" "$seed" &
     done
 done
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done
 
-OUT="$out" SEEDS="$seeds" "$python" - <<'TABLE'
+OUT="$out" SEEDS="$seeds" NAMES="$names" "$python" - <<'TABLE'
 import json
 import os
 import re
@@ -55,7 +62,7 @@ from pathlib import Path
 out, seeds = Path(os.environ["OUT"]), os.environ["SEEDS"].split()
 print("| model | held-out loss, mean over seeds | loss of each seed | perplexity | ms/step |")
 print("|---|---|---|---|---|")
-for name in ("base", "003", "gemma4"):
+for name in os.environ["NAMES"].split():
     losses = [next(iter(json.loads((out / f"{name}-{seed}.json").read_text()).values()))["loss"] for seed in seeds]
     logs = [(out / f"{name}-{seed}.log").read_text() for seed in seeds]
     times = [float(value) for log in logs for value in re.findall(r"ms/step (\S+)", log)[1:]]

@@ -34,6 +34,9 @@ class AddedParts:
     code: Path
     """File with the model's class."""
 
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that take the place of the checkpoint's, or that it lacks, by their names in a checkpoint."""
+
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Integer tensors of Hugging Face's format that a checkpoint holds in another form, by name."""
 

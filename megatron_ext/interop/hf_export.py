@@ -1,6 +1,7 @@
 """Exports a base model as a Hugging Face directory of a Llama-like architecture, which `from_pretrained` loads."""
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -35,8 +36,9 @@ from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 
-ReadParts = Callable[[dict[str, Any], ModelConfig, TokenizerConfig], AddedParts]
-"""Returns what the families of a run add to its base model, from run_config.json, model and tokenizer."""
+ReadParts = Callable[[dict[str, Any], ModelConfig, TokenizerConfig], AddedParts | None]
+"""Returns what families add to a run's base model, from run_config.json, model and tokenizer; None if there are no
+families."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,6 +107,7 @@ def export_hf(
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         if added is not None:
             added.write_code(folder)
+            messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
         write_safetensors(folder, tensors, max_shard_size)
     return [f"{config['architectures'][0]}, {written_as}", *messages]
 
@@ -183,6 +186,8 @@ def _tensors(
 
 
 def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
+    if isinstance(state, ChainMap):
+        state = next(part for part in state.maps if name in part)
     return state.dtype(name) if isinstance(state, CheckpointState) else state[name].dtype
 
 
@@ -241,7 +246,7 @@ def export_checkpoint(
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
     added = None
-    if read_parts is not None and run_config["families"] and not base_only:
+    if read_parts is not None and not base_only:
         added = read_parts(run_config, model, tokenizer or tokens)
     # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
@@ -249,7 +254,8 @@ def export_checkpoint(
         # A run on a frozen base saves only what it trained; the base itself stays in the checkpoint it came from.
         base = BaseCheckpoint.of_run(run_config)
         folders = (folder,) if base is None else (folder, base.folder)
-        state = CheckpointState(*folders, only=_base_names(model) if base_only else None)
+        stored = CheckpointState(*folders, only=_base_names(model) if base_only else None)
+        state = stored if added is None else ChainMap(dict(added.tensors), stored)
         return export_hf(
             model,
             run_config["vocab_size"],

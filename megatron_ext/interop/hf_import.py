@@ -119,7 +119,7 @@ def load_hf(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     model = source.model
-    config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
+    tokenizer_config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
     families = Families()
     if extended and read_families is not None:
@@ -135,7 +135,7 @@ def load_hf(
     return HuggingFaceModel(
         folder=folder,
         model=model,
-        tokenizer_config=config,
+        tokenizer_config=tokenizer_config,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         state=state,

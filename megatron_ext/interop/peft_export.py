@@ -116,6 +116,16 @@ def export_peft(
     on_first_rank(write)
 
 
+def write_adapters(
+    chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
+) -> list[str]:
+    """Writes each adapter of a model to a directory named after the adapter; returns a message per adapter."""
+    names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
+    for name in names:
+        export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)
+    return [f"wrote adapter {name} in peft's format to {directory / name}" for name in names]
+
+
 def peft_tensors(factors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
     """Renames and splits the result of `gather_lora_factors` into the tensors that `peft` expects.
 

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel as EngineGPTModel
+from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_ext.config.groups.model_config import check_fits_window
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.model_extension import StageInfo, StageModule
+from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.cross_entropy import cross_entropy
+from megatron_ext.models.ops.documents.document_bounds import forbidden_pairs, packed_documents
 from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.positions.rotary_by_length import RotaryByLength
 
@@ -129,6 +132,7 @@ class GPTModel(EngineGPTModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         auxiliary_inputs: dict[str, torch.Tensor] | None = None,
+        document_bounds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Runs this stage.
@@ -138,6 +142,7 @@ class GPTModel(EngineGPTModel):
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
             auxiliary_inputs: the batch fields that model families add, by name.
+            document_bounds: [D + 1], where the documents of these sequences begin (`ops.documents`), or None.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:
@@ -163,6 +168,10 @@ class GPTModel(EngineGPTModel):
         streams = dict(travelling)
         for name in self.stage_module_names:
             streams |= getattr(self, name)(auxiliary_inputs, travelling)
+        if document_bounds is not None:
+            assert attention_mask is None, "pass attention_mask or document_bounds, not both"
+            attention_mask, more = self._attention_of_documents(document_bounds, input_ids)
+            kwargs |= more
         packed = self.auxiliary.pack(streams) if self.auxiliary.reaches_layers else None
         if packed is not None:
             kwargs["extra_block_kwargs"] = {"context": packed}
@@ -174,6 +183,17 @@ class GPTModel(EngineGPTModel):
             return output
         output, written = self.auxiliary.without_written(output)
         return self.auxiliary.join(output, streams | written)
+
+    def _attention_of_documents(
+        self, bounds: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Returns the mask for megatron-core's own attention, whose scores are [s, s] anyway, and other arguments."""
+        attention = self.decoder.layers[0].self_attention
+        if isinstance(attention.core_attention, SDPAttention):
+            length = tokens.size(1) * self.pg_collection.cp.size()
+            return None, {"packed_seq_params": packed_documents(bounds, length)}
+        causal = attention.attn_mask_type is AttnMaskType.causal
+        return forbidden_pairs(bounds, tokens.size(1), causal=causal).to(tokens.device), {}
 
     def run_layers(self, start: int = 0, end: int | None = None) -> None:
         """Restricts later forward passes to the layers of `range(start, end)`; by default all layers run.

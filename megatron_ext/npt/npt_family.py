@@ -192,7 +192,7 @@ class NPTFamily(Family):
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
         """Returns the base model's loss on the same batches, and the ratio of the two perplexities, NPT / base."""
-        if not self.settings.freeze_base:
+        if self.training is None or not self.settings.freeze_base:
             return {}
         # A frozen base has the same loss in every evaluation of a split: compute it once.
         if split not in self._base_losses:

@@ -5,7 +5,7 @@ ids are the token ids and the tables have as many rows as the vocabulary; the ga
 comes after the MLP and is followed by `x <- x * layer_scalar`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.config.command_line.field_checks import (
@@ -16,6 +16,7 @@ from megatron_ext.config.command_line.field_checks import (
     flag_name,
 )
 from megatron_ext.config.run_config import RunConfig
+from megatron_ext.lora.adapter_config import AdapterConfig
 
 _GEMMA4 = {
     "per_layer_combination_method": "scaled_add",
@@ -77,6 +78,13 @@ class PerLayerConfig:
     freeze_per_layer_embedding: bool = False
     """Freeze the per-layer tables; gates and projections still train."""
 
+    per_layer_sparse: bool = False
+    """Train the per-layer tables by rows: gradients, communication and updates for a step's rows only."""
+
+    per_layer_optimizer: Literal["adam", "lazy_adam", "rowwise_adagrad", "sgd"] = "adam"
+    """With --per-layer-sparse: optimizer of the tables. adam: as without the flag, rows are caught up when needed;
+    lazy_adam: between uses a row stands still; rowwise_adagrad: one number of state per row; sgd: no state."""
+
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
 
@@ -105,6 +113,8 @@ class PerLayerConfig:
         check_at_least(self, 0, "per_layer_lr_scale", "per_layer_weight_decay")
         check_positive(self, "per_layer_embed_scale", "per_layer_init_std")
         check_fraction(self, "per_layer_projection_dropout")
+        if self.per_layer_optimizer != "adam" and not self.per_layer_sparse:
+            raise ValueError(f"--per-layer-optimizer {self.per_layer_optimizer}: requires --per-layer-sparse")
         if not self.use_per_layer_embedding:
             for name in ("per_layer_preset", "per_layer_vocab_file", "per_layer_data_path"):
                 if getattr(self, name) is not None:
@@ -127,6 +137,11 @@ class PerLayerConfig:
     def uses_token_ids(self) -> bool:
         """Whether the per-layer ids are the token ids."""
         return self.per_layer_strategy == "identity"
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether the tables are trained by rows."""
+        return self.per_layer_sparse and not self.freeze_per_layer_embedding
 
     @property
     def has_layer_scalar(self) -> bool:
@@ -167,3 +182,37 @@ class PerLayerRunConfig(RunConfig):
 
     per_layer: PerLayerConfig
     """Per-layer embedding."""
+
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA adapters over a loaded model, with or without per-layer embedding."""
+
+    def resolved(self, world_size: int, *, epoch_samples: int | None = None) -> "PerLayerRunConfig":
+        """Checks --per-layer-sparse against the other groups; otherwise as `RunConfig.resolved`."""
+        if self.per_layer.use_per_layer_embedding and self.per_layer.trains_rows:
+            self._check_rows()
+        return super().resolved(world_size, epoch_samples=epoch_samples)
+
+    def _check_rows(self) -> None:
+        settings, adam = self.per_layer, self.optimizer
+        if self.training.fp16:
+            raise ValueError("--per-layer-sparse: does not support --fp16; use --bf16 or fp32")
+        if self.rehearsal.is_on:
+            raise ValueError(
+                "--rehearse: does not support --per-layer-sparse, because a rehearsal has no ids and therefore no "
+                "rows; --dry-run estimates the memory"
+            )
+        if settings.per_layer_optimizer == "adam" and adam.adam_beta1**2 >= adam.adam_beta2:
+            raise ValueError(
+                f"--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got "
+                f"{adam.adam_beta2} and {adam.adam_beta1}), because otherwise a row moves forever after its last "
+                "gradient; use lazy_adam"
+            )
+        rate = adam.lr * settings.per_layer_lr_scale
+        decay = max(adam.weight_decay, adam.end_weight_decay or 0.0)
+        if settings.per_layer_weight_decay is not None:
+            decay = settings.per_layer_weight_decay
+        if rate * decay >= 1.0:
+            raise ValueError(
+                f"--per-layer-sparse: requires learning rate times weight decay of the tables below 1 (got {rate:g} "
+                f"and {decay:g}), because a step must not turn a weight's sign by decay"
+            )

@@ -38,15 +38,17 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
     return ModelCost(
         parameters=layers * of_a_layer + width,
         forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
+        trained_apart=layers * rows * width if settings.trains_rows else 0,
     )
 
 
-def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout) -> FamilyActivations:
-    """Returns what PLE adds to the activations.
+def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> FamilyActivations:
+    """Returns what PLE adds to the activations, and with `--per-layer-sparse` the tables' state.
 
     Args:
         settings: PLE's configuration.
         layout: the run's settings.
+        rows: Vp, the number of rows of a table.
     """
     width, method = settings.per_layer_hidden_size, settings.per_layer_combination_method
     tensor, size = layout.parallel.tensor_model_parallel_size, layout.element_bytes
@@ -70,9 +72,30 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout) -> F
             streams[first] += layout.hidden_bytes
         if layout.sequence_split > 1:
             streams[first] += layout.hidden_bytes * layout.sequence_split
+    state, step_rows = _rows_bytes(settings, layout, rows)
     return FamilyActivations(
+        state=(state,) * layers if settings.trains_rows else (),
+        at_most=(step_rows,) * layers if settings.trains_rows else (),
         layers=(block,) * layers,
         streams=tuple(streams),
         held=(0.0,) * layers,
         transient=layout.layers_per_chunk * part,  # the gradient of a chunk's vectors
     )
+
+
+def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> tuple[float, float]:
+    """Returns what `RowOptimizer` keeps for a layer's table, and the most that it holds during a step."""
+    columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
+    state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
+    of_row = state[settings.per_layer_optimizer]
+    copies = layout.num_microbatches * layout.data_parallel_size * layout.parallel.context_parallel_size
+    touched = min(rows, layout.tokens * copies)
+    # Copied weights and their gradient in fp32, with bf16 the rounded weights, too.
+    in_step = (8 + (layout.element_bytes if layout.is_half else 0)) * columns + of_row
+    kept = of_row + (4 * columns if layout.is_half else 0)
+    shards = (
+        layout.data_parallel_size * layout.parallel.context_parallel_size
+        if layout.parallel.use_distributed_optimizer
+        else 1
+    )
+    return rows * kept / shards, touched * in_step

@@ -4,12 +4,14 @@ The per-layer ids are either looked up (`table[tokens]`), or the token ids thems
 from a dataset that is aligned with the tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -25,6 +27,7 @@ from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_charts import PER_LAYER_CHARTS
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -32,7 +35,10 @@ from megatron_ext.per_layer.per_layer_cost import per_layer_activations, per_lay
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_IDS, stage_module
 from megatron_ext.per_layer.per_layer_statistics import start_recording, stop_recording
+from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
+from megatron_ext.per_layer.sparse.row_updates import UPDATES, AdamConstants
 from megatron_ext.training.interface.family_interface import Batch, Family
+from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
 
 class PerLayerFamily(Family):
@@ -50,6 +56,8 @@ class PerLayerFamily(Family):
             "per_layer_lr_scale",
             "per_layer_weight_decay",
             "freeze_per_layer_embedding",
+            "per_layer_sparse",
+            "per_layer_optimizer",
             "per_layer_vocab_file",
             "per_layer_data_path",
             "log_per_layer_stats",
@@ -79,6 +87,7 @@ class PerLayerFamily(Family):
         if settings.uses_token_ids:
             self.free_on_resume = type(self).free_on_resume | {"per_layer_vocab_size"}
         logs = settings.log_per_layer_stats or settings.log_per_layer_gradients
+        self._rows: RowOptimizer | None = None
         self.statistics_interval = settings.per_layer_stats_interval if logs else None
 
     @classmethod
@@ -162,17 +171,66 @@ class PerLayerFamily(Family):
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that PLE adds to `model`."""
-        return per_layer_cost(self.settings, model, self.rows)
+        return per_layer_cost(self._as_trained, model, self.rows)
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
+        """Returns the work of a step without the gradients of frozen tables, which are most of PLE's parameters."""
+        if not self.settings.freeze_per_layer_embedding:
+            return None
+        cost = self.cost(model)
+        tables = model.num_layers * self.rows * self.settings.per_layer_hidden_size
+        return StepWork(
+            layers=(Use.TRAINED,) * model.num_layers,
+            trained_parameters=cost.parameters - tables,
+            flops_per_token=cost.training_flops_per_token,  # a look-up is not counted
+        )
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
         """Returns what PLE adds to the activations."""
-        return per_layer_activations(self.settings, layout)
+        return per_layer_activations(self._as_trained, layout, self.rows)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the tables if `--freeze-per-layer-embedding` is given."""
-        if self.settings.freeze_per_layer_embedding:
+        """Freezes the tables for the engine if nobody or a `RowOptimizer` trains them."""
+        if self.settings.freeze_per_layer_embedding or self.settings.per_layer_sparse:
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
+
+    @property
+    def _as_trained(self) -> PerLayerConfig:
+        """The settings, without training by rows if the run trains nothing of PLE."""
+        off = {"per_layer_sparse": False, "per_layer_optimizer": "adam"} if self.is_frozen else {}
+        return replace(self.settings, **off)  # type: ignore[arg-type]
+
+    def own_optimizers(
+        self, chunks: list[GPTModel], settings: OptimizerSettings, engine: MegatronOptimizer
+    ) -> list[OwnOptimizer]:
+        """Returns the optimizer of the tables if `--per-layer-sparse` is given and they are not frozen."""
+        if not self._as_trained.trains_rows:
+            return []
+        stages = [stage_module(chunk) for chunk in chunks]
+        constants = AdamConstants(settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
+        groups = stages[0].groups
+        override: ParamGroupOverride = {}
+        for found in self.parameter_overrides(settings).values():
+            override |= found
+        self._rows = RowOptimizer(
+            [table for stage in stages for table in stage.tables()],
+            UPDATES[self.settings.per_layer_optimizer](constants, groups.tp),
+            groups.dp_cp,
+            engine,
+            dict(override),
+        )
+        for stage in stages:
+            stage.row_optimizer = self._rows
+        return [self._rows]
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """Prepares the rows that the step looks up, if tables are trained by rows; leaves the batches as they are."""
+        if self._rows is not None:
+            self._rows.begin([self.auxiliary_inputs(batch)[PER_LAYER_IDS] for batch in batches])
+        return batches
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Returns the per-layer ids [b, s] of a batch.
@@ -211,10 +269,14 @@ class PerLayerFamily(Family):
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
         """Makes PLE's modules record the values that `statistics` needs."""
+        if self._rows is not None and self.settings.log_per_layer_stats:
+            self._rows.bring_up_to_date()
         start_recording(chunks)
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
         """Returns the recorded statistics by TensorBoard tag; see `per_layer_statistics`."""
+        if self._rows is not None:
+            self._rows.reduce()
         return stop_recording(chunks, self.settings)
 
 

@@ -23,6 +23,7 @@ from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.per_layer.combination import gather_parts, look_up, multiply, norm_across_shards, project
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, initial_table_std
+from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
 from megatron_ext.per_layer.statistics_recorder import Recorder
 
 PER_LAYER_STREAM = "per_layer"
@@ -77,6 +78,8 @@ class PerLayerInputs(StageModule):
         _mark_replicated(self.norm.weight, is_owner=stage.owns_replicas)
         self.token_scale = settings.per_layer_embed_scale * width**0.5
         self.recorder: Recorder | None = None
+        self.row_optimizer: RowOptimizer | None = None
+        """Trains the tables by rows (--per-layer-sparse); None if the engine trains them, or nobody."""
 
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
@@ -95,17 +98,26 @@ class PerLayerInputs(StageModule):
         ids = auxiliary_inputs.get(PER_LAYER_IDS)
         if ids is None:
             return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
-        token = look_up(ids.t(), [layer.embedding() for layer in self.weights()])
-        return {PER_LAYER_STREAM: self._combine(projected, token)}
+        return {PER_LAYER_STREAM: self._combine(projected, self._look_up(ids.t()))}
 
     def weights(self) -> list[PerLayerWeights]:
         """Returns the weights of the stage's layers, in order."""
         return cast(list[PerLayerWeights], list(self.layers))
 
+    def tables(self) -> list[torch.nn.Parameter]:
+        """Returns the tables of the stage's layers, in order."""
+        return [layer.embedding.weight for layer in self.weights()]
+
     def freeze_tables(self) -> None:
-        """Freezes the per-layer embedding tables."""
-        for layer in self.weights():
-            layer.embedding.weight.requires_grad_(False)
+        """Makes the engine compute no gradients of the per-layer embedding tables."""
+        for table in self.tables():
+            table.requires_grad_(False)
+
+    def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.row_optimizer
+        if rows is None or not (rows.is_in_step() and torch.is_grad_enabled()):
+            return look_up(ids, [layer.embedding() for layer in self.weights()])
+        return look_up(rows.places(ids), [rows.inputs(table) for table in self.tables()])
 
     def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:
         # Each rank computes its part of p from the whole [s, b, h]; both functions sum the gradients over the ranks.

@@ -1,54 +1,18 @@
 """Parameters and FLOPs per token that progressive training adds to a model, and the work of a training step.
 
-Parameters and FLOPs per token:
+Beside the adapters, which `lora.adapter_cost` counts:
 
-    LoRA adapters of total rank r                  r (input + output)     parameters, for each of a layer's four linears
-                                                   2 r (input + output)   FLOPs
     time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs per sequence
 
-What a training step computes in a layer depends on what trains. The trunk is the stacks below or above the new stack:
-
-    layer                                     computed in a training step
-    trained                                   forward, gradients of inputs and weights
-    frozen, above something that trains       forward and input gradients (the trunk of a prepended stack)
-    frozen, above nothing that trains         forward only (the trunk of an appended stack); nothing if it is cached
-    only adapters train                       forward, input gradients, the adapters' gradients; in the lowest such
-                                              layer, above a frozen embedding, no input gradients of qkv
-
-Values per token that a layer saves for the backward pass beyond a base layer's, with h divided under sequence
-parallelism, n d and f divided by t:
-
-    trained adapters on frozen weights    2 h + f         inputs of the four linears, which a frozen layer does not keep
-                                          r per linear    their products with A
-    trained in another precision          2 h (whole) + n d + f, in that precision; without adapters in place of 2 h + f
-
-Head and final norm are always trained. Unpacking four-bit weights is not a matrix product and is not counted.
+The trunk is the stacks below or above the new stack. Head and final norm are always trained.
 """
 
-import torch
-
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.lora.four_bit_weights import is_packed
-from megatron_ext.lora.linear_precision import compute_dtype
-from megatron_ext.lora.parallel_linear import LayerSettings, SettingsByLayer
-from megatron_ext.models.costs.activation_memory import (
-    FamilyActivations,
-    ParallelLayout,
-    layer_activation_bytes,
-)
-from megatron_ext.models.costs.model_cost import (
-    ModelCost,
-    attention_width,
-    core_attention_flops_per_token,
-    layer_flops_per_token,
-    linear_flops_per_token,
-    linear_sizes,
-)
-from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.lora.adapter_cost import adapted_work, adapter_parameters
+from megatron_ext.lora.parallel_linear import SettingsByLayer
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-
-_FOUR_BITS = 0.5625
-"""Bytes per four-bit weight, with the scales of their blocks."""
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
@@ -59,7 +23,7 @@ def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: Mo
         config: the configuration of progressive training.
         model: configuration of the base model.
     """
-    adapters = sum(_adapter_parameters(settings, model) for settings in plan.values())
+    adapters = adapter_parameters(plan, model)
     return ModelCost(
         parameters=adapters + _time_parameters(config, model),
         forward_flops_per_token=2.0 * adapters + _time_flops(config, model),
@@ -84,108 +48,19 @@ def progressive_work(
         cached_layers: number of layers at the start of the model that do not run, because the activation cache supplies
             their output.
     """
-    uses, trained, flops, reached = [], 0, 0.0, trains_embedding
-    for number in range(model.num_layers):
-        settings = plan[number]
-        use = _use(settings, reached) if number >= cached_layers else Use.SKIPPED
-        uses.append(use)
-        trained += _adapter_parameters(settings, model) * bool(settings.trained_adapters)
-        flops += _adapter_flops(settings, model, use)
-        if use is Use.PARTIAL:
-            backward = layer_flops_per_token(model) + core_attention_flops_per_token(model)
-            flops += backward - linear_flops_per_token(model, "qkv")  # the layer's input has no gradient
-        reached = reached or use >= Use.PARTIAL
+    work = adapted_work(plan, model, trains_embedding=trains_embedding, cached_layers=cached_layers)
+    flops = work.flops_per_token
     time = _time_flops(config, model)
     # A learned table needs a gradient; a sinusoidal encoding does not, because it is a constant.
     flops += (
         time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
     )
     return StepWork(
-        layers=tuple(uses),
+        layers=work.layers,
         trains_embedding=trains_embedding,
-        trained_parameters=trained + _time_parameters(config, model) * trains_embedding,
+        trained_parameters=work.trained_parameters + _time_parameters(config, model) * trains_embedding,
         flops_per_token=flops,
     )
-
-
-def progressive_activations(plan: SettingsByLayer, layout: ParallelLayout) -> FamilyActivations:
-    """Returns what adapters and precisions add to the activations of a training step.
-
-    Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
-        layout: the run's settings, with the work of a step.
-    """
-    count = layout.model.num_layers
-    none = (0.0,) * count
-    layers = tuple(_layer_bytes(plan[number], layout, layout.use(number)) for number in range(count))
-    weights = tuple(_stored_bytes(plan[number], layout) for number in range(count))
-    return FamilyActivations(layers=layers, streams=none, held=none, weights=weights)
-
-
-def _stored_bytes(settings: LayerSettings, layout: ParallelLayout) -> float:
-    """Returns what a layer's frozen matrices take beyond the run's precision."""
-    if settings.trains_base:
-        return 0.0  # in fp32 they need no main weights: the sum is the same
-    run_dtype = _run_dtype(layout)
-    dtype = compute_dtype(settings.precision, run_dtype)
-    size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
-    matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model).values())
-    return matrices / layout.parallel.tensor_model_parallel_size * (size - layout.element_bytes)
-
-
-def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, use: Use) -> float:
-    """Returns what a layer saves beyond the base layer; for `Use.PARTIAL`, all that it saves."""
-    adapters = bool(settings.trained_adapters)
-    products = (
-        layout.tokens * len(linear_sizes(layout.model)) * _rank(settings) * layout.element_bytes * adapters
-    )
-    if use is Use.PARTIAL:
-        # The input of the lowest norm has no gradient.
-        return layer_activation_bytes(layout) - layout.hidden_bytes + products
-    inputs = 2 * layout.hidden_bytes + layout.ffn_bytes
-    if use is Use.GRADIENT:
-        return products + inputs * adapters
-    run_dtype = _run_dtype(layout)
-    dtype = compute_dtype(settings.precision, run_dtype)
-    if use is not Use.TRAINED or dtype is run_dtype:
-        return products
-    model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
-    split = attention_width(model) + model.resolved_ffn_hidden_size
-    cast = layout.tokens * (2 * model.hidden_size + split / tensor) * dtype.itemsize
-    return products + cast - inputs * (not adapters)
-
-
-def _run_dtype(layout: ParallelLayout) -> torch.dtype:
-    return torch.bfloat16 if layout.bf16 else torch.float16 if layout.fp16 else torch.float32
-
-
-def _use(settings: LayerSettings, reached: bool) -> Use:
-    if settings.trains_base:
-        return Use.TRAINED
-    if reached:
-        return Use.GRADIENT
-    return Use.PARTIAL if settings.trained_adapters else Use.FORWARD
-
-
-def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> float:
-    """Returns the FLOPs per token of a layer's adapters, forward and backward."""
-    if use is Use.SKIPPED:
-        return 0.0
-    rank, trains = _rank(settings), bool(settings.trained_adapters)
-    total = 0
-    for name, (inner, outer) in linear_sizes(model).items():
-        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and name != "qkv")
-        total += rank * (inner + outer) * (1 + trains)
-        total += rank * (inner * input_has_gradient + outer * (trains or input_has_gradient))
-    return 2.0 * total
-
-
-def _adapter_parameters(settings: LayerSettings, model: ModelConfig) -> int:
-    return _rank(settings) * sum(inner + outer for inner, outer in linear_sizes(model).values())
-
-
-def _rank(settings: LayerSettings) -> int:
-    return sum(shape.rank for shape in settings.adapters.values())
 
 
 def _time_parameters(config: ProgressiveConfig, model: ModelConfig) -> int:

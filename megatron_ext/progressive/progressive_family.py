@@ -16,6 +16,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
+from megatron_ext.interop.peft_export import write_adapters
+from megatron_ext.lora.adapter_cost import adapted_activations
 from megatron_ext.lora.trainable_layers import merge_adapters, prepare_layers, weight_bytes
 from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -38,11 +40,7 @@ from megatron_ext.progressive.growth.trunk_strategy import (
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.progressive_charts import PROGRESSIVE_CHARTS
-from megatron_ext.progressive.progressive_cost import (
-    progressive_activations,
-    progressive_cost,
-    progressive_work,
-)
+from megatron_ext.progressive.progressive_cost import progressive_cost, progressive_work
 from megatron_ext.progressive.progressive_extension import ProgressiveExtension
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.training.checkpoint.parameter_count import count_parameters
@@ -182,7 +180,7 @@ class ProgressiveFamily(Family):
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
         """Returns what adapters and precisions add to the activations of a step."""
-        return progressive_activations(self.plan, layout)
+        return adapted_activations(self.plan, layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Loads the trunk, initializes the new stack, and freezes what the phase does not train."""
@@ -258,7 +256,7 @@ class ProgressiveFamily(Family):
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
     ) -> list[str]:
         """Writes each adapter to its own directory in the format of `peft`."""
-        written = rack_export.write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
+        written = write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
         return [*written, *rack_export.precision_notes(self.rack, self.plan)]
 
     def summary(self, iteration: int, values: Mapping[str, float]) -> dict[str, float]:

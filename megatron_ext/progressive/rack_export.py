@@ -4,14 +4,9 @@ Only a rack trained with next-token prediction can be exported as a Llama archit
 bidirectional attention. Four-bit weights are exported as their dequantized values.
 """
 
-from pathlib import Path
-
-from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.interop.peft_export import ADAPTER_FLAG, export_peft
+from megatron_ext.interop.peft_export import ADAPTER_FLAG
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.parallel_linear import SettingsByLayer
-from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -36,16 +31,6 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
         raise ValueError(
             f"{ADAPTER_FLAG} requires a model with adapters, but this one has none; use --merge-adapters instead"
         )
-
-
-def write_adapters(
-    chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
-) -> list[str]:
-    """Writes each adapter with `export_peft` to a directory named after the adapter; returns a message per adapter."""
-    names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
-    for name in names:
-        export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)
-    return [f"wrote adapter {name} in peft's format to {directory / name}" for name in names]
 
 
 def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.adapters.adapter_family import AdapterFamily
 from megatron_ext.inference.perplexity import Begin
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_ext.inference.load_model import LoadedModel
 
 FAMILIES: dict[str, type[Any]] = {
-    family.name: family for family in (PerLayerFamily, NPTFamily, ProgressiveFamily)
+    family.name: family for family in (PerLayerFamily, NPTFamily, ProgressiveFamily, AdapterFamily)
 }
 """Maps the name of a model family in a checkpoint to the family's class, which has a method `from_configuration`."""
 

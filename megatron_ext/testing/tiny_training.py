@@ -225,6 +225,9 @@ def local_gradients(
                     gradient = gradient * undo
                 else:  # the optimizer has unscaled and clipped a copy
                     gradient = gradient.float() / LayerLosses.loss_scale
+                rows = getattr(parameter, "gradient_rows", None)
+                if rows is not None:
+                    gradient = torch.zeros(parameter.shape).index_copy_(0, rows, gradient)
                 pieces = (
                     gradient.split([s.data.shape[0] for s in shards], dim=0)
                     if len(shards) > 1

@@ -49,7 +49,7 @@ def plan_memory(
     stages = estimate_memory(
         layout,
         sum(part.parameters for part in of_families),
-        sum(part.trained_parameters for part in of_families),
+        sum(part.trained_parameters - part.trained_apart for part in of_families),
         [added for family in families if (added := family.activations(layout, last_step)) is not None],
     )
     return layout, cost, stages

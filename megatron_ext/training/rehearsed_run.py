@@ -7,10 +7,12 @@ directory. Schedules and curricula are those of the real run.
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.run_config import C, RunConfig
+from megatron_ext.data.datasets.sample_documents import DOCUMENT_STARTS
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.loop import Data
 from megatron_ext.training.run_options import PLAIN, RunOptions
@@ -81,7 +83,8 @@ def _batch(config: RunConfig, aligned: bool) -> Batch:
         "position_ids": torch.arange(length).repeat(rows, 1),
     }
     if config.data.reset_attention_mask:
-        batch["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+        # A real tensor, because attention reads where documents begin: here, one in each sequence.
+        batch[DOCUMENT_STARTS] = torch.from_numpy(np.zeros((rows, length), dtype=np.bool_))
     if aligned:
         batch["per_layer_ids"] = ids.clone()
     return batch

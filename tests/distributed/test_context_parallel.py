@@ -15,6 +15,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.costs.activation_memory import layer_activation_bytes
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.context_parallel import gather_sequence, part_of_batch
+from megatron_ext.models.ops.documents.document_bounds import document_bounds, packed_documents
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.training.frozen_forward import ids_of_parts
@@ -22,16 +23,18 @@ from tests.unit.models.test_memory_estimate import MODEL, layout_of, saved_bytes
 
 LENGTH, BATCH, HEADS, SIZE = 32, 2, 4, 8
 KINDS = {
-    "causal": (AttnMaskType.causal, False),
-    "bidirectional": (AttnMaskType.no_mask, False),
-    "mask of documents": (AttnMaskType.causal, True),
+    "causal": (AttnMaskType.causal, ""),
+    "bidirectional": (AttnMaskType.no_mask, ""),
+    "mask of documents": (AttnMaskType.causal, "mask"),
+    "bounds of documents": (AttnMaskType.causal, "bounds"),
+    "bounds of documents, bidirectional": (AttnMaskType.no_mask, "bounds"),
 }
-CASES: dict[str, tuple[AttnMaskType, bool, int, int | None]] = {
+CASES: dict[str, tuple[AttnMaskType, str, int, int | None]] = {
     f"{kind}, {groups} key heads": (*KINDS[kind], groups, None) for kind in KINDS for groups in (4, 2, 1)
 }
 CASES |= {
     f"{kind}, window of {window}": (*KINDS[kind], 2, window)
-    for kind in ("causal", "mask of documents")
+    for kind in ("causal", "mask of documents", "bounds of documents")
     for window in (1, 5, 20)
 }
 
@@ -81,22 +84,31 @@ def _tensors(groups: int) -> list[torch.Tensor]:
     return [torch.randn(LENGTH, BATCH, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+def _starts() -> torch.Tensor:
+    """[b, s], True where documents begin: inside of a chunk and at its first token, of one token, of the last one."""
+    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    starts[0, [8, 11, 12]] = True
+    starts[1, [20, 31]] = True
+    return starts
+
+
 def _document_mask() -> torch.Tensor:
-    """[b, 1, s, s], True where attention is forbidden: causal, and sequences of two documents."""
-    document = (torch.arange(LENGTH) >= torch.tensor([[11], [20]])).long()
+    """[b, 1, s, s], True where attention is forbidden: causal, and sequences of several documents."""
+    document = _starts().cumsum(1)
     later = torch.ones(LENGTH, LENGTH).triu(1).bool()
     return (later | (document.unsqueeze(2) != document.unsqueeze(1))).unsqueeze(1)
 
 
 def _attend(
-    places: torch.Tensor, kind: AttnMaskType, masked: bool, groups: int, window: int | None
+    places: torch.Tensor, kind: AttnMaskType, documents: str, groups: int, window: int | None
 ) -> list[torch.Tensor]:
     config: Any = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
     groups_of_rank: Any = SimpleNamespace(cp=_group())
     attention = SDPAttention(config, 1, kind, "self", pg_collection=groups_of_rank, window=window)
     query, key, value, gradient = (tensor[places].clone().requires_grad_() for tensor in _tensors(groups))
-    mask = _document_mask()[:, :, places] if masked else None
-    output = attention(query, key, value, mask)
+    mask = _document_mask()[:, :, places] if documents == "mask" else None
+    packed = packed_documents(document_bounds(_starts()), LENGTH) if documents == "bounds" else None
+    output = attention(query, key, value, mask, packed_seq_params=packed)
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), gradient.detach())]
 
 
@@ -179,12 +191,13 @@ def test_gathered_sequences_are_in_order_and_their_gradients_are_summed_over_the
         assert found.part_gradient.tolist() == (found.places * factor).tolist()
 
 
-def _expected(kind: AttnMaskType, masked: bool, groups: int, window: int | None) -> list[torch.Tensor]:
+def _expected(kind: AttnMaskType, documents: str, groups: int, window: int | None) -> list[torch.Tensor]:
     """The same of whole sequences, with all scores."""
     query, key, value, gradient = (tensor.requires_grad_() for tensor in _tensors(groups))
     forbidden = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    if masked:
+    if documents:
         forbidden = _document_mask()
+        forbidden = forbidden if kind is AttnMaskType.causal else forbidden & forbidden.mT
     elif kind is AttnMaskType.causal:
         forbidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
     if window is not None:

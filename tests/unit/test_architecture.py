@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_ext"
-FAMILIES = {"per_layer", "npt", "progressive"}
+FAMILIES = {"per_layer", "npt", "progressive", "adapters"}
 
 BELOW_FAMILIES = {
     "reports",

@@ -176,7 +176,7 @@ IGNORED = {
         "single",
         otherwise="samples are shuffled by --seed; cyclic would shuffle them again, by the number of model copies",
     ),
-    "--no-create-attention-mask-in-dataloader": Ignored("no mask is made where attention is causal"),
+    "--no-create-attention-mask-in-dataloader": Ignored("no mask of attention is made"),
     "--no-mmap-bin-files": _INDEX,
     "--dataloader-defer-npy-index-mmap": _INDEX,
     "--dataloader-fast-cache-load": _INDEX,

@@ -1,7 +1,7 @@
 """Builds training, validation and test sets: mcore's `GPTDataset`, blended, split and cached, with per-layer ids.
 
 A sample holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [s] (`labels[i]` is the token after
-`tokens[i]`), an `attention_mask` [1, s, s] where `--reset-attention-mask` asks for one, and, when aligned per-layer
+`tokens[i]`), `document_starts` [s] with `--reset-attention-mask` (`sample_documents`), and, when aligned per-layer
 data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the same document, sample and shuffle indices.
 Without aligned data a sample has no such field; the per-layer ids are then computed per batch as `table[tokens]`.
 
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.groups.data_config import DataConfig
@@ -36,6 +36,7 @@ from megatron_ext.data.datasets.blends import Blends, blends_of, check_repeats, 
 from megatron_ext.data.datasets.index_cache import IN_MEMORY, choose_cache, through_cache
 from megatron_ext.data.datasets.index_size import check_index_size
 from megatron_ext.data.datasets.mock_data import build_mock_datasets
+from megatron_ext.data.datasets.sample_documents import DocumentsConfig, document_settings, with_documents
 from megatron_ext.data.indexed.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -46,7 +47,7 @@ Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
 
 @dataclass
-class AlignedGPTDatasetConfig(GPTDatasetConfig):
+class AlignedGPTDatasetConfig(DocumentsConfig):
     """mcore's configuration of its datasets, extended by the per-layer data and the identities of the index files."""
 
     per_layer_prefixes: dict[str, str] | None = None
@@ -72,7 +73,7 @@ class AlignedGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
-        sample: dict[str, torch.Tensor] = super().__getitem__(idx)
+        sample: dict[str, torch.Tensor] = with_documents(super().__getitem__(idx), self.config)
         if self._per_layer is not None:
             # Before 0.19 the engine returns two values, from 0.19 three.
             ids, *_ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
@@ -207,10 +208,7 @@ def _mcore_config(
         split=data.split if blends.blend is not None else None,
         path_to_cache=cache,
         tokenizer=tokenizer,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own mask
+        **document_settings(data),
         per_layer_prefixes=blends.per_layer,
         # This reads every index file whole, so it is done once for all splits, on one rank.
         index_identities=on_first_rank(lambda: {prefix: _identity(prefix) for prefix in blends.prefixes()}),

@@ -3,12 +3,24 @@
 A document counts upwards from token 1 and ends with the end-of-document token; its length is random, with a fixed seed.
 """
 
+import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.index_cache import silence_mcore
+from megatron_ext.data.datasets.sample_documents import DocumentsConfig, document_settings, with_documents
 from megatron_ext.data.tokenizers import Tokenizer
+
+
+class _MockDataset(MockGPTDataset):
+    """mcore's dataset of made-up documents, whose samples mark where documents begin if the run asks for it."""
+
+    config: DocumentsConfig
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
+        return with_documents(super().__getitem__(idx), self.config)
 
 
 def build_mock_datasets(
@@ -19,20 +31,14 @@ def build_mock_datasets(
     The arguments are those of `gpt_dataset.build_datasets`; the result is None for a set with 0 samples.
     """
     silence_mcore()
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        tokenizer=tokenizer,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,
+    config = DocumentsConfig(
+        random_seed=seed, sequence_length=seq_length, tokenizer=tokenizer, **document_settings(data)
     )
     assert config.mock and config.split_matrix is not None  # because it has no blend
     config.split_matrix = [
         bounds if wanted else None for bounds, wanted in zip(config.split_matrix, num_samples, strict=True)
     ]
     train, valid, test = BlendedMegatronDatasetBuilder(
-        MockGPTDataset, list(num_samples), lambda: True, config
+        _MockDataset, list(num_samples), lambda: True, config
     ).build()
     return train, valid, test

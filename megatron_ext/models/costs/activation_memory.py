@@ -137,6 +137,14 @@ class FamilyActivations:
     weights: tuple[float, ...] = ()
     """What a layer's weights take beyond the run's precision, or below it if negative; empty if nothing."""
 
+    state: tuple[float, ...] = ()
+    """State of a layer's parameters that the model family's own optimizer trains (`ModelCost.trained_apart`), with
+    fp32 main weights; empty if nothing."""
+
+    at_most: tuple[float, ...] = ()
+    """The most that a step can hold for a layer; less, depending on the data. Counted as temporary; empty if
+    nothing."""
+
     head: float = 0.0
     """What the loss adds to the head's on the last stage."""
 

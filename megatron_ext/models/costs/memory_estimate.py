@@ -9,13 +9,14 @@ Bytes per parameter, with D data-parallel ranks:
 
 --grad-reduce-in-bf16 halves the gradients of bf16, --accumulate-allreduce-grads-in-fp32 doubles those of fp16.
 
-Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or in that in which a
-model family stores them. Activations: see `activation_memory`. Temporary tensors are those of the loss, of the backward
-pass of a layer, and of model families.
+Parameters that a model family's own optimizer trains have the state that the family specifies, and no gradient beside
+temporary tensors. Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or in
+that in which a model family stores them. Activations: see `activation_memory`. Temporary tensors are those of the loss,
+of the backward pass of a layer, and of model families.
 Not included: fragmentation of the allocator, and communication buffers. Leave a margin for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.models.costs.activation_memory import (
@@ -67,7 +68,7 @@ def estimate_memory(
         layout: the run's settings.
         family_parameters: number of parameters that all model families add to the whole model; assumed to be spread
             evenly over tensor-parallel ranks and stages.
-        trained_family_parameters: number of these parameters that are trained; None for all.
+        trained_family_parameters: number of these parameters that the engine's optimizer trains; None for all.
         activations: what the model families add to the activations.
 
     Returns:
@@ -90,24 +91,27 @@ def estimate_memory(
     for stage in range(stages):
         parameters = stage_parameters(layout, stage) + family
         trained = stage_parameters(layout, stage, trained=True) + trained_family
-        stored = sum(
-            family.weights[number]
-            for family in activations
-            if family.weights
-            for number in layout.stage_layers(stage)
-        )
+        stored = _stage_sum(layout, stage, (family.weights for family in activations))
+        state = _stage_sum(layout, stage, (family.state for family in activations))
+        at_most = _stage_sum(layout, stage, (family.at_most for family in activations))
         result.append(
             StageMemory(
                 parameters=parameters,
                 trained_parameters=trained,
                 parameter_bytes=parameters * layout.element_bytes + stored,
                 gradient_bytes=float(layout.gradient_bytes * trained),
-                optimizer_bytes=(12.0 if layout.is_half else 8.0) * trained / shards,
+                optimizer_bytes=(12.0 if layout.is_half else 8.0) * trained / shards + state,
                 activation_bytes=stage_activation_bytes(layout, stage, activations),
-                temporary_bytes=stage_temporary_bytes(layout, stage, activations),
+                temporary_bytes=stage_temporary_bytes(layout, stage, activations) + at_most,
             )
         )
     return result
+
+
+def _stage_sum(layout: ParallelLayout, stage: int, of_families: Iterable[tuple[float, ...]]) -> float:
+    """Sums the entries of a stage's layers; a model family's tuple may be empty."""
+    numbers = layout.stage_layers(stage)
+    return sum(of_layers[number] for of_layers in of_families if of_layers for number in numbers)
 
 
 def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = False) -> int:

@@ -46,6 +46,10 @@ class ModelCost:
     training_flops: float | None = None
     """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
+    trained_apart: int = 0
+    """Number of the trained parameters that the model family's own optimizer trains: they have no gradient of every
+    element, and their state is in `FamilyActivations.state`."""
+
     @property
     def trained_parameters(self) -> int:
         """Number of parameters that are trained."""

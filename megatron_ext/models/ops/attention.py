@@ -7,7 +7,8 @@ With a KV cache the queries are the last `s_q` of the `s_k` positions.
 Under context parallelism a rank has two chunks of every sequence (`context_parallel`). Rotated keys and values are
 gathered over the ranks; each of the two chunks of queries attends to the keys up to its own end.
 
-With a sliding window of `w` tokens a query attends to the last `w` of these keys only (`windowed_attention`).
+With a sliding window of `w` tokens a query attends to the last `w` of these keys only (`windowed_attention`). Where
+sequences hold several documents, it attends to keys of its own document only (`documents`).
 """
 
 import contextlib
@@ -19,12 +20,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.ops.causal_attention import allowed_keys, attend_at_end
 from megatron_ext.models.ops.context_parallel import chunks_of_rank, gather_sequence, positions_of_rank
+from megatron_ext.models.ops.documents.document_attention import attend_to_documents
 from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.rotary import rotate
 from megatron_ext.models.ops.windowed_attention import attend_in_window
@@ -114,7 +117,7 @@ class SDPAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Computes attention.
 
@@ -127,14 +130,12 @@ class SDPAttention(torch.nn.Module):
             attn_mask_type: overrides the module's own mask type; the engine passes `no_mask` when decoding with a KV
                 cache.
             attention_bias: not supported, must be None.
-            packed_seq_params: not supported, must be None.
+            packed_seq_params: the bounds of the documents, in host memory; see `document_bounds.packed_documents`.
 
         Returns:
             [s_q, b, n * d].
         """
-        assert attention_bias is None and packed_seq_params is None, (
-            "SDPAttention supports neither attention_bias nor packed_seq_params; use --attention-backend te"
-        )
+        assert attention_bias is None, "SDPAttention does not support attention_bias"
         kind = attn_mask_type or self.attn_mask_type
         query, key = self._rotated(query, key)
         group = self.context_group
@@ -145,6 +146,16 @@ class SDPAttention(torch.nn.Module):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         with self._random_stream(dropout):
+            if packed_seq_params is not None:
+                assert attention_mask is None, "SDPAttention supports a mask or document bounds, not both"
+                return self._of_documents(
+                    query,
+                    key,
+                    value,
+                    packed_seq_params.cu_seqlens_q,
+                    kind is not AttnMaskType.no_mask,
+                    dropout,
+                )
             if group is not None and attention_mask is None and kind is not AttnMaskType.no_mask:
                 return self._of_two_chunks(group, query, key, value, dropout)
             if self.window is not None and (attention_mask is None or self._decodes(kind)):
@@ -172,6 +183,39 @@ class SDPAttention(torch.nn.Module):
             enable_gqa=query.size(1) != key.size(1),
         )
         return plain_strides(_by_position(context))
+
+    def _of_documents(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bounds: torch.Tensor,
+        causal: bool,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Returns the attention of this rank's queries to the keys of their documents, on all ranks."""
+        firsts, chunks = [0], [query]
+        if self.context_group is not None:
+            chunks = list(query.chunk(2, dim=2))
+            numbers = chunks_of_rank(self.context_group.rank(), self.context_group.size())
+            firsts = [number * chunks[0].size(2) for number in numbers]
+        outputs = [
+            _by_position(
+                attend_to_documents(
+                    of_chunk,
+                    key,
+                    value,
+                    bounds,
+                    first=first,
+                    causal=causal,
+                    window=self.window,
+                    dropout=dropout,
+                    scale=self.softmax_scale,
+                )
+            )
+            for first, of_chunk in zip(firsts, chunks, strict=True)
+        ]
+        return plain_strides(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
     def _of_two_chunks(
         self,

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.data.datasets.sample_documents import DOCUMENT_STARTS
 from megatron_ext.data.files.console import ProgressLines
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.output_with_bias import output_with_bias
@@ -74,10 +75,10 @@ def _step(batches: Iterator[Batch], first: int, samples: int, seed: int) -> Step
             torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + number))
             for number in numbers
         ]
-        names = ("tokens", "labels", "position_ids")
+        names = ("tokens", "labels", "position_ids", DOCUMENT_STARTS)
         step.append(
             {
-                **{name: batch[name] for name in names},
+                **{name: batch[name] for name in names if name in batch},
                 "loss_mask": counts.float().unsqueeze(1).expand(size, length),
                 UNIFORM: torch.stack(uniform),
             }

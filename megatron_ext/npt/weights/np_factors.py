@@ -8,7 +8,7 @@ The NP factors are the trained parameters of NPT layers, described in `modulatio
 The factor c_a of a component is a vector; every other factor is a matrix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,19 @@ def _components(
     count = part.settings.num_np_components
     for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
         yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view
+
+
+def join_components(key: str, count: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns a factor with its `count` components side by side, from whole tensors by key.
+
+    Raises:
+        KeyError: a component is missing.
+    """
+    name = key.rpartition(".")[2]
+    parts = [tensors[key if count == 1 else f"{key}.{number}"] for number in range(count)]
+    if name == "c_a":
+        return torch.stack(parts)
+    return torch.cat(parts, dim=0 if name in _ROWS else 1)
 
 
 def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.config.command_line.error_lines import describe
+from megatron_ext.data.datasets.sample_documents import DOCUMENT_STARTS
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.platform import process_groups
@@ -212,8 +213,7 @@ class ActivationCache(FrozenForward):
         read = {"tokens": batch["tokens"], "positions": batch["position_ids"]} | auxiliary_inputs(
             families, batch
         )
-        if "attention_mask" in batch:
-            read["attention_mask"] = batch["attention_mask"]
+        read |= {name: batch[name] for name in ("attention_mask", DOCUMENT_STARTS) if name in batch}
         # The micro-batch size is part of the key, because the result can differ in the last bits between sizes.
         rows = batch["tokens"].size(0)
         keys = []

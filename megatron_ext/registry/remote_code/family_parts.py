@@ -14,6 +14,7 @@
 `modeling_megatron_ext` reads them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_ext.interop.formats.weight_layout import Entry, Shape
 from megatron_ext.npt.modules.np_ranks import format_ranks
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.np_factors import join_components
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
@@ -59,13 +61,13 @@ NPT_FIELDS = (
 """NPT's fields that are written to config.json as they are."""
 
 
-def parts_of(families: dict[str, Any], model: ModelConfig, eod: int) -> AddedParts:
+def parts_of(families: dict[str, Any], model: ModelConfig, eod: int | None) -> AddedParts:
     """Returns the parts that a checkpoint's families add to its base model.
 
     Args:
         families: PLE, NPT or both by name, as in the section `families` of run_config.json.
         model: configuration of the base model.
-        eod: the tokenizer's end-of-document id.
+        eod: the tokenizer's end-of-document id, which only the strategy `attention_guidance` uses.
     """
     entries, fields, buffers = list[Entry](), dict[str, Any](), dict[str, torch.Tensor]()
     if PerLayerFamily.name in families:
@@ -110,7 +112,25 @@ def families_in(config: dict[str, Any], ids: torch.Tensor | None) -> dict[str, A
     return found
 
 
-def _per_layer_section(family: PerLayerFamily, eod: int) -> dict[str, Any]:
+def stored_factors(
+    tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, model: ModelConfig
+) -> dict[str, torch.Tensor]:
+    """Returns the NP factors of a file of NP weights by their names in a checkpoint.
+
+    Raises:
+        ValueError: the file lacks a factor.
+    """
+    count, found = settings.num_np_components, {}
+    for entry in _npt_entries(settings, model):
+        _, _, layer, _, target, name = entry.name.split(".")
+        try:
+            found[entry.name] = join_components(f"layer_{layer}_np.{target}.{name}", count, tensors)
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing in the NP weights") from None
+    return found
+
+
+def _per_layer_section(family: PerLayerFamily, eod: int | None) -> dict[str, Any]:
     section = {name: group_to_dict(family.settings)[name] for name in PER_LAYER_FIELDS}
     section["per_layer_vocab_size"] = family.rows
     if family.settings.per_layer_strategy == "attention_guidance":

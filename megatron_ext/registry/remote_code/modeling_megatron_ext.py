@@ -25,24 +25,20 @@ is what a weight matrix computes from its input `x`, `n` the normed input of the
     output = h + MLP(n), or h + a + MLP(n) with np_residual "keep"
 """
 
+import functools
+import importlib
 import math
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
-from transformers.models.gemma3 import configuration_gemma3, modeling_gemma3
-from transformers.models.llama import configuration_llama, modeling_llama
-from transformers.models.mistral import configuration_mistral, modeling_mistral
-from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
-from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 
 _ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "swish": F.silu,
 }
@@ -235,10 +231,13 @@ class ExtendedLayer(nn.Module):
             normed = self.np["fc1"].mlp_input(norm, hidden, attention, self.eps)
         else:
             normed = norm(hidden)
-        changed = self._changed
-        gate = changed("gate", self.mlp.gate_proj(normed), normed, attention)
-        inner = self.mlp.act_fn(gate) * changed("up", self.mlp.up_proj(normed), normed, attention)
-        output = changed("down", self.mlp.down_proj(inner), inner, attention)
+        mlp, changed = self.mlp, self._changed
+        if hasattr(mlp, "gate_up_proj"):  # Phi 3
+            (gate, up), activation = mlp.gate_up_proj(normed).chunk(2, dim=-1), mlp.activation_fn
+        else:
+            gate, up, activation = mlp.gate_proj(normed), mlp.up_proj(normed), mlp.act_fn
+        inner = activation(changed("gate", gate, normed, attention)) * changed("up", up, normed, attention)
+        output = changed("down", mlp.down_proj(inner), inner, attention)
         return hidden + attention + output if self.keeps else hidden + output
 
     def _changed(
@@ -283,7 +282,9 @@ class ExtendedModel(nn.Module):
                 per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
             if inputs_embeds is None:
                 input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            kwargs["per_layer"] = (inputs_embeds, per_layer_ids, self.per_layer_norm.weight)
+            # Granite multiplies the embedding in the model's forward pass.
+            word_embedding = inputs_embeds * getattr(self.config, "embedding_multiplier", 1.0)
+            kwargs["per_layer"] = (word_embedding, per_layer_ids, self.per_layer_norm.weight)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -335,33 +336,33 @@ class ExtendedForCausalLM(nn.Module):
         self.post_init()
 
 
-def _classes(name: str, modeling: Any, config_class: Any, model_class: str) -> tuple[Any, Any]:
-    """Returns the configuration and the model that extend one architecture of transformers."""
-    ours, kind = f"MegatronExt{name}", config_class.model_type
-    # Parallel plans of transformers do not cover what is added.
+@functools.cache
+def _classes(name: str, kind: str) -> dict[str, Any]:
+    """Returns the configuration and the model that extend one architecture of transformers, by their names."""
+    modeling, configuration = (
+        importlib.import_module(f"transformers.models.{kind}.{what}_{kind}")
+        for what in ("modeling", "configuration")
+    )
+    ours, text = f"MegatronExt{name}", "Text" if name == "Gemma3" else ""
+    base = getattr(configuration, f"{name}{text}Config")
+    # The parallel plans of transformers do not cover what is added.
     plain = dict.fromkeys(("per_layer_embedding", "npt", "base_model_tp_plan", "base_model_pp_plan"))
-    fields = {"model_type": f"megatron_ext_{kind}", **plain}
-    config = type(f"{ours}Config", (config_class,), fields)
+    config = type(f"{ours}Config", (base,), {"model_type": f"megatron_ext_{base.model_type}", **plain})
     layer = type(f"{ours}DecoderLayer", (ExtendedLayer, getattr(modeling, f"{name}DecoderLayer")), {})
     shared = {"config_class": config, "_no_split_modules": [layer.__name__], "_tp_plan": None}
-    bases = (ExtendedModel, getattr(modeling, model_class))
+    bases = (ExtendedModel, getattr(modeling, f"{name}{text}Model"))
     model = type(f"{ours}Model", bases, {"layer_class": layer, **shared})
     bases = (ExtendedForCausalLM, getattr(modeling, f"{name}ForCausalLM"))
-    return config, type(f"{ours}ForCausalLM", bases, {"model_class": model, **shared})
+    causal = type(f"{ours}ForCausalLM", bases, {"model_class": model, **shared})
+    return {found.__name__: found for found in (config, model, causal)}
 
 
-MegatronExtLlamaConfig, MegatronExtLlamaForCausalLM = _classes(
-    "Llama", modeling_llama, configuration_llama.LlamaConfig, "LlamaModel"
-)
-MegatronExtMistralConfig, MegatronExtMistralForCausalLM = _classes(
-    "Mistral", modeling_mistral, configuration_mistral.MistralConfig, "MistralModel"
-)
-MegatronExtQwen2Config, MegatronExtQwen2ForCausalLM = _classes(
-    "Qwen2", modeling_qwen2, configuration_qwen2.Qwen2Config, "Qwen2Model"
-)
-MegatronExtQwen3Config, MegatronExtQwen3ForCausalLM = _classes(
-    "Qwen3", modeling_qwen3, configuration_qwen3.Qwen3Config, "Qwen3Model"
-)
-MegatronExtGemma3Config, MegatronExtGemma3ForCausalLM = _classes(
-    "Gemma3", modeling_gemma3, configuration_gemma3.Gemma3TextConfig, "Gemma3TextModel"
-)
+_BASES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Phi3", "Olmo2", "Olmo3", "SmolLM3", "Granite")
+
+
+def __getattr__(name: str) -> Any:
+    """Makes the classes of one base when they are asked for, such as `MegatronExtLlamaForCausalLM`."""
+    for base in _BASES:
+        if name.startswith(f"MegatronExt{base}"):
+            return _classes(base, base.lower())[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ manifest, so that a change of the base checkpoint is detected.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,16 @@ class BaseCheckpoint:
         files.verify_checkpoint(self.folder, names=[files.RUN_CONFIG])
         return files.read_json(self.folder / files.RUN_CONFIG)
 
+    @cached_property
+    def tensor_names(self) -> set[str]:
+        """Names of the tensors that this checkpoint and its own base checkpoint hold. Collective at first use."""
+        inner = self.of_run(self.run_config())
+        return set(tensors.stored_shapes(self.folder)) | (set() if inner is None else inner.tensor_names)
+
     def load(self, models: list[GPTModel], run_config: dict[str, Any], families: list[Family]) -> None:
         """Loads all tensors of the base model into models that may have further parameters; collective.
+
+        If the checkpoint names a base checkpoint of its own, that one is loaded first.
 
         Args:
             models: this rank's model chunks, unwrapped.
@@ -83,6 +92,9 @@ class BaseCheckpoint:
         """
         tensors.verify(self.folder)
         stored = self.run_config()
+        inner = self.of_run(stored)
+        if inner is not None:
+            inner.load(models, run_config, families)
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
@@ -90,6 +102,6 @@ class BaseCheckpoint:
         tensors.read_into(
             models,
             self.folder,
-            wanted=lambda name, value, names: name in names or id(value) in base,
+            wanted=lambda name, value, names: name in names or (inner is None and id(value) in base),
             same_vocabulary=stored["vocab_size"] == ours["vocab_size"],
         )

@@ -18,7 +18,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
-from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.collectives import (
     gather_or_raise,
@@ -39,6 +38,7 @@ from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostC
 from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.engine.loss_scale import loss_scale_state, restore_loss_scale
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.interface.own_optimizer import bring_up_to_date
 
 IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
@@ -85,7 +85,7 @@ class Checkpointer:
             and `tokenizer_fingerprint`. The sections of the model families are added here.
         families: the run's model families, whose configuration, state and files are saved.
         base: the checkpoint from which the base model was loaded. If it is given, the run's checkpoints omit the base
-            model's frozen parameters.
+            checkpoint's frozen parameters.
         name: returns the name of the checkpoint's directory for a step; `checkpoint_files.step_of` must be able to
             parse it.
         loads_what_fits: whether to load only the tensors that exist in both checkpoint and run, and to start with a new
@@ -238,8 +238,8 @@ class Checkpointer:
         """
         if self.base is None:
             return None
-        of_base = base_parameter_ids(self.models)
-        return lambda _, value: id(value) not in of_base or value.requires_grad
+        of_base = self.base.tensor_names
+        return lambda name, value: name not in of_base or value.requires_grad
 
     def _wanted(self) -> tensors.Wanted | None:
         """Returns a function that selects the model's tensors to load; None for all."""
@@ -290,6 +290,7 @@ class Checkpointer:
     def _writing(self, path: Path, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
         """Yields the parts in which a checkpoint is written and published."""
         gather_parameters(self.chunks)
+        bring_up_to_date(self.optimizer)
         folder = on_first_rank(lambda: files.begin(path.parent, path.name))
         writer = self._prepare(folder, progress, copies)
 
@@ -420,13 +421,14 @@ def load_weights(
     stored, _ = _read_verified(folder)
     models: list[GPTModel] = unwrap_models(chunks)
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
-    of_base = base_parameter_ids(models)
+    of_base: set[str] = set()
     if base is not None:
         base.load(models, stored, families)
+        of_base = base.tensor_names
     tensors.read_into(
         models,
         folder,
-        wanted=None if base is None else lambda name, value, names: name in names or id(value) not in of_base,
+        wanted=None if base is None else lambda name, _, names: name in names or name not in of_base,
         same_vocabulary=vocab_size == stored["vocab_size"],
     )
     return folder

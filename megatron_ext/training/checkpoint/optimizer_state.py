@@ -23,10 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+
+from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
 PREFIX = "optimizer.state."
 MAIN_PARAM_PREFIX = f"{PREFIX}param."
@@ -61,7 +63,8 @@ class OptimizerState:
         shards = nested_values(extract_sharded_tensors_and_factories(model_state)[0])
         self._shards = {id(shard.data): (number, shard) for number, shard in enumerate(shards)}
         for part in self._parts:
-            _fill_state(part)
+            if not isinstance(part, OwnOptimizer):
+                _fill_state(part)
 
     def step(self) -> int:
         """Returns Adam's step count; 0 on a rank without trainable parameters."""
@@ -80,10 +83,8 @@ class OptimizerState:
                 if model_param.dtype == torch.float32 or not with_main_params:
                     tensors.pop("param", None)
                 number, shard = self._shards[id(model_param)]
-                state[number] = {
-                    name: make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
-                    for name, tensor in tensors.items()
-                }
+                if tensors:
+                    state[number] = {name: _sharded(shard, name, tensors[name]) for name in tensors}
         return state
 
     @torch.no_grad()
@@ -96,6 +97,9 @@ class OptimizerState:
             step: Adam's step count.
         """
         for part in self._parts:
+            if isinstance(part, OwnOptimizer):
+                self._restore_own(part, state, step)
+                continue
             for held in _held(part):
                 loaded = state.get(self._shards[id(held.model_param)][0])
                 if loaded is None:
@@ -104,6 +108,26 @@ class OptimizerState:
                     whole = loaded.get(name, held.model_param)
                     tensor.view(-1).copy_(whole.reshape(-1)[held.start : held.end])
             _set_step(part, step)
+
+    def _restore_own(self, part: OwnOptimizer, state: dict[int, Any], step: int) -> None:
+        for held in part.held():
+            loaded = state.get(self._shards[id(held.parameter)][0], {})
+            for name, tensor in held.tensors.items():
+                tensor.copy_(loaded.get(name, held.parameter)[held.start : held.end])
+        part.restored(step)
+
+
+def _sharded(
+    shard: ShardedTensor | ShardedTensorFactory, name: str, tensor: torch.Tensor
+) -> ShardedTensor | ShardedTensorFactory:
+    """Returns a tensor of a parameter's state, in the parameter's shape or [rows, 1], as part of a checkpoint."""
+    if isinstance(shard, ShardedTensorFactory) or tuple(tensor.shape) == tuple(shard.local_shape):
+        return make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
+    # One number per row, which is equal on all ranks that hold a part of the row.
+    part, copy = shard.global_offset[1] // shard.local_shape[1], shard.replica_id[-1]
+    return ShardedTensor.from_rank_offsets(
+        f"{PREFIX}{name}.{shard.key}", tensor.detach(), replica_id=(0, part, copy)
+    )
 
 
 def _held(part: MegatronOptimizer) -> Iterator[_Held]:
@@ -140,6 +164,9 @@ def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Yields each parameter with its complete state: the optimizer's own tensors, or copies if it is distributed."""
+    if isinstance(part, OwnOptimizer):
+        yield from _to_fill(part) if is_loading else part.whole()
+        return
     if isinstance(part, DistributedOptimizer) and not is_loading:
         for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
             for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):
@@ -150,6 +177,14 @@ def _whole(
         if isinstance(part, DistributedOptimizer):
             tensors = {name: torch.empty(held.model_param.shape) for name in tensors}
         yield held.model_param, dict(tensors)
+
+
+def _to_fill(part: OwnOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    for held in part.held():
+        rows, tensors = len(held.parameter), held.tensors
+        if part.is_distributed:
+            tensors = {name: torch.empty(rows, *tensor.shape[1:]) for name, tensor in tensors.items()}
+        yield held.parameter, dict(tensors)
 
 
 def _gathered(
@@ -213,6 +248,8 @@ def _step_tensor(group: dict[str, Any], parameter: torch.Tensor, step: int) -> t
 
 
 def _step(part: MegatronOptimizer) -> int:
+    if isinstance(part, OwnOptimizer):
+        return part.step_count()
     inner = part.optimizer
     if _keeps_step_per_parameter(inner):
         steps = {

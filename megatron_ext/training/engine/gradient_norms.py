@@ -65,7 +65,8 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: fl
     # megatron-core's clipping is not used: without Apex and Transformer Engine it allocates a scaled copy of all
     # gradients.
     factor = (largest / (norm + 1.0e-6)).clamp(max=1.0)
-    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = [p.grad for part in parts for p in part.get_parameters() if p.grad is not None]
     # A factor of 1 changes nothing. On the CPU it costs nothing to see that, on a GPU the host would wait.
     if gradients and (factor.is_cuda or factor < 1.0):
         torch._foreach_mul_(gradients, factor.float())

@@ -14,8 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from megatron_ext.data.datasets.sample_documents import DOCUMENT_STARTS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.context_parallel import part_of_batch
+from megatron_ext.models.ops.documents.document_bounds import DOCUMENT_BOUNDS, document_bounds
 from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
@@ -132,7 +134,19 @@ def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
     unwrap_model(chunks[0]).check_length(batches[0]["tokens"].size(1))
     device, group = process_groups.device(), parallel_state.get_context_parallel_group()
     moved = ({name: _moved(value, device) for name, value in batch.items()} for batch in batches)
-    return [part_of_batch(batch, group) for batch in moved]
+    return [
+        part_of_batch(on_device, group) | _bounds_of(batch, device)
+        for batch, on_device in zip(batches, moved, strict=True)
+    ]
+
+
+def _bounds_of(batch: Batch, device: torch.device) -> Batch:
+    """Returns the bounds of the batch's documents, of whole sequences and in host memory; none without documents."""
+    if DOCUMENT_STARTS not in batch:
+        return {}
+    bounds = document_bounds(batch[DOCUMENT_STARTS])
+    # A GPU's attention copies them, in every layer.
+    return {DOCUMENT_BOUNDS: bounds.pin_memory() if device.type == "cuda" else bounds}
 
 
 def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -181,6 +195,7 @@ def _forward_step(
             batch["position_ids"],
             batch.get("attention_mask"),
             auxiliary_inputs=auxiliary_inputs(families, batch),
+            document_bounds=batch.get(DOCUMENT_BOUNDS),
             labels=batch["labels"] if output_loss.reads == "losses" else None,
         )
     return output, partial(_loss, output_loss, chunk, batch, divisor)
@@ -210,6 +225,7 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
             batch["position_ids"],
             batch.get("attention_mask"),
             auxiliary_inputs=auxiliary_inputs(families, batch),
+            document_bounds=batch.get(DOCUMENT_BOUNDS),
         )
 
 

@@ -18,7 +18,9 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.run_phases import OPTIMIZER, in_phase
+from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.interface.own_optimizer import OwnOptimizer, own_optimizers
 
 
 @in_phase(OPTIMIZER)
@@ -37,7 +39,8 @@ def build_optimizer(
         settings: learning rate, weight decay, Adam's constants, clipping.
         parallel: the parallel layout, which specifies whether the distributed optimizer is used.
         chunks: this rank's chunks, wrapped by `wrap_model`.
-        families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters.
+        families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters,
+            and optimizers for those that the engine does not train.
         bf16: whether parameters are in bfloat16.
         fp16: whether parameters are in fp16; the optimizer then scales the loss.
     """
@@ -73,6 +76,9 @@ def build_optimizer(
         use_gloo_process_groups=process_groups.needs_gloo_twins(parallel),
     )
     _use_fused_kernel(optimizer)
+    models = unwrap_models(chunks)
+    for family in families:
+        optimizer.chained_optimizers += family.own_optimizers(models, settings, optimizer)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -93,7 +99,10 @@ def update_if(condition: torch.Tensor, optimizer: MegatronOptimizer) -> None:
         condition: whether to update: a boolean scalar on the device, equal on every rank.
         optimizer: the optimizer of the parameters.
     """
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    for own in own_optimizers(optimizer):
+        own.is_applied = condition
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [part.optimizer for part in parts if not isinstance(part, OwnOptimizer)]
     if all(isinstance(each, torch.optim.AdamW) for each in inner if each is not None):
         # The fused kernel reads this flag on the device, and leaves parameters, moments and step counts as they are.
         for each in inner:

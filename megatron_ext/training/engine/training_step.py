@@ -41,6 +41,7 @@ from megatron_ext.training.engine.optimizer import update_if
 from megatron_ext.training.engine.step_values import LayerNames, StepValues
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
+from megatron_ext.training.interface.own_optimizer import bring_up_to_date
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,8 @@ class Stepper:
         due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
         for family in due:
             family.begin_statistics(self.models)
+        if self.log_params_norm:
+            bring_up_to_date(self.optimizer)
         values = self.forward_backward(batches, batch_size)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = [parameters_norm(self.models)] if self.log_params_norm else []
@@ -280,6 +283,7 @@ class Stepper:
         Returns:
             Values by name: `lm loss` in nats per token, values recorded by layers, and values of the model families.
         """
+        bring_up_to_date(self.optimizer)
         for family in self.families:
             family.begin_step(self.models, None)
         losses = self._evaluate(make_batches(), num_steps, progress(split))

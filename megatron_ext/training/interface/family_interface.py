@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -24,6 +25,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.interface.output_losses import OutputLoss
+from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
 Batch = dict[str, torch.Tensor]
 """The tensors of a micro-batch by name: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float,
@@ -46,6 +48,9 @@ class Family:
 
     name: str
     """Short name of the model family and of its `Extension`."""
+
+    is_frozen: bool = False
+    """Whether the run trains none of the model family's parameters, although it could; set by who builds the run."""
 
     statistics_interval: int | None = None
     """Number of steps between two calls of `statistics`; None never calls it."""
@@ -119,6 +124,18 @@ class Family:
             settings: the run's optimizer settings, to which overrides may be relative.
         """
         return {}
+
+    def own_optimizers(
+        self, chunks: list[GPTModel], settings: OptimizerSettings, engine: MegatronOptimizer
+    ) -> list[OwnOptimizer]:
+        """Returns optimizers of parameters that the engine does not train, because they do not require gradients.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            settings: the run's optimizer settings.
+            engine: the engine's optimizer, to which the result is chained.
+        """
+        return []
 
     def output_loss(self) -> OutputLoss | None:
         """Returns the training loss on the model's output; None for cross-entropy. Called before every step.

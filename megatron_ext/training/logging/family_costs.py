@@ -38,11 +38,17 @@ def run_cost(
         families: the model families of the run.
         iteration: number of the step, from 1.
     """
-    works = {family.name: family.step_work(model, iteration) for family in families}
+    # A frozen family's own account of a step is that of its own training.
+    works = {
+        family.name: None if family.is_frozen else family.step_work(model, iteration) for family in families
+    }
     work = merged_work([of_family for of_family in works.values() if of_family is not None])
     parts = {BASE: model_cost(model, vocab_size, tensor_parallel_size, work)}
     for family in families:
         cost, own = family.cost(model), works[family.name]
+        if cost is not None and family.is_frozen:
+            # Forward, and the gradients of inputs.
+            cost = replace(cost, trained=0, training_flops=2 * cost.forward_flops_per_token)
         if cost is not None and own is not None:
             cost = replace(cost, trained=own.trained_parameters, training_flops=own.flops_per_token)
         if cost is not None:

@@ -12,7 +12,7 @@ from tests.unit.interop.code_models import CASES, open_run
 from tests.unit.interop.hf_models import alone, tensors_in
 from tools.convert_checkpoint import main
 
-NAMES = ("PLE after_mlp concat gelu", "PLE gemma4", "NPT outer_product gate+up+down drop", "PLE and NPT")
+NAMES = ("PLE concat after", "PLE gemma4", "NPT outer_product, components", "PLE and NPT")
 
 
 def _train(path: str, layout: str) -> None:

@@ -29,6 +29,9 @@ TEACHER = "--mode multi_layer --npt-layers all --curriculum-stages "
 CASES = {
     "base model, one stage": (GPT, (0,), PLAIN + SHARDED),
     "base model": (GPT, (0, 7), PLAIN + TP + PP + SP + SHARDED),
+    "documents": (GPT, (0,), PLAIN + TP + SP + "--reset-attention-mask "),
+    "adapters": (GPT, (0, 7), PLAIN + TP + PP + SP + SHARDED + "--lora-rank 16 "),
+    "PLE, frozen tables": (GPT, (0,), PLE + TP + SP + "--freeze-per-layer-embedding "),
     "PLE, one stage": (GPT, (0,), PLE + SHARDED),
     "PLE, gemma4": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-preset gemma4 "),
     "PLE, concat, interleaved": (

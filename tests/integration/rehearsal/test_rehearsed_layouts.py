@@ -50,6 +50,17 @@ CASES = {
         PLAIN + BF16 + TP + "--attention-backend local --hidden-dropout 0.1 --attention-dropout 0.1 ",
     ),
     "masks of documents": (GPT, 0, 1, PLAIN + TP + "--reset-attention-mask "),
+    "documents in one kernel, windows": (
+        GPT,
+        0,
+        1,
+        PLAIN
+        + BF16
+        + TP
+        + PP
+        + "--reset-attention-mask --reset-position-ids --window-size 15,0 --window-attn-skip-freq 2 ",
+    ),
+    "adapters, PLE, last stage": (GPT, 7, 1, PLAIN + BF16 + TP + PP + SP + SHARDED + PLE + "--lora-rank 4 "),
     "PLE, last stage": (
         GPT,
         7,

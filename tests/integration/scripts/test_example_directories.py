@@ -11,7 +11,14 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize(
     "script",
-    ["quickstart.sh", "npt/quickstart.sh", "npt/toy.sh", "progressive/quickstart.sh", "data/main_job.sh"],
+    [
+        "quickstart.sh",
+        "npt/quickstart.sh",
+        "npt/toy.sh",
+        "progressive/quickstart.sh",
+        "gemma/quickstart.sh",
+        "data/main_job.sh",
+    ],
 )
 def test_a_directory_with_other_files_is_refused_and_left_alone(script: str, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis.txt"

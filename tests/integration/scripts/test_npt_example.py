@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 import tokenizers
+import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_ext.npt import NPTModel
 from tests.integration.scripts.test_small_example import EXAMPLES, bash
 from tests.unit.interop.hf_models import Kind, alone
+from tools.convert_checkpoint import main as convert
 
+IDS = torch.arange(30).view(1, -1) * 5
 SCRIPT = str(EXAMPLES / "npt" / "quickstart.sh")
 SMALL = {"SEQ_LENGTH": "32", "RANK": "8", "CALIBRATION_TOKENS": "512", "STEPS": "4", "HELD_OUT_TOKENS": "300"}
 
@@ -24,6 +27,13 @@ def _save_tiny_llama(folder: Path) -> None:
     library.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="</s>").save_pretrained(folder)
     Kind("Llama", {"vocab_size": len(alphabet), "eos_token_id": 0}).build().save_pretrained(folder)
+
+
+def _logits(folder: Path, weights: str | None) -> torch.Tensor:
+    model = NPTModel.from_pretrained(folder)
+    if weights is not None:
+        model.load_npt_weights(weights)
+    return model.logits(IDS)
 
 
 def _generate(folder: Path) -> tuple[tuple[int, ...], str]:
@@ -52,6 +62,15 @@ def test_the_script_converts_trains_and_evaluates_a_model_of_the_users(tmp_path:
     assert len(reports["trained"]["generations"]) == 10
     layers, text = alone(_generate, out)
     assert layers == (2, 3) and isinstance(text, str)
+    # transformers computes the same with the exported models, trained and in closed form.
+    weights = str(out / "npt/calibrated/npt_weights.safetensors")
+    for name, flags in (("npt", []), ("base", ["--npt-weights", weights])):
+        argv = ["export", "--load", str(out / name), "--model-dir", str(out / f"hf_{name}"), *flags]
+        assert alone(convert, argv) == 0
+        ours = alone(_logits, out / name, weights if flags else None)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out / f"hf_{name}", trust_remote_code=True)
+        assert type(theirs).__name__ == "MegatronExtLlamaForCausalLM"
+        torch.testing.assert_close(theirs(IDS).logits, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_without_the_package_one_line_says_which_command_brings_it(tmp_path: Path) -> None:

@@ -110,6 +110,40 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
+def test_a_killed_run_with_tables_by_rows_goes_on_to_the_losses_of_the_run_that_never_stopped(
+    data: str, tmp_path: Path
+) -> None:
+    # Both runs save at the same steps: a save brings all rows up to date, which rounds.
+    flags = ["--data-path", data, "--train-iters", "12", "--save-interval", "4", "--per-layer-sparse"]
+    straight = run(
+        *flags,
+        *("--save", str(tmp_path / "whole"), "--tensorboard-dir", str(tmp_path / "straight")),
+        processes=2,
+    )
+    assert straight.returncode == 0, straight.stderr
+    checkpoint = str(tmp_path / "checkpoint")
+    where = ["--save", checkpoint, "--tensorboard-dir", str(tmp_path / "stopped")]
+    with subprocess.Popen(
+        command(*flags, *where),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "saved step 4" in line:
+                for worker in psutil.Process(process.pid).children(recursive=True):
+                    worker.kill()
+                break
+        process.stdout.read()
+    assert process.returncode != 0
+    resumed = run(*flags, *where, "--load", checkpoint, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search("the run continues after step [48]", resumed.stdout)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
 def test_a_context_parallel_run_under_torchrun_continues_in_a_single_process_and_back(
     data: str, tmp_path: Path
 ) -> None:

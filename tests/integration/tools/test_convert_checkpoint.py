@@ -26,6 +26,7 @@ from megatron_ext.inference.perplexity import evaluate_perplexity
 from megatron_ext.interop import export_checkpoint
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.forked_scripts import run_script
@@ -265,6 +266,27 @@ def test_a_model_trained_on_aligned_data_needs_its_table_for_the_export(folder: 
     assert alone(main, [*argv, "--per-layer-vocab-file", f"{tmp_path}/vocab.json"]) == 0
     tensors = tensors_in(tmp_path / "out")
     assert tensors["model.per_layer_ids"].tolist() == [3 + token % 4 for token in range(21)]
+
+
+def test_np_weights_that_do_not_fit_are_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    argv = ["export", "--load", f"{folder}/checkpoint", "--model-dir", f"{tmp_path}/out", "--npt-weights"]
+    torch.save({}, weights / "npt_weights.pt")
+    with pytest.raises(ValueError, match="--npt-weights .*: config.json is missing in the directory"):
+        alone(main, [*argv, f"{weights}/npt_weights.pt"])
+    for settings, message in (
+        (NPTModuleConfig(np_rank=2), "layer_2_np.gate.A is missing in the NP weights"),
+        (NPTModuleConfig(np_rank=2, np_target="fc1"), "--np-target fc1: the MLP is gated"),
+    ):
+        write_np_weights(weights, {}, settings)
+        with pytest.raises(ValueError, match=message):
+            alone(main, [*argv, f"{weights}/npt_weights.safetensors"])
+    with pytest.raises(SystemExit):
+        main([*argv, f"{weights}/npt_weights.pt", "--base-only"])
+    assert not (tmp_path / "out").exists()
 
 
 def _with_aligned_ids(path: str, data: str) -> None:

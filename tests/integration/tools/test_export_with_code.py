@@ -183,8 +183,7 @@ def test_a_cache_gradients_checkpointing_beams_and_save_pretrained_work(
         "PLE attention_guidance",
         "PLE gemma4",
         "PLE and NPT",
-        "Gemma3, PLE concat",
-        "NPT, ranks of layers",
+        "NPT key_value triple, ranks of layers",
     )
     chosen = [f"{folder}/hf_{list(CASES).index(name)}" for name in names]
     tokens = _tokens()

@@ -16,6 +16,7 @@ from megatron_ext.data.datasets.gpt_dataset import build_datasets
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.per_layer.per_layer_ids import write_aligned
+from megatron_ext.models.ops.documents.document_bounds import document_bounds, forbidden_pairs
 from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 
 VOCAB = 300
@@ -57,10 +58,19 @@ def assert_same_samples(
             assert torch.equal(ours[number][key], theirs[number][key])
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_samples_are_mcores(tmp_path: Path, reset: Any) -> None:
+RESETS = {
+    "none": {},
+    "all": {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True},
+    "attention": {"reset_attention_mask": True},
+    "positions": {"reset_position_ids": True},
+    "loss": {"eod_mask_loss": True},
+}
+
+
+@pytest.mark.parametrize("resets", RESETS)
+def test_samples_are_mcores_and_marks_of_documents_stand_for_its_mask(tmp_path: Path, resets: str) -> None:
     prefix = make(f"{tmp_path}/d")
-    flags = {"reset_position_ids": reset, "reset_attention_mask": reset, "eod_mask_loss": reset}
+    flags = dict.fromkeys(RESETS["all"], False) | RESETS[resets]
     ours = build(DataConfig(data_path=(prefix,), split="80,20", **flags), samples=(300, 10, 0))
     config = GPTDatasetConfig(
         random_seed=7,
@@ -69,15 +79,20 @@ def test_samples_are_mcores(tmp_path: Path, reset: Any) -> None:
         split="80,20",
         tokenizer=TOKENIZER,
         path_to_cache=f"{tmp_path}/theirs",
-        create_attention_mask=reset,
+        create_attention_mask=True,
         **flags,
     )
     theirs = BlendedMegatronDatasetBuilder(GPTDataset, [300, 10, None], lambda: True, config).build()
-    keys = ("tokens", "labels", "loss_mask", "position_ids") + (("attention_mask",) if reset else ())
-    assert set(ours[0][0]) == set(keys)
+    keys = ("tokens", "labels", "loss_mask", "position_ids")
+    marks = ("document_starts",) if flags["reset_attention_mask"] else ()
+    assert set(ours[0][0]) == {*keys, *marks}
     for split in (0, 1):
         assert len(ours[split]) >= (300, 10)[split]
         assert_same_samples(ours[split], theirs[split], keys)
+        for number in range(len(ours[split]) if marks else 0):
+            bounds = document_bounds(ours[split][number]["document_starts"].unsqueeze(0))
+            mask = forbidden_pairs(bounds, SEQ, causal=True)[0]
+            assert torch.equal(mask, theirs[split][number]["attention_mask"])
     assert ours[2] is None
 
 

@@ -1,16 +1,17 @@
 """Each field of PLE's and NPT's configuration is exported with the code, or does not change what the model computes."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
-from megatron_ext.interop.formats.hf_config import from_model_config
 
 from megatron_ext.interop.added_parts import SECTIONS, base_config, is_extended
+from megatron_ext.interop.formats.configs.hf_config import from_model_config
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.registry.remote_code.family_parts import (
+    CODE,
     NPT_FIELDS,
     PER_LAYER_FIELDS,
     families_in,
@@ -86,8 +87,8 @@ def test_the_base_of_an_extended_config_is_the_config_of_the_base() -> None:
 
 
 def test_every_setting_of_a_section_is_read_by_the_code() -> None:
-    source = parts_of(_stored(CASES["PLE and NPT"]), CASES["PLE and NPT"].model, EOD).code.read_text()
-    for name in ("PLE attention_guidance", "NPT upper half"):
+    source = CODE.read_text()
+    for name in ("PLE attention_guidance", "PLE and NPT"):
         for section in SECTIONS:
             for field in _config(CASES[name]).get(section, {}):
                 # These two only matter when the directory is imported again.
@@ -96,7 +97,6 @@ def test_every_setting_of_a_section_is_read_by_the_code() -> None:
 
 
 def test_a_rank_of_its_own_for_down_is_written_for_each_layer() -> None:
-    section = _config(CASES["NPT, ranks of layers"])["npt"]
+    section = _config(CASES["NPT key_value triple, ranks of layers"])["npt"]
     assert (section["npt_layers"], section["np_rank"]) == ([0, 1], [[4, 6], [2, 2]])
-    case = replace(CASES["NPT upper half"])
-    assert _config(case)["npt"]["npt_layers"] == [1]
+    assert _config(CASES["PLE and NPT"])["npt"]["npt_layers"] == [1]

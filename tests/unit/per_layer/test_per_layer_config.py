@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.command_line.parse import parse
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.rehearsal_config import RehearsalConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig, PerLayerRunConfig
+from megatron_ext.testing.tiny_training import TINY
 
 
 def test_defaults_are_those_of_document_003() -> None:
@@ -53,6 +58,10 @@ def test_the_gemma4_preset_sets_ids_activation_and_position() -> None:
             "--per-layer-gate-activation relu: --per-layer-preset gemma4 sets it to gelu_tanh; omit one of the two",
         ),
         (
+            {"per_layer_optimizer": "lazy_adam"},
+            "--per-layer-optimizer lazy_adam: requires --per-layer-sparse",
+        ),
+        (
             {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
             "--per-layer-vocab-file v.json requires --use-per-layer-embedding",
         ),
@@ -84,3 +93,39 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
     assert config.rows(500) == 500
     with pytest.raises(ValueError, match="--per-layer-vocab-size 500: must be the vocabulary size, 777"):
         config.rows(777)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"training": TrainingConfig(train_iters=1, fp16=True)},
+            "--per-layer-sparse: does not support --fp16",
+        ),
+        ({"rehearsal": RehearsalConfig(rehearse="0")}, "--rehearse: does not support --per-layer-sparse"),
+        (
+            {"optimizer": OptimizerSettings(lr=1e-3, adam_beta2=0.8)},
+            "--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got 0.8 and 0.9)",
+        ),
+        (
+            {"optimizer": OptimizerSettings(lr=20.0, weight_decay=0.1)},
+            "--per-layer-sparse: requires learning rate times weight decay of the tables below 1 (got 20 and 0.1)",
+        ),
+    ],
+)
+def test_what_tables_by_rows_do_not_support_is_named(groups: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "model": TINY,
+        "training": TrainingConfig(train_iters=1),
+        "optimizer": OptimizerSettings(lr=1e-3),
+        "tokenizer": TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
+    }
+    sparse = PerLayerConfig(use_per_layer_embedding=True, per_layer_sparse=True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PerLayerRunConfig(**{**given, **groups}, per_layer=sparse).resolved(1)
+    # Without the flag, or with frozen tables, the same groups are no contradiction.
+    PerLayerRunConfig(**given, per_layer=sparse).resolved(1)
+    frozen = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_sparse=True, freeze_per_layer_embedding=True
+    )
+    PerLayerRunConfig(**{**given, **groups}, per_layer=frozen).resolved(1)

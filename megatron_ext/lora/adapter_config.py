@@ -1,0 +1,22 @@
+"""Flags of LoRA adapters over the frozen model of a checkpoint."""
+
+from dataclasses import dataclass
+
+from megatron_ext.config.command_line.field_checks import check_at_least, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA adapters of every linear module in the layers; all that the loaded checkpoint holds is frozen."""
+
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank over the model of --load --finetune, which is frozen. Default: no adapters."""
+
+    lora_alpha: float = 32.0
+    """Alpha of the adapters of --lora-rank; their output is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "lora_rank")
+        check_positive(self, "lora_alpha")
+        if self.lora_rank is None and self.lora_alpha != type(self).lora_alpha:
+            raise ValueError(f"--lora-alpha {self.lora_alpha:g}: has no effect; it requires --lora-rank")

@@ -1,0 +1,1 @@
+"""Several documents in one sequence, which do not attend to one another."""

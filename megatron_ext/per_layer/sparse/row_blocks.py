@@ -1,0 +1,74 @@
+"""The division of the tables' rows among data-parallel ranks, one block of consecutive rows for each rank.
+
+With the distributed optimizer a rank has main weights and state of its own block only, and updates it alone. Otherwise
+every rank has the only block, which holds all rows. L tables, q columns on this rank.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+class RowBlocks:
+    """The blocks of tables with Vp rows."""
+
+    def __init__(
+        self, rows: int, group: dist.ProcessGroup, host_group: dist.ProcessGroup, *, divides: bool
+    ) -> None:
+        """Args:
+        rows: Vp.
+        group: the data-parallel ranks.
+        host_group: the same ranks; its collectives take tensors in CPU memory.
+        divides: whether rows are divided at all.
+        """
+        self.rows, self.group, self.host_group = rows, group, host_group
+        self.number, rank = (group.size(), group.rank()) if divides else (1, 0)
+        self.size = -(-rows // self.number)
+        self.start, self.end = (min(block * self.size, rows) for block in (rank, rank + 1))
+
+    def own(self, ids: torch.Tensor) -> slice:
+        """Returns which of some ids, ascending, are in this rank's block."""
+        if self.number == 1:
+            return slice(0, ids.numel())
+        bounds = torch.tensor([self.start, self.end], device=ids.device)
+        return slice(*torch.searchsorted(ids, bounds).tolist())
+
+    def gather(self, own: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Joins the rows that each rank has of some ids, ascending: [L, m, q] -> [L, n, q]. Collective."""
+        if self.number == 1:
+            return own
+        bounds = torch.arange(1, self.number + 1, device=ids.device) * self.size
+        counts = torch.searchsorted(ids, bounds).diff(prepend=bounds.new_zeros(1)).tolist()
+        padded = own.new_zeros(own.size(0), max(counts), own.size(2))
+        padded[:, : own.size(1)] = own
+        pieces = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(pieces, padded, group=self.group)
+        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts, strict=True)], dim=1)
+
+    def complete(self, table: torch.Tensor) -> None:
+        """Replaces the rows of all other blocks by what their ranks have, [Vp, q]. Collective."""
+        if self.number == 1:
+            return
+        pieces = self._pieces(table[self.start : self.end])
+        dist.all_gather(pieces, self._padded(table[self.start : self.end]), group=self.group)
+        table.copy_(torch.cat(pieces)[: self.rows])
+
+    def gather_to_first(self, own: torch.Tensor) -> torch.Tensor | None:
+        """Joins the blocks of a tensor in CPU memory, [Vp, columns] on the first rank, None on others. Collective.
+
+        If rows are not divided, every rank gets its own tensor.
+        """
+        if self.number == 1:
+            return own
+        own = own.cpu()
+        pieces = self._pieces(own) if self.host_group.rank() == 0 else None
+        first = dist.get_process_group_ranks(self.host_group)[0]
+        dist.gather(self._padded(own), pieces, dst=first, group=self.host_group)
+        return torch.cat(pieces)[: self.rows] if pieces is not None else None
+
+    def _padded(self, own: torch.Tensor) -> torch.Tensor:
+        padded = own.new_zeros(self.size, own.size(1))
+        padded[: len(own)] = own
+        return padded
+
+    def _pieces(self, own: torch.Tensor) -> list[torch.Tensor]:
+        return [own.new_empty(self.size, own.size(1)) for _ in range(self.number)]

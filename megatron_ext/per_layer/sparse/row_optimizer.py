@@ -1,0 +1,284 @@
+"""Trains per-layer tables by rows: a step costs memory, communication and time for the rows that it looks up only.
+
+A step goes like this; L tables of this rank, n rows (of all data-parallel ranks' ids), q columns:
+
+    begin      m rows of weights and state are copied out of the tables, [L, m, q], and brought up to date
+    forward    looks ids up in the copied rows, [L, n, q]; `places` gives an id's place
+    backward   adds to a gradient [L, n, q] in fp32, from all micro-batches
+    prepare    the gradient is averaged over data-parallel ranks: one all-reduce of [L, n, q]
+    step       the m copied rows are updated and written back
+
+Every data-parallel rank has whole tables. State, and with bf16 fp32 main weights, are plain tensors of the tables'
+shape. By default every rank has all of them, and m = n. With the distributed optimizer a rank has those of its own
+block of rows (`RowBlocks`); it updates the m rows of the step that are in the block, and `begin` gathers the n rows
+from all ranks. Then the tables' other rows are out of date until `bring_up_to_date`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.per_layer.sparse.missed_steps import MissedSteps
+from megatron_ext.per_layer.sparse.row_blocks import RowBlocks
+from megatron_ext.per_layer.sparse.row_updates import RowUpdate, State, StepFacts
+from megatron_ext.per_layer.sparse.touched_rows import touched_rows
+from megatron_ext.training.interface.own_optimizer import HeldState, OwnOptimizer
+
+_ELEMENTS_AT_ONCE = 1 << 22
+"""Elements of the tables that are brought up to date at once before a save or an evaluation."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step, copied out of the tables."""
+
+    ids: torch.Tensor
+    """Their ids, ascending, [n]."""
+
+    own: slice
+    """The m of the n rows that this rank updates."""
+
+    weights: torch.Tensor
+    """fp32, [L, m, q]."""
+
+    state: State
+    """Their state, [L, m, q] or [L, m, 1]."""
+
+    gradient: torch.Tensor
+    """fp32, [L, n, q]."""
+
+    inputs: list[torch.Tensor]
+    """What the forward pass looks up: L leaves [n, q] in the tables' precision."""
+
+
+class RowOptimizer(OwnOptimizer):
+    """The optimizer of all tables on this rank."""
+
+    def __init__(
+        self,
+        tables: Sequence[torch.nn.Parameter],
+        update: RowUpdate,
+        data_group: dist.ProcessGroup,
+        engine: MegatronOptimizer,
+        group: dict[str, Any],
+    ) -> None:
+        """Args:
+        tables: the tables of this rank's layers, each [Vp, q], which do not require gradients.
+        update: the update rule.
+        data_group: the data-parallel ranks, context-parallel ones included; all hold the same tables.
+        engine: as in `OwnOptimizer`.
+        group: as in `OwnOptimizer`.
+        """
+        super().__init__(engine, group)
+        self.tables = tuple(tables)
+        self.rule = update
+        self.data_group = data_group
+        self._blocks = RowBlocks(
+            len(self.tables[0]), data_group, self.host_group or data_group, divides=self.is_distributed
+        )
+        constants = update.constants
+        own = [table.detach()[self._blocks.start : self._blocks.end] for table in self.tables]
+        self._missed = MissedSteps(update.momentum, constants.beta2, constants.eps)
+        # In fp32 parts of the tables themselves.
+        self._mains = [part.float() for part in own]
+        self._state = {
+            name: [main.new_zeros(len(main), width or main.size(1)) for main in self._mains]
+            for name, width in update.width_of_state.items()
+        }
+        self._last_steps = torch.zeros(len(self._mains[0]), dtype=torch.int32, device=self._mains[0].device)
+        """Per row of the block the last step that is in it."""
+
+        self._rows: StepRows | None = None
+        self._gradients: list[torch.Tensor] = []
+        self._is_reduced = False
+        self._unknown: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def begin(self, ids: Sequence[torch.Tensor]) -> None:
+        """Prepares the rows of a training step. Collective.
+
+        Args:
+            ids: the per-layer ids of this rank's micro-batches.
+        """
+        self._settle()
+        rows = touched_rows(ids, self.data_group)
+        own = self._blocks.own(rows)
+        weights, state = self._copied(rows[own] - self._blocks.start)
+        whole = self._blocks.gather(weights.to(self.tables[0].dtype), rows)
+        gradient = torch.zeros(whole.shape, device=whole.device)
+        inputs = [of_table.detach().requires_grad_() for of_table in whole]
+        for leaf, into in zip(inputs, gradient, strict=True):
+            leaf.register_post_accumulate_grad_hook(partial(_move_gradient, into))
+        for table, of_table in zip(self.tables, gradient, strict=True):
+            table.main_grad, table.gradient_rows = of_table, rows  # type: ignore[attr-defined]
+        self._groups[0]["params"], self._gradients = [weights], [gradient]
+        self._rows, self._is_reduced = StepRows(rows, own, weights, state, gradient, inputs), False
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the places of ids of this step among its rows, in the shape of `ids`."""
+        assert self._rows is not None, "begin() has not been called"
+        return torch.searchsorted(self._rows.ids, ids.contiguous())
+
+    def inputs(self, table: torch.nn.Parameter) -> torch.Tensor:
+        """Returns this step's rows of a table, [n, q], whose gradient `backward` computes."""
+        assert self._rows is not None, "begin() has not been called"
+        place = next(place for place, each in enumerate(self.tables) if each is table)
+        return self._rows.inputs[place]
+
+    def is_in_step(self) -> bool:
+        """Returns whether a training step has begun and its update is still to come."""
+        return self._rows is not None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Averages the gradient over the data-parallel ranks, once per step. Collective."""
+        if self._rows is None or self._is_reduced:
+            return
+        self._is_reduced, gradient = True, self._rows.gradient
+        if self.data_group.size() > 1:
+            gradient.div_(self.data_group.size())
+            dist.all_reduce(gradient, group=self.data_group)
+        # Clipping scales it in place. A part is copied: torch's fused update takes no slices.
+        self._rows.weights.grad = gradient[:, self._rows.own].contiguous()
+
+    def prepare_grads(self) -> bool:
+        """Reduces the gradient; returns False: what is not finite shows in the gradient's norm. Collective."""
+        self.reduce()
+        return False
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns the gradient of the last step that has begun."""
+        return self._gradients
+
+    def data_parallel_rank(self) -> int:
+        """Returns this rank's place among the data-parallel ranks."""
+        return self.data_group.rank()
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Updates the step's rows, and writes them back."""
+        if self._rows is None:
+            return True
+        rows, group = self._rows, self._groups[0]
+        places = rows.ids[rows.own] - self._blocks.start
+        assert rows.weights.grad is not None
+        step = StepFacts(group, self._count, self.is_applied)
+        self.rule.update(rows.weights, rows.weights.grad, rows.state, step)
+        self._write(places, rows.weights, rows.state)
+        self._unknown = (places, self.is_applied, {name: group[name] for name in ("lr", "weight_decay")})
+        self._rows, group["params"] = None, []
+        return True
+
+    @torch.no_grad()
+    def bring_up_to_date(self) -> None:
+        """Catches all rows up, and completes the tables; see the base class. Not within a step. Collective."""
+        self._settle()
+        if self.rule.catches_up:
+            behind = (self._last_steps < self._count).nonzero().squeeze(1)
+            at_once = max(1, _ELEMENTS_AT_ONCE // (len(self._mains) * self.tables[0].size(1)))
+            for places in behind.split(at_once):
+                self._write(places, *self._copied(places))
+            self._last_steps.fill_(self._count)
+            self._missed.restart(self._count)
+        for table in self.tables:
+            self._blocks.complete(table)
+
+    def held(self) -> Iterator[HeldState]:
+        """Yields tables and state; see the base class."""
+        for place, (table, main) in enumerate(zip(self.tables, self._mains, strict=True)):
+            state = {name: tensors[place] for name, tensors in self._state.items()}
+            tensors = state if table.dtype == torch.float32 else {"param": main, **state}
+            yield HeldState(table, tensors, self._blocks.start, self._blocks.end)
+
+    def whole(self) -> Iterator[tuple[torch.Tensor, State]]:
+        """Yields tables and their whole state; see the base class."""
+        for held in self.held():
+            gathered = {name: self._blocks.gather_to_first(t) for name, t in held.tensors.items()}
+            state = {name: tensor for name, tensor in gathered.items() if tensor is not None}
+            if len(state) == len(gathered):
+                yield held.parameter, state
+
+    def step_count(self) -> int:
+        """Returns the number of updates so far; waits for the device."""
+        self._settle()
+        return self._count
+
+    def restored(self, step: int) -> None:
+        """Continues after `step` updates; see the base class."""
+        self._rows = self._unknown = None
+        self._count = step
+        self._last_steps.fill_(step)
+        self._missed.restart(step)
+
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Takes main weights from the model's."""
+        for main, table in zip(self._mains, self.tables, strict=True):
+            main.copy_(table.detach()[self._blocks.start : self._blocks.end])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Does nothing: the gradient of a step begins with zeros."""
+
+    def _settle(self) -> None:
+        """Takes the last update into account, once it is known whether it was applied; waits for the device."""
+        if self._unknown is None:
+            return
+        places, is_applied, settings = self._unknown
+        self._unknown = None
+        if bool(is_applied):
+            self._count += 1
+            if self.rule.catches_up:
+                self._missed.record(settings["lr"], settings["weight_decay"])
+        self._last_steps[places] = self._count  # `begin` has caught them up even if the update was skipped
+
+    def _copied(self, places: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """Copies rows of the block out of tables and state, and brings the copies up to date."""
+        weights = torch.stack([main.index_select(0, places) for main in self._mains])
+        state = {
+            name: torch.stack([tensor.index_select(0, places) for tensor in tensors])
+            for name, tensors in self._state.items()
+        }
+        if self.rule.catches_up:
+            self._catch_up(places, weights, state)
+        return weights, state
+
+    def _write(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
+        """Writes rows of the block back."""
+        for number, (table, main) in enumerate(zip(self.tables, self._mains, strict=True)):
+            main.index_copy_(0, places, weights[number])
+            if table.dtype != torch.float32:
+                table.index_copy_(0, places + self._blocks.start, weights[number].to(table.dtype))
+            for name, tensors in self._state.items():
+                tensors[number].index_copy_(0, places, state[name][number])
+
+    def _catch_up(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
+        """Carries out the missed updates of copied rows, in place; see `missed_steps`."""
+        since, place = self._last_steps[places].cpu().long().unique(return_inverse=True)
+
+        def by_row(values: torch.Tensor) -> torch.Tensor:
+            return values.float()[place].to(weights.device).unsqueeze(1)
+
+        weights.mul_(by_row(self._missed.decay(since)))
+        if not self.rule.momentum or not state["exp_avg"].any():
+            return
+        constants = self.rule.constants
+        root = state["exp_avg_sq"].sqrt()
+        total = torch.zeros_like(root)
+        for factor, shift in self._missed.moment_terms(since):
+            total.addcdiv_(by_row(factor), root + constants.eps * by_row(shift))
+        weights.addcmul_(state["exp_avg"], total, value=-1)
+        gaps = (self._missed.last - since).double()
+        state["exp_avg"].mul_(by_row(constants.beta1**gaps))
+        state["exp_avg_sq"].mul_(by_row(constants.beta2**gaps))
+
+
+def _move_gradient(into: torch.Tensor, leaf: torch.Tensor) -> None:
+    """Adds a leaf's gradient, in the model's precision, to the step's."""
+    assert leaf.grad is not None
+    into.add_(leaf.grad)
+    leaf.grad = None

@@ -1,0 +1,151 @@
+"""The optimizer of parameters that a model family reduces and updates itself.
+
+megatron-core keeps a gradient of every element of a parameter that it trains, reduces it, and updates every element. A
+model family that can do with less sets `requires_grad` of such a parameter to False, so that the engine's gradient
+buffers and optimizer pass it over, and supplies an `OwnOptimizer`. It is chained to the engine's optimizer: learning
+rate, gradient norm, clipping, skipped steps and checkpoints treat both alike.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+
+
+@dataclass(frozen=True)
+class HeldState:
+    """The part of a parameter's state that is on this rank."""
+
+    parameter: torch.Tensor
+    """The model's parameter."""
+
+    tensors: dict[str, torch.Tensor]
+    """The state by name: `param` for fp32 main weights, `exp_avg` and `exp_avg_sq` for Adam's moments, others."""
+
+    start: int
+    """First row of the parameter whose state is here."""
+
+    end: int
+    """The row after the last one."""
+
+
+class OwnOptimizer(MegatronOptimizer):
+    """Base class; a step calls `prepare_grads`, reads `gradients`, scales them, and calls `step_with_ready_grads`."""
+
+    is_stub_optimizer = False
+
+    def __init__(self, engine: MegatronOptimizer, group: dict[str, Any]) -> None:
+        """Args:
+        engine: the engine's optimizer, to which this one will be chained.
+        group: the parameter group of all parameters, without `params`; overrides of learning rate and weight decay.
+        """
+        # Not the base class's: it wraps an optimizer of torch.
+        first, *_ = getattr(engine, "chained_optimizers", [engine])
+        self.optimizer = None
+        self.config = first.config
+        self.is_applied = torch.ones((), dtype=torch.bool)
+        """Whether the next `step_with_ready_grads` changes anything: a scalar on the device."""
+
+        self.grad_stats_parallel_group = first.get_grad_stats_parallel_group()
+        self.is_distributed = isinstance(first, DistributedOptimizer)
+        """Whether the engine divides the optimizer's state among data-parallel ranks."""
+
+        self.host_group: dist.ProcessGroup | None = getattr(first, "data_parallel_group_gloo", None)
+        """The data-parallel ranks, for tensors in CPU memory; None if their other group takes such tensors."""
+
+        self._groups = [
+            {
+                "params": [],
+                "is_expert_parallel": False,
+                "default_config": False,  # the learning rate that is logged is that of the engine's parameters
+                "wd_mult": 1.0,
+                "lr_mult": 1.0,
+                "is_decoupled_lr": False,
+                "max_lr": self.config.lr,
+                "min_lr": self.config.min_lr,
+                **group,
+            }
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The single parameter group; the scheduler writes `lr` and `weight_decay` into it."""
+        return self._groups
+
+    def get_parameters(self) -> list[torch.Tensor]:
+        """Returns the tensors whose `grad` clipping scales."""
+        parameters: list[torch.Tensor] = self._groups[0]["params"]
+        return parameters
+
+    @abstractmethod
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns this rank's reduced gradients; data-parallel ranks hold the same."""
+
+    @abstractmethod
+    def data_parallel_rank(self) -> int:
+        """Returns this rank's place among the ranks that hold the same gradients."""
+
+    @abstractmethod
+    def bring_up_to_date(self) -> None:
+        """Carries out all updates that were put off: afterwards parameters and state are those after the last step."""
+
+    @abstractmethod
+    def held(self) -> Iterator[HeldState]:
+        """Yields the state of every parameter on this rank, to fill from a checkpoint."""
+
+    @abstractmethod
+    def whole(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Yields every parameter with its whole state, to save; possibly on the first data-parallel rank only.
+        Collective.
+        """
+
+    @abstractmethod
+    def step_count(self) -> int:
+        """Returns the number of updates so far."""
+
+    @abstractmethod
+    def restored(self, step: int) -> None:
+        """Called after the tensors of `held` were filled with the state after `step` updates."""
+
+    def get_main_grads_for_grad_norm(self) -> list[torch.Tensor]:
+        """Returns the gradients that this rank adds to the global norm."""
+        # The distributed optimizer sums over data-parallel ranks, too, all of which hold these gradients.
+        return [] if self.is_distributed and self.data_parallel_rank() else self.gradients()
+
+    get_grads_for_grad_norm = get_main_grads_for_grad_norm  # the name since megatron-core 0.19
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """Returns 1: only fp16 scales the loss."""
+        return torch.ones(1, device=torch.cuda.current_device())
+
+    def step(self) -> None:
+        """Not used: `Stepper` runs the parts of a step."""
+        raise NotImplementedError
+
+    def state_dict(self) -> None:
+        """Not used: `OptimizerState` saves."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Not used: `OptimizerState` loads."""
+        raise NotImplementedError
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Not used: `OptimizerState` saves."""
+        raise NotImplementedError
+
+
+def own_optimizers(optimizer: MegatronOptimizer) -> list[OwnOptimizer]:
+    """Returns the optimizers of model families that are chained to the engine's."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, OwnOptimizer)]
+
+
+def bring_up_to_date(optimizer: MegatronOptimizer) -> None:
+    """Carries out all updates that were put off; call it before anything but a training step reads parameters."""
+    for own in own_optimizers(optimizer):
+        own.bring_up_to_date()

@@ -1,0 +1,17 @@
+"""The script of `make gemma` with few steps: transformers gives our tools' text, and so does the imported model."""
+
+import re
+from pathlib import Path
+
+from tests.integration.scripts.test_small_example import EXAMPLES, bash
+
+
+def test_the_script_pretrains_exports_and_generates_the_same_text_three_times(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "gemma" / "quickstart.sh")
+    changes = {"STEPS": "4", "CORPUS_BYTES": "300000", "QUICKSTART": str(tmp_path), "NEW_TOKENS": "12"}
+    result = bash(script, str(tmp_path / "run"), **changes)
+    assert result.returncode == 0, result.stdout + result.stderr
+    texts = re.findall(r"^The function returns.*?(?=\n-{40}|\n== )", result.stdout, re.MULTILINE | re.DOTALL)
+    texts = [text.strip() for text in texts]
+    assert len(texts) == 3 and len(texts[0]) > len("The function returns")
+    assert texts[0] == texts[1] == texts[2]
