@@ -41,17 +41,8 @@ class AddedParts:
     """Integer tensors of Hugging Face's format that a checkpoint holds in another form, by name."""
 
     def config(self, base: dict[str, Any]) -> dict[str, Any]:
-        """Returns the config.json of the extended model from that of its base model.
-
-        Raises:
-            ValueError: there is no class for the base model's architecture.
-        """
+        """Returns the config.json of the extended model from that of its base model."""
         name = str(base["architectures"][0]).removesuffix("ForCausalLM")
-        if f"{CLASS_PREFIX}{name}ForCausalLM" not in self.code.read_text(encoding="utf-8"):
-            raise ValueError(
-                f"{name}ForCausalLM: a model of this architecture can be exported without its model families only "
-                "(--base-only, if its base was frozen)"
-            )
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
         return {
             **base,
