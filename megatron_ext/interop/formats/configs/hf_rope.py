@@ -173,8 +173,10 @@ class _Reader:
         return {}
 
     def _head_size(self) -> int:
-        size: int = self.config["hidden_size"] // self.config["num_attention_heads"]
-        return self.config.get("head_dim", size)
+        size: int = self.config.get(
+            "head_dim", self.config["hidden_size"] // self.config["num_attention_heads"]
+        )
+        return size
 
     def _llama3(self) -> dict[str, Any]:
         low, high = self._of("low_freq_factor"), self._of("high_freq_factor")
