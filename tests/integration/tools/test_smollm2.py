@@ -27,7 +27,8 @@ TEXT = "The Eiffel Tower was completed in 1889 and is 330 metres tall. It's the 
 TOKENS, LENGTH = 1024, 512
 """Tokens that are predicted, from the beginning of CPython's documentation topics, and tokens per window."""
 
-LAYOUTS = {"one process": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
+LAYOUTS = {"one process": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
+"""Tensor- and pipeline-parallel size. Two tensor-parallel ranks cannot share the model's 9 heads."""
 
 
 @pytest.fixture(scope="module")
