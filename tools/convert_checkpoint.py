@@ -247,6 +247,7 @@ def run_import(config: ImportConfig) -> None:
         print(
             f"with the model families {', '.join(families)}; tools/generate.py and tools/evaluate.py load it"
         )
+    if families.keys() - {"per_layer"}:
         return
     save = shlex.quote(config.save)
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
@@ -257,10 +258,12 @@ def run_import(config: ImportConfig) -> None:
             f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
             f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
         )
-    print("to continue training, or to convert the model to NPT:")
+    print("to continue training" + ("" if families else ", or to convert the model to NPT") + ":")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
+    if families:
+        return
     print(
         f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-5 --np-form key_value --np-target gate+up "
         f"--np-rank auto:0.1 --np-residual keep --np-init calibrated --save {save}-npt"
