@@ -17,7 +17,7 @@ from megatron_ext.config.serialize import group_in
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.hf_export import check_families
 from megatron_ext.interop.hf_import import require_one_process
-from megatron_ext.interop.megatron.megatron_arguments import export_arguments
+from megatron_ext.interop.megatron.megatron_arguments import export_arguments, flags_beside_checkpoint
 from megatron_ext.interop.megatron.megatron_directory import make_arguments
 from megatron_ext.interop.megatron.megatron_names import LINEARS, Named, export_tensors
 from megatron_ext.interop.output_directory import check_free, complete_directory
@@ -120,7 +120,11 @@ def _write(
     write_text(target / TRACKER, RELEASE)
     fsync_path(folder)
     kind = str(first).removeprefix("torch.")
-    return [f"a release checkpoint for pretrain_gpt.py --load, {kind}, {rows:,} rows of the vocabulary"]
+    messages = [f"a release checkpoint for pretrain_gpt.py --load, {kind}, {rows:,} rows of the vocabulary"]
+    flags = flags_beside_checkpoint(model)
+    if flags:
+        messages.append(f"--use-checkpoint-args does not read {flags}: give this to pretrain_gpt.py")
+    return messages
 
 
 _RUN_ARGUMENTS: dict[str, Any] = {

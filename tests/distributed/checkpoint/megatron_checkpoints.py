@@ -24,6 +24,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
@@ -33,7 +34,10 @@ from megatron_ext.training.interface.family_interface import Batch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # the engine imports a deprecated module of its own
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
 
 LENGTH = 16
 VOCABULARY = 97  # 96 numbers, and the end of a document
@@ -62,6 +66,9 @@ class Case:
     release: bool = False
     bf16: bool = False
 
+    needs_te: bool = False
+    """Whether the engine computes it with Transformer Engine only; its processes must be able to import it."""
+
     def all_arguments(self) -> dict[str, Any]:
         """Returns the arguments, with Megatron-LM's names and defaults."""
         return {**DEFAULTS, **self.arguments}
@@ -87,6 +94,8 @@ DEFAULTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_epsilon": 1e-5,
     "layernorm_zero_centered_gamma": False,
+    "window_size": None,
+    "window_attn_skip_freq": None,
     "swiglu": True,
     "squared_relu": False,
     "bias_gelu_fusion": False,
@@ -116,6 +125,7 @@ _GPT3 = {
     "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": False,
 }
+_CENTERED = {"layernorm_zero_centered_gamma": True}
 _GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 
 CASES = {
@@ -130,6 +140,10 @@ CASES = {
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
     "LayerNorm without biases": Case(arguments={**_GROUPED, "normalization": "LayerNorm", "rotary_percent": 0.25}),
     "bf16": Case(arguments=_GROUPED, bf16=True),
+    "windows": Case(arguments={**_GROUPED, "window_size": (4, 0)}),
+    "windows on some layers": Case(arguments={"window_size": (4, 0), "window_attn_skip_freq": [1, 0, 0, 1]}),
+    "norms around 0": Case(arguments={**_GROUPED, **_CENTERED, "qk_layernorm": True}, needs_te=True),
+    "LayerNorm around 0": Case(arguments={**_GPT3, **_CENTERED}, needs_te=True),
 }  # fmt: skip
 
 
@@ -280,7 +294,9 @@ def randomize(model: GPTModel) -> None:
         # The engine's own stream differs between data-parallel ranks.
         generator = torch.Generator().manual_seed(zlib.crc32(source.encode()))
         parameter.normal_(0.0, 0.1, generator=generator)
-        parameter.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        # In Transformer Engine's layers: layer_norm_weight.
+        is_norm = "norm" in name and name.endswith("weight")
+        parameter.add_(float(is_norm and not model.config.layernorm_zero_centered_gamma))
 
 
 def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
@@ -290,7 +306,7 @@ def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
         "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "hidden_dropout", "attention_dropout",
-        "init_method_std",
+        "init_method_std", "layernorm_zero_centered_gamma", "window_size", "window_attn_skip_freq",
     )  # fmt: skip
     return TransformerConfig(
         **{name: given[name] for name in names},
@@ -309,8 +325,20 @@ def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
     )
 
 
+def _spec(case: Case) -> ModuleSpec:
+    given = case.all_arguments()
+    local = get_gpt_layer_local_spec(qk_layernorm=given["qk_layernorm"], normalization=given["normalization"])
+    if not case.needs_te:
+        return local
+    spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=given["qk_layernorm"])
+    attention = spec.submodules.self_attention.submodules
+    # Transformer Engine's attention needs a GPU.
+    attention.core_attention = local.submodules.self_attention.submodules.core_attention
+    return spec
+
+
 def _model(config: TransformerConfig, given: dict[str, Any], case: Case) -> GPTModel:
-    spec = get_gpt_layer_local_spec(qk_layernorm=given["qk_layernorm"], normalization=given["normalization"])
+    spec = _spec(case)
     if case.local_names:
         spec.submodules.sharded_state_dict_keys_map = {}
     return GPTModel(

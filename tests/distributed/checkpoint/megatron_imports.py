@@ -14,6 +14,7 @@ from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop.megatron.megatron_import import MegatronModel, import_megatron
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.run_single import clean_process, run_single
+from megatron_ext.testing.transformer_engine.run_with_te import run_with_te
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from tests.distributed.checkpoint.megatron_checkpoints import LENGTH, STEPS, Case, Run, token_ids
 
@@ -26,17 +27,35 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 def written(case: Case, folder: Path, sharding: str | None = None) -> tuple[torch.Tensor, list[float]]:
     """Trains a case, saves it, and returns its logits and the losses of the two steps after the save."""
-
-    def run() -> tuple[torch.Tensor, list[float]]:
-        trained = Run(case, ParallelConfig(use_distributed_optimizer=sharding is not None), sharding)
-        trained.train(STEPS)
-        trained.save(folder, STEPS)
-        logits = trained.logits()
-        trained.chunks[0].train()
-        return logits, trained.train(2)
-
-    result: tuple[torch.Tensor, list[float]] = run_single(run)
+    if case.needs_te:
+        result: tuple[torch.Tensor, list[float]] = run_with_te(_write, 1, case, folder, sharding)[0]
+    else:
+        result = run_single(_write, case, folder, sharding)
     return result
+
+
+def _write(case: Case, folder: Path, sharding: str | None) -> tuple[torch.Tensor, list[float]]:
+    trained = Run(case, ParallelConfig(use_distributed_optimizer=sharding is not None), sharding)
+    trained.train(STEPS)
+    trained.save(folder, STEPS)
+    logits = trained.logits()
+    trained.chunks[0].train()
+    return logits, trained.train(2)
+
+
+def engines_logits(case: Case, folder: Path) -> torch.Tensor:
+    """Loads a checkpoint into the engine's model, with the engine's reader, and returns its logits."""
+    if case.needs_te:
+        logits: torch.Tensor = run_with_te(_load, 1, case, folder)[0]
+    else:
+        logits = run_single(_load, case, folder)
+    return logits
+
+
+def _load(case: Case, folder: Path) -> torch.Tensor:
+    run = Run(case, ParallelConfig())
+    run.load(folder)
+    return run.logits()
 
 
 def imported(source: Path, save: Path, **options: Any) -> MegatronModel:
