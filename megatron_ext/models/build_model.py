@@ -139,26 +139,28 @@ def _build_chunk(
         )
         for number in stage.layer_numbers
     ]
-    chunk = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(model, layers),
-        vocab_size=vocab_size,
-        max_sequence_length=model.resolved_max_position_embeddings,
-        pre_process=stage.is_first,
-        post_process=stage.is_last,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        pg_collection=groups,
-        vp_stage=vp_stage,
-        auxiliary=auxiliary,
-        stage=stage,
-        sliding_window=model.sliding_window,
-        embedding_multiplier=model.embedding_multiplier,
-        logit_divisor=model.logit_divisor,
-        final_logit_softcapping=model.final_logit_softcapping,
-    )
+    # The engine builds learned positions on the default device.
+    with process_groups.device():
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(model, layers),
+            vocab_size=vocab_size,
+            max_sequence_length=model.resolved_max_position_embeddings,
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+            auxiliary=auxiliary,
+            stage=stage,
+            sliding_window=model.sliding_window,
+            embedding_multiplier=model.embedding_multiplier,
+            logit_divisor=model.logit_divisor,
+            final_logit_softcapping=model.final_logit_softcapping,
+        )
     scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
     if depends_on_length(model):
         chunk.rotary_pos_emb = RotaryByLength(model, groups.cp)
