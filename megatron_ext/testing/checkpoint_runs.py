@@ -86,7 +86,11 @@ class TinyRun:
             micro_batch_size=1,
             clip_grad=1.0,
         )
-        run_config = {"model": group_to_dict(settings.model), "training": group_to_dict(training)}
+        run_config = {
+            "model": group_to_dict(settings.model),
+            "training": group_to_dict(training),
+            "optimizer": group_to_dict(settings.optimizer),
+        }
         if settings.tokenizer_config is not None:
             run_config["tokenizer"] = group_to_dict(settings.tokenizer_config)
         self.checkpointer = Checkpointer(

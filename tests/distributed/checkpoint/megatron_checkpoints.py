@@ -65,9 +65,15 @@ class Case:
 
     release: bool = False
     bf16: bool = False
+    fp16: bool = False
 
     needs_te: bool = False
     """Whether the engine computes it with Transformer Engine only; its processes must be able to import it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def all_arguments(self) -> dict[str, Any]:
         """Returns the arguments, with Megatron-LM's names and defaults."""
@@ -140,6 +146,7 @@ CASES = {
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
     "LayerNorm without biases": Case(arguments={**_GROUPED, "normalization": "LayerNorm", "rotary_percent": 0.25}),
     "bf16": Case(arguments=_GROUPED, bf16=True),
+    "fp16": Case(arguments=_GROUPED, fp16=True),
     "windows": Case(arguments={**_GROUPED, "window_size": (4, 0)}),
     "windows on some layers": Case(arguments={"window_size": (4, 0), "window_attn_skip_freq": [1, 0, 0, 1]}),
     "norms around 0": Case(arguments={**_GROUPED, **_CENTERED, "qk_layernorm": True}, needs_te=True),
@@ -166,8 +173,9 @@ class Run:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
         self.chunks = [DistributedDataParallel(self.config, ddp, model)]
         config = OptimizerConfig(
-            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16, clip_grad=1.0,
+            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16, fp16=case.fp16, clip_grad=1.0,
             params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
+            initial_loss_scale=2.0**6, loss_scale_window=2,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(
             config,
@@ -175,6 +183,7 @@ class Run:
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=False,
         )
+        self.config.grad_scale_func = self.optimizer.scale_loss
         self._batches = synthetic_batches(LENGTH)
         steps = RATES["train_iters"] * GLOBAL_BATCH_SIZE
         self.scheduler = OptimizerParamScheduler(
@@ -228,7 +237,7 @@ class Run:
                 global_batch_size=GLOBAL_BATCH_SIZE,
                 micro_batch_size=1,
                 bf16=self.case.bf16,
-                fp16=False,
+                fp16=self.case.fp16,
                 optimizer="adam",
                 tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
@@ -261,6 +270,23 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
+
+    def resume(self, folder: Path) -> None:
+        """Loads model, optimizer and schedule with the engine's reader, as Megatron-LM does, and skips the data."""
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        metadata = {**dist_checkpointing.load_content_metadata(str(folder)), **groups}
+        model = self.chunks[0].module
+        state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = dist_checkpointing.load(state, str(folder))
+        model.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        size = parallel_state.get_data_parallel_world_size()
+        for _ in range(loaded["args"].consumed_train_samples // size):
+            next(self._batches)
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
@@ -302,7 +328,6 @@ def randomize(model: GPTModel) -> None:
 def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
     """Returns the engine's configuration of a case, as Megatron-LM builds it."""
     given = case.all_arguments()
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
         "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "hidden_dropout", "attention_dropout",
@@ -317,9 +342,10 @@ def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
+        params_dtype=case.dtype,
+        pipeline_dtype=case.dtype,
         bf16=case.bf16,
+        fp16=case.fp16,
         batch_p2p_comm=False,
         cuda_graph_scope=[],
     )

@@ -1,6 +1,7 @@
 """Imports a Megatron-LM checkpoint in a process group of its own, and runs the imported model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop.megatron.megatron_import import MegatronModel, import_megatron
@@ -77,22 +79,38 @@ def our_logits(save: Path) -> torch.Tensor:
     return result
 
 
-def our_losses(save: Path, bf16: bool) -> list[float]:
-    """Resumes an imported run after `STEPS` steps, and returns the losses of two more."""
+def resumed(save: Path, case: Case) -> TinyRun:
+    """Resumes an imported run, in a process group; it saves to the same directory."""
     stored = read_run_config(str(save))
-    settings = RunSettings(
-        parallel=ParallelConfig(),
-        checkpoint=CheckpointConfig(load=str(save)),
-        model=group_in(ModelConfig, stored, "model"),
-        bf16=bf16,
-        vocab_size=stored["vocab_size"],
-        tokenizer=stored["tokenizer_fingerprint"],
+    run = TinyRun(
+        RunSettings(
+            parallel=ParallelConfig(),
+            checkpoint=CheckpointConfig(load=str(save), save=str(save)),
+            model=group_in(ModelConfig, stored, "model"),
+            bf16=case.bf16,
+            fp16=case.fp16,
+            vocab_size=stored["vocab_size"],
+            tokenizer=stored["tokenizer_fingerprint"],
+            tokenizer_config=group_in(TokenizerConfig, stored, "tokenizer"),
+        )
     )
+    assert run.progress.iteration == STEPS
+    return run
 
-    def run() -> list[float]:
-        resumed = TinyRun(settings)
-        assert resumed.progress.iteration == STEPS
-        return resumed.train(2)
 
-    losses: list[float] = run_single(run)
+def our_losses(save: Path, case: Case) -> list[float]:
+    """Resumes an imported run after `STEPS` steps, and returns the losses of two more."""
+    losses: list[float] = run_single(lambda: resumed(save, case).train(2))
     return losses
+
+
+def engines_losses(case: Case, folder: Path) -> list[float]:
+    """Continues a checkpoint with the engine's model on Transformer Engine and its distributed optimizer, two steps."""
+    losses: list[float] = run_with_te(_continue, 1, replace(case, needs_te=True), folder)[0]
+    return losses
+
+
+def _continue(case: Case, folder: Path) -> list[float]:
+    run = Run(case, ParallelConfig(use_distributed_optimizer=True), "fully_reshardable")
+    run.resume(folder)
+    return run.train(2)
