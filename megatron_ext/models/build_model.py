@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
 from megatron_ext.models.engine_config import build_transformer_config
 from megatron_ext.models.gpt_model import GPTModel
@@ -44,8 +45,7 @@ def build_model(
     *,
     vocab_size: int,
     seed: int,
-    bf16: bool = False,
-    fp16: bool = False,
+    precision: Precision = "fp32",
     extensions: list[Extension] | None = None,
     fuses_norms: bool = False,
 ) -> list[GPTModel]:
@@ -56,8 +56,7 @@ def build_model(
         parallel: the parallel layout; megatron-core's parallel state must already be set up for it.
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
-        bf16: whether parameters are in bfloat16 instead of fp32.
-        fp16: whether they are in fp16 instead.
+        precision: precision of parameters and activations.
         extensions: what the model families add to the model.
         fuses_norms: with Transformer Engine, whether a norm is computed inside the linear layer that follows, where no
             family reads its output; names of parameters do not change.
@@ -71,7 +70,7 @@ def build_model(
     """
     extensions = extensions or []
     check_te(model, parallel)
-    config = build_transformer_config(model, parallel, bf16=bf16, fp16=fp16)
+    config = build_transformer_config(model, parallel, precision=precision)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
     auxiliary = AuxiliaryInputs(_merged_streams(model, config, extensions), sequence_parallel_size)
     fuses_norms = fuses_norms and uses_te(model) and not _keeps_norms(config, extensions)

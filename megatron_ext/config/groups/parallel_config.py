@@ -13,6 +13,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_numbers,
     check_positive,
 )
+from megatron_ext.config.groups.training_config import Precision
 
 _MINUTES_OF_A_YEAR = 365 * 24 * 60
 _RECOMPUTED = ("core_attn",)
@@ -110,9 +111,11 @@ class ParallelConfig:
                 f"requires --pipeline-model-parallel-size above 1 (got {self.pipeline_model_parallel_size})"
             )
 
-    def reduces_in_fp32(self, *, bf16: bool) -> bool:
+    def reduces_in_fp32(self, precision: Precision) -> bool:
         """Returns whether gradients are summed in fp32, not in the precision of the weights."""
-        return self.accumulate_allreduce_grads_in_fp32 or (bf16 and not self.grad_reduce_in_bf16)
+        return self.accumulate_allreduce_grads_in_fp32 or (
+            precision == "bf16" and not self.grad_reduce_in_bf16
+        )
 
     def _check_overlap(self) -> None:
         if self.accumulate_allreduce_grads_in_fp32 and self.grad_reduce_in_bf16:

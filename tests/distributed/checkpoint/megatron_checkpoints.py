@@ -28,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, synthetic_batches
 from megatron_ext.training.interface.family_interface import Batch
@@ -64,8 +65,7 @@ class Case:
     """Whether every layer's tensors have names of their own, instead of one tensor for all layers."""
 
     release: bool = False
-    bf16: bool = False
-    fp16: bool = False
+    precision: Precision = "fp32"
 
     needs_te: bool = False
     """Whether the engine computes it with Transformer Engine only; its processes must be able to import it."""
@@ -73,7 +73,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def all_arguments(self) -> dict[str, Any]:
         """Returns the arguments, with Megatron-LM's names and defaults."""
@@ -145,8 +145,8 @@ CASES = {
     "rope scaling": Case(arguments={"use_rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
     "LayerNorm without biases": Case(arguments={**_GROUPED, "normalization": "LayerNorm", "rotary_percent": 0.25}),
-    "bf16": Case(arguments=_GROUPED, bf16=True),
-    "fp16": Case(arguments=_GROUPED, fp16=True),
+    "bf16": Case(arguments=_GROUPED, precision="bf16"),
+    "fp16": Case(arguments=_GROUPED, precision="fp16"),
     "windows": Case(arguments={**_GROUPED, "window_size": (4, 0)}),
     "windows on some layers": Case(arguments={"window_size": (4, 0), "window_attn_skip_freq": [1, 0, 0, 1]}),
     "norms around 0": Case(arguments={**_GROUPED, **_CENTERED, "qk_layernorm": True}, needs_te=True),
@@ -173,8 +173,8 @@ class Run:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
         self.chunks = [DistributedDataParallel(self.config, ddp, model)]
         config = OptimizerConfig(
-            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16, fp16=case.fp16, clip_grad=1.0,
-            params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
+            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, clip_grad=1.0, bf16=self.config.bf16,
+            fp16=self.config.fp16, params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
             initial_loss_scale=2.0**6, loss_scale_window=2,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(
@@ -236,8 +236,8 @@ class Run:
                 consumed_train_samples=iteration * GLOBAL_BATCH_SIZE,
                 global_batch_size=GLOBAL_BATCH_SIZE,
                 micro_batch_size=1,
-                bf16=self.case.bf16,
-                fp16=self.case.fp16,
+                bf16=self.config.bf16,
+                fp16=self.config.fp16,
                 optimizer="adam",
                 tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
@@ -344,8 +344,8 @@ def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         params_dtype=case.dtype,
         pipeline_dtype=case.dtype,
-        bf16=case.bf16,
-        fp16=case.fp16,
+        bf16=case.precision == "bf16",
+        fp16=case.precision == "fp16",
         batch_p2p_comm=False,
         cuda_graph_scope=[],
     )

@@ -53,7 +53,7 @@ def test_a_run_of_two_ranks_continues_in_one_process(layout: str, tmp_path: Path
     name, parallel, sharding = LAYOUTS_AND_FORMATS[layout]
     losses, _ = run_distributed(_write, 2, name, parallel, sharding, str(tmp_path / "theirs"))
     imported(tmp_path / "theirs", tmp_path / "ours", with_optimizer=True)
-    tolerance = 2e-2 if CASES[name].bf16 else 1e-6
+    tolerance = 2e-2 if CASES[name].precision == "bf16" else 1e-6
     assert our_losses(tmp_path / "ours", CASES[name]) == pytest.approx(losses, rel=tolerance)
 
 

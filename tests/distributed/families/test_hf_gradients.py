@@ -68,9 +68,9 @@ def _trace(folder: str, parallel: ParallelConfig) -> TrainingTrace:
     source = load_hf(folder, seq_length=LENGTH)
     chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7)
     load_into(chunks, source.state)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel)
     settings = OptimizerSettings(lr=1e-9, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, [], bf16=False)
+    optimizer = build_optimizer(settings, parallel, wrapped, [])
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=1), optimizer, 4)
     stepper = Stepper(
         wrapped,

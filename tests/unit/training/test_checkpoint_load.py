@@ -164,7 +164,7 @@ def test_another_schedule_needs_a_word_which_one_counts(saved: str) -> None:
 
 
 def test_fp32_and_bf16_runs_load_one_anothers_checkpoints(saved: str, tmp_path: Path) -> None:
-    low = replace(_ALONE, bf16=True)
+    low = replace(_ALONE, precision="bf16")
     low_distributed = replace(low, parallel=ParallelConfig(use_distributed_optimizer=True))
     run_single(save_two_steps, str(tmp_path), low, False)
     straight = run_single(_losses_and_start, saved, _ALONE, {})
