@@ -67,7 +67,7 @@ def export(save: Path, target: Path) -> None:
 
 
 @needs_te
-@pytest.mark.parametrize("name", ["Llama", "GPT-3", "norms around 0", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["GPT-3", "norms around 0", "bf16", "fp16"])
 def test_the_engines_training_continues_an_export_with_its_optimizer(name: str, tmp_path: Path) -> None:
     case, save = CASES[name], tmp_path / "ours"
     written(case, tmp_path / "theirs")
