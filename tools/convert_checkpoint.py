@@ -122,8 +122,9 @@ class ExportConfig:
     """Step to export. Default: the newest complete checkpoint."""
 
     architecture: str | None = None
-    """Architecture to export to: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or
-    Gemma3ForCausalLM. Default: the one that the model was imported from, else the first that can express the model."""
+    """Architecture to export to: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
+    Gemma3ForCausalLM or Gemma4ForCausalLM. Default: the one that the model was imported from, else the first that can
+    express the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported tensors. Default: the dtype in the checkpoint."""
@@ -255,6 +256,7 @@ def run_import(config: ImportConfig) -> None:
         print(
             f"with the model families {', '.join(families)}; tools/generate.py and tools/evaluate.py load it"
         )
+    if families.keys() - {"per_layer"}:
         return
     save = shlex.quote(config.save)
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
@@ -265,10 +267,12 @@ def run_import(config: ImportConfig) -> None:
             f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
             f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
         )
-    print("to continue training, or to convert the model to NPT:")
+    print("to continue training" + ("" if families else ", or to convert the model to NPT") + ":")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
+    if families:
+        return
     print(
         f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-5 --np-form key_value --np-target gate+up "
         f"--np-rank auto:0.1 --np-residual keep --np-init calibrated --save {save}-npt"

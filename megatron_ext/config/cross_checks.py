@@ -103,12 +103,7 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
 
 
 def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
-    stages = parallel.pipeline_model_parallel_size
-    if model.num_layers % stages:
-        raise ValueError(
-            f"--num-layers {model.num_layers}: must be divisible by --pipeline-model-parallel-size {stages}"
-        )
-    layers = model.num_layers // stages
+    layers = min(parallel.stage_sizes(model.num_layers))
     virtual_layers = parallel.num_layers_per_virtual_pipeline_stage
     if virtual_layers is not None and layers % virtual_layers:
         raise ValueError(

@@ -56,13 +56,20 @@ def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
     return group_from_dict(group_type, stored[name], name)
 
 
-def format_groups(groups: Mapping[str, "DataclassInstance"]) -> str:
+def format_groups(groups: Mapping[str, "DataclassInstance | Mapping[str, Any]"]) -> str:
     """Returns config groups as YAML text: one section per group, with every field of the group."""
     # Imported late, because importing YAML takes time and most command lines do not need it.
     import yaml
 
-    sections = {name: group_to_dict(group) for name, group in groups.items()}
-    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.safe_dump(sections_of(groups), sort_keys=False, default_flow_style=None, width=100)
+
+
+def sections_of(groups: Mapping[str, "DataclassInstance | Mapping[str, Any]"]) -> dict[str, dict[str, Any]]:
+    """Returns config groups, given as dataclasses or as their JSON values, as JSON values."""
+    return {
+        name: dict(group) if isinstance(group, Mapping) else group_to_dict(group)
+        for name, group in groups.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,10 @@ class AddedParts:
     """Sections of config.json."""
 
     code: Path
-    """File with the model's class."""
+    """File with the model's classes."""
+
+    bases: tuple[str, ...]
+    """Base models, such as `Llama`, of which the file has a class."""
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Tensors that take the place of the checkpoint's, or that it lacks, by their names in a checkpoint."""
@@ -41,8 +44,17 @@ class AddedParts:
     """Integer tensors of Hugging Face's format that a checkpoint holds in another form, by name."""
 
     def config(self, base: dict[str, Any]) -> dict[str, Any]:
-        """Returns the config.json of the extended model from that of its base model."""
+        """Returns the config.json of the extended model from that of its base model.
+
+        Raises:
+            ValueError: there is no class for this base model.
+        """
         name = str(base["architectures"][0]).removesuffix("ForCausalLM")
+        if name not in self.bases:
+            raise ValueError(
+                f"--architecture {base['architectures'][0]}: a model with PLE or NPT layers requires a base that is "
+                f"exported as one of {', '.join(self.bases)}"
+            )
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
         return {
             **base,

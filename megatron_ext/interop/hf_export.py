@@ -18,12 +18,21 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.added_parts import AddedParts
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.formats.configs.hf_config import (
+    PER_LAYER,
     choose_architecture,
+    expresses,
     from_model_config,
     read_architecture,
 )
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.hf_files import Group, write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
+from megatron_ext.interop.formats.per_layer_layout import (
+    FAMILY,
+    exported_per_layer,
+    pack,
+    per_layer_entries,
+)
 from megatron_ext.interop.formats.tokenizer.tokenizer_files import TOKENIZER_CONFIG, write_files
 from megatron_ext.interop.formats.tokenizer.tokenizer_readback import check_read_back
 from megatron_ext.interop.formats.weight_layout import Entry, entries, split
@@ -56,6 +65,7 @@ def export_hf(
     overwrite: bool = False,
     imported: Imported | None = None,
     added: AddedParts | None = None,
+    per_layer: PerLayer | None = None,
 ) -> list[str]:
     """Writes a Hugging Face directory; on an error nothing is left at `model_dir`.
 
@@ -72,6 +82,7 @@ def export_hf(
         overwrite: replace the content of `model_dir`.
         imported: for an imported model, the configuration and small files of its source (`load_hf(...).imported`).
         added: what model families add to the base model; `state` has their tensors too.
+        per_layer: Gemma's per-layer embedding, whose tensors `state` has too; None for a model without it.
 
     Returns:
         Messages for the user.
@@ -86,13 +97,18 @@ def export_hf(
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if architecture is None and imported is not None:
         architecture, _ = read_architecture(imported.config, "imported config.json")
-    chosen = choose_architecture(model, architecture)
+    chosen = choose_architecture(model, architecture, per_layer)
+    if chosen in PER_LAYER.values() and added is not None:
+        raise ValueError(
+            f"a base model that only {chosen} expresses is exported with its own --per-layer-preset or alone; no code "
+            "is written for other families on it"
+        )
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
-    found = _entries_of(model, vocab_size, state, chosen, added)
+    found = _entries_of(model, vocab_size, state, chosen, added, per_layer)
     first = _dtype(state, found[0].name)
     written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
     config = from_model_config(
-        model, vocab_size, chosen, written_as, imported.config if imported is not None else None
+        model, vocab_size, chosen, written_as, imported.config if imported is not None else None, per_layer
     )
     tensors: Iterable[Group] = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
     if added is not None:
@@ -104,7 +120,9 @@ def export_hf(
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
             as_imported = _is_unchanged(imported, config)
-            messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+            messages += check_read_back(
+                folder, tokenizer, model_dir, as_imported=as_imported, has_code=added is not None
+            )
         if added is not None:
             added.write_code(folder)
             messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
@@ -151,9 +169,12 @@ def _entries_of(
     state: Mapping[str, torch.Tensor],
     architecture: str,
     added: AddedParts | None,
+    per_layer: PerLayer | None,
 ) -> list[Entry]:
     """Returns the layout entries of all tensors in `model`; raises `ValueError` unless `state` has exactly these."""
     found = entries(model, vocab_size, vocab_size, architecture) + ([] if added is None else added.entries)
+    if per_layer is not None:
+        found += per_layer_entries(model, per_layer, vocab_size, vocab_size)
     wanted = {entry.name for entry in found}
     for names, what in (
         (wanted - set(state), "the model to export lacks"),
@@ -167,22 +188,37 @@ def _entries_of(
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[Group]:
-    """Yields a group for `write_safetensors` per entry: (name, bytes) of its parts, and a function that reads them."""
+    """Yields groups for `write_safetensors`: (name, bytes) of each tensor, and a function that reads them."""
+    slices: dict[str, list[Entry]] = {}
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
 
         def read(entry: Entry = entry) -> list[torch.Tensor]:
-            whole = state[entry.name].detach().cpu()
-            if entry.kind == "vocabulary":
-                whole = whole[: entry.shape[0]]
-            if whole.shape != entry.shape:
-                raise ValueError(
-                    f"{entry.name}: the configuration requires shape {list(entry.shape)}, got {list(whole.shape)}"
-                )
-            return [part.to(dtype or part.dtype) for part in split(entry, whole, model)]
+            return [part.to(dtype or part.dtype) for part in split(entry, _read(state, entry), model)]
 
+        if entry.kind == "slice":
+            slices.setdefault(entry.parts[0][0], []).append(entry)
+            continue
         yield sizes, read
+    for name, of_one in slices.items():
+        kind = dtype or _dtype(state, of_one[0].name)
+
+        def read_all(of_one: list[Entry] = of_one, kind: torch.dtype = kind) -> list[torch.Tensor]:
+            return [pack(of_one, (_read(state, entry).to(kind) for entry in of_one))]
+
+        yield [(name, torch.Size(of_one[0].parts[0][1]).numel() * kind.itemsize)], read_all
+
+
+def _read(state: Mapping[str, torch.Tensor], entry: Entry) -> torch.Tensor:
+    whole = state[entry.name].detach().cpu()
+    if entry.kind == "vocabulary":
+        whole = whole[: entry.shape[0]]
+    if whole.shape != entry.shape:
+        raise ValueError(
+            f"{entry.name}: the configuration requires shape {list(entry.shape)}, got {list(whole.shape)}"
+        )
+    return whole
 
 
 def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
@@ -239,14 +275,15 @@ def export_checkpoint(
         group_in(ModelConfig, run_config, "model"),
         group_in(TokenizerConfig, run_config, "tokenizer"),
     )
-    if base_only or read_parts is None:
+    per_layer = None if base_only else _per_layer_of(model, run_config["families"], architecture)
+    if base_only or (read_parts is None and per_layer is None):
         check_families(run_config["families"], load, base_only=base_only)
-    choose_architecture(model, architecture)
+    choose_architecture(model, architecture, per_layer)
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
     added = None
-    if read_parts is not None and not base_only:
+    if read_parts is not None and not base_only and per_layer is None:
         added = read_parts(run_config, model, tokenizer or tokens)
     # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
@@ -266,6 +303,7 @@ def export_checkpoint(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            per_layer=per_layer,
             imported=Imported.of_run(
                 *([base.run_config()] if base is not None and base_only else []), run_config
             ),
@@ -273,6 +311,14 @@ def export_checkpoint(
         )
     finally:
         process_groups.shutdown()
+
+
+def _per_layer_of(model: ModelConfig, families: dict[str, Any], architecture: str | None) -> PerLayer | None:
+    """Returns the per-layer embedding if the model is exported as a Gemma that has it; else None."""
+    found = exported_per_layer(families) if families.keys() == {FAMILY} else None
+    if found is None or architecture not in (PER_LAYER[found.preset], None):
+        return None
+    return found if expresses(model, PER_LAYER[found.preset], found) else None
 
 
 def _base_names(model: ModelConfig) -> set[str]:

@@ -14,17 +14,20 @@ import torch
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.serialize import format_groups, group_to_dict
+from megatron_ext.config.serialize import format_groups, group_to_dict, sections_of
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.interop.added_parts import AddedParts, base_config, is_extended
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
-from megatron_ext.interop.formats.configs.hf_config import to_model_config
-from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, read_config
+from megatron_ext.interop.formats.configs.hf_config import HFModel, to_model_config
+from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, TensorFiles, read_config
 from megatron_ext.interop.formats.imported_model import Imported, left_behind
+from megatron_ext.interop.formats.per_layer_layout import FAMILY, family_of, per_layer_entries
+from megatron_ext.interop.formats.text_part import TextTensors, has_text_part, text_config
 from megatron_ext.interop.formats.tokenizer.tokenizer_files import copy_imported, imported_tokenizer
-from megatron_ext.interop.formats.weight_layout import entries
+from megatron_ext.interop.formats.weight_layout import Entry, entries, unused_tensors
 from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.interop.gguf.gguf_model import open_gguf
+from megatron_ext.interop.gguf.gguf_tensors import GGUFTensors
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.models.build_model import padded_vocab_size
 from megatron_ext.platform import process_groups
@@ -49,6 +52,9 @@ class Families:
 
     parts: AddedParts | None = None
     """What they add to the base model."""
+
+    entries: list[Entry] = field(default_factory=list)
+    """Further tensors, of a family that a class of transformers has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,8 @@ def load_hf(
     folder, tensors = open_gguf(model_dir) if is_gguf(model_dir) else (Path(model_dir), None)
     config = read_config(folder)
     extended = is_extended(config) and read_families is not None
-    content = base_config(config) if extended else config
+    has_others = has_text_part(config) and tensors is None
+    content = base_config(config) if extended else text_config(config) if has_others else config
     source = to_model_config(
         content,
         str(folder / "config.json") if tensors is None else str(model_dir),
@@ -124,14 +131,16 @@ def load_hf(
     families = Families()
     if extended and read_families is not None:
         families = read_families(config, SafetensorsFiles(folder), model, tokenizer)
-    files = SafetensorsFiles(folder) if tensors is None else tensors
-    found = entries(model, source.vocab_size, padded, source.architecture)
-    parts = families.parts
-    state = HuggingFaceState(
-        files, model, found + (parts.entries if parts else []), besides=set(parts.buffers) if parts else set()
-    )
+    elif source.per_layer is not None:
+        families = _of_gemma(model, source, tokenizer.vocab_size)
+    files, notes = _files(folder, config if has_others else None, tensors)
+    parts, unused = families.parts, unused_tensors(model) & files.names
+    found = entries(model, source.vocab_size, padded, source.architecture) + families.entries
+    besides = unused | (set(parts.buffers) if parts else set())
+    state = HuggingFaceState(files, model, found + (parts.entries if parts else []), besides=besides)
     imported, left = Imported.read(folder, content)
-    notes = [] if tensors is None else tensors.messages
+    if unused:
+        notes.append(f"{len(unused)} tensors are of keys and values that no layer uses; not imported")
     return HuggingFaceModel(
         folder=folder,
         model=model,
@@ -144,6 +153,25 @@ def load_hf(
         families=families,
         messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
+
+
+def _files(
+    folder: Path, whole: dict[str, Any] | None, tensors: GGUFTensors | None
+) -> tuple[TensorFiles, list[str]]:
+    """Returns a model's tensors, and messages for the user.
+
+    Args:
+        folder: the Hugging Face directory.
+        whole: config.json of a model that has other parts beside its language model; else None.
+        tensors: the tensors of a GGUF file, which are used instead of the directory's.
+    """
+    if tensors is not None:
+        return tensors, list(tensors.messages)
+    files = SafetensorsFiles(folder)
+    if whole is None:
+        return files, []
+    text = TextTensors(files)
+    return text, [f"the language model of {whole['model_type']}; {text.left_out} other tensors are left out"]
 
 
 def import_checkpoint(
@@ -193,6 +221,7 @@ def import_checkpoint(
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": found.tokenizer.fingerprint(),
         "families": found.families.configurations,
+        **sections_of(found.families.groups),
         IMPORTED: found.imported.placed(save).as_json(),
     }
     # mcore's checkpoint writer needs a process group, even for one process; the seed has no effect.
@@ -228,6 +257,17 @@ def require_one_process() -> None:
             f"conversion requires a single process (got {process_groups.world_size()}); start it without torchrun. "
             "The checkpoint can be loaded at any tensor- and pipeline-parallel size"
         )
+
+
+def _of_gemma(model: ModelConfig, source: HFModel, vocab_size: int) -> Families:
+    """Returns the per-layer embedding of a Gemma 4 or 3n model."""
+    assert source.per_layer is not None
+    family = family_of(source.per_layer, vocab_size)
+    return Families(
+        configurations={FAMILY: family},
+        groups={FAMILY: family["settings"]},
+        entries=per_layer_entries(model, source.per_layer, vocab_size, source.vocab_size),
+    )
 
 
 def model_flags(model: ModelConfig, tokenizer: TokenizerConfig, **groups: Any) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_ext.models.base_parameters import base_parameter_ids
+from megatron_ext.models.base_parameters import base_tensor_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.initialization import CHECKPOINT_METADATA, parameter_shards
+from megatron_ext.models.initialization import CHECKPOINT_METADATA, buffer_shards, parameter_shards
 from megatron_ext.platform.collectives import gather_or_raise
 
 
@@ -14,7 +14,7 @@ from megatron_ext.platform.collectives import gather_or_raise
 def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None:
     """Copies `state` into the base model's parameters, in any parallel layout. Collective.
 
-    Parameters that model families have added keep their values.
+    Parameters that model families have added, and that `state` lacks, keep their values.
 
     Args:
         chunks: this rank's model chunks, with the configuration and vocabulary size that `state` belongs to.
@@ -36,14 +36,13 @@ def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None
 def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]:
     taken: set[str] = set()
     for chunk in chunks:
-        base = base_parameter_ids([chunk])
+        base = base_tensor_ids([chunk])
         name, whole = "", torch.empty(0)
-        for parameter, shard in parameter_shards(
-            chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
-        ):
-            if id(parameter) not in base:
-                continue
+        stored = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        for parameter, shard in (*parameter_shards(stored), *buffer_shards(stored)):
             if shard.key not in state:
+                if id(parameter) not in base:
+                    continue
                 raise ValueError(f"the model to be filled has {shard.key}, which the given tensors lack")
             if shard.key != name:  # a fused projection has several shards of one tensor; read it once
                 name, whole = shard.key, state[shard.key]
@@ -73,10 +72,9 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
-        base = base_parameter_ids([chunk])
-        for parameter, shard in parameter_shards(
-            chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
-        ):
+        base = base_tensor_ids([chunk])
+        stored = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        for parameter, shard in (*parameter_shards(stored), *buffer_shards(stored)):
             if id(parameter) not in base:
                 continue
             assert parameter.numel() == torch.Size(shard.global_shape).numel(), "the model is sharded"

@@ -11,7 +11,8 @@ A model family declares `AuxiliaryStream`s. They are transported in two ways:
   may write, are sent as the stage's last layer has them.
 
 Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism that is the local part of the
-sequence; a stream with `full_sequence=True` always has all rows.
+sequence; a stream with `full_sequence=True` always has all rows. A model with several residual streams (AltUp) has
+hidden states of that many times s rows; auxiliary streams have s.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class AuxiliaryInputs:
     Packs them for the layers, and concatenates them with the hidden states that are sent between pipeline stages.
     """
 
-    def __init__(self, streams: list[AuxiliaryStream], sequence_parallel_size: int = 1) -> None:
+    def __init__(
+        self, streams: list[AuxiliaryStream], sequence_parallel_size: int = 1, residual_streams: int = 1
+    ) -> None:
         names = [stream.name for stream in streams]
         if len(set(names)) != len(names):
             raise ValueError(f"auxiliary streams need distinct names, got {names}")
@@ -63,9 +66,10 @@ class AuxiliaryInputs:
         self._travelling = [stream for stream in streams if stream.travels]
         self._written = [stream for stream in self._travelling if stream.written]
         self._sequence_parallel_size = sequence_parallel_size
+        self._residual_streams = residual_streams
 
     def pipeline_factor(self, hidden_size: int) -> int:
-        """Returns k: the tensor sent between two stages has k times the rows of the hidden states."""
+        """Returns k: the tensor sent between two stages has k rows per token."""
         return self._factor(self._travelling, hidden_size)
 
     @property
@@ -98,11 +102,11 @@ class AuxiliaryInputs:
         """Splits what `with_written` has returned into hidden states and streams."""
         return self._split(self._written, output)
 
-    def unwritten(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+    def unwritten(self, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the zeros that a stream holds until a layer writes it."""
-        rows, batch, _ = hidden_states.shape
+        rows, batch, _ = embedding.shape
         return {
-            stream.name: hidden_states.new_zeros(rows * self._parts(stream), batch, stream.width or 0)
+            stream.name: embedding.new_zeros(rows * self._parts(stream), batch, stream.width or 0)
             for stream in self._written
         }
 
@@ -111,7 +115,10 @@ class AuxiliaryInputs:
         return self._sequence_parallel_size if stream.full_sequence else 1
 
     def _factor(self, streams: list[AuxiliaryStream], hidden_size: int) -> int:
-        return 1 + -(-sum((stream.width or 0) * self._parts(stream) for stream in streams) // hidden_size)
+        return self._residual_streams + self._further_rows(streams, hidden_size)
+
+    def _further_rows(self, streams: list[AuxiliaryStream], hidden_size: int) -> int:
+        return -(-sum((stream.width or 0) * self._parts(stream) for stream in streams) // hidden_size)
 
     def _join(
         self, streams: list[AuxiliaryStream], hidden_states: torch.Tensor, values: dict[str, torch.Tensor]
@@ -119,7 +126,8 @@ class AuxiliaryInputs:
         if not streams:
             return hidden_states
         rows, batch, hidden_size = hidden_states.shape
-        further = self._factor(streams, hidden_size) - 1
+        rows //= self._residual_streams
+        further = self._further_rows(streams, hidden_size)
         # A stream with the whole sequence travels as its parts beside each other, each as long as the hidden states.
         found = [
             values[stream.name].view(self._parts(stream), rows, batch, -1).movedim(0, 2).flatten(2)
@@ -136,16 +144,16 @@ class AuxiliaryInputs:
         if not streams:
             return joined, {}
         _, batch, hidden_size = joined.shape
-        factor = self._factor(streams, hidden_size)
-        rows = joined.size(0) // factor
-        wide = joined[rows:].view(factor - 1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
+        rows = joined.size(0) // self._factor(streams, hidden_size)
+        own = rows * self._residual_streams
+        wide = joined[own:].view(-1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
         sizes = [(stream.width or 0) * self._parts(stream) for stream in streams]
         values = wide.split([*sizes, wide.size(-1) - sum(sizes)], dim=-1)
         found = {
             stream.name: value.unflatten(-1, (self._parts(stream), -1)).movedim(2, 0).flatten(0, 1)
             for stream, value in zip(streams, values, strict=False)
         }
-        return joined[:rows], found
+        return joined[:own], found
 
     def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Packs the streams for the layers into one flat tensor.
@@ -166,7 +174,7 @@ class AuxiliaryInputs:
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
         """Returns an object that a layer uses to read `packed`; the sizes s and b are those of `hidden_states`."""
-        rows, batch = hidden_states.shape[:2]
+        rows, batch = hidden_states.size(0) // self._residual_streams, hidden_states.size(1)
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
@@ -183,6 +191,8 @@ class LayerInputs:
     ) -> None:
         self.packed = packed
         """The flat tensor; `read` and `write` replace it."""
+        self.rows = rows
+        """Number of rows per residual stream of the hidden states."""
         self._places: dict[str, tuple[int, int, int, int]] = {}
         start = 0
         for stream in streams:

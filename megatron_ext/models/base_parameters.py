@@ -12,14 +12,21 @@ ADAPTERS = "adapters"
 
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """Yields the parameters of a chunk's base model: all but those of layer slots, stage modules and adapters."""
-    for name, parameter in chunk.named_parameters():
-        parts = name.split(".")
-        in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
-        if not in_slot and ADAPTERS not in parts and parts[0] not in chunk.stage_module_names:
-            yield parameter
+    """Returns the parameters of a chunk's base model: all but those of layer slots, stage modules and adapters."""
+    return (parameter for name, parameter in chunk.named_parameters() if _is_base(chunk, name))
 
 
-def base_parameter_ids(chunks: Iterable[GPTModel]) -> set[int]:
-    """Returns the `id()` of every base parameter; the ids identify the base model's tensors in a state dict."""
-    return {id(parameter) for chunk in chunks for parameter in base_parameters(chunk)}
+def _is_base(chunk: GPTModel, name: str) -> bool:
+    parts = name.split(".")
+    in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
+    return not in_slot and ADAPTERS not in parts and parts[0] not in chunk.stage_module_names
+
+
+def base_tensor_ids(chunks: Iterable[GPTModel]) -> set[int]:
+    """Returns the `id()` of every base parameter and buffer, which identify these tensors in a state dict."""
+    return {
+        id(tensor)
+        for chunk in chunks
+        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers())
+        if _is_base(chunk, name)
+    }

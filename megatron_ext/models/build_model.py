@@ -15,6 +15,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
 from megatron_ext.models.engine_config import build_transformer_config
+from megatron_ext.models.gemma3n.altup import RotaryOfStreams
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.models.layer_spec import block_spec, key_value_streams, layer_spec
@@ -72,8 +73,11 @@ def build_model(
     check_te(model, parallel)
     config = build_transformer_config(model, parallel, precision=precision)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
-    auxiliary = AuxiliaryInputs(_merged_streams(model, config, extensions), sequence_parallel_size)
-    fuses_norms = fuses_norms and uses_te(model) and not _keeps_norms(config, extensions)
+    streams = _merged_streams(model, config, extensions)
+    auxiliary = AuxiliaryInputs(streams, sequence_parallel_size, model.altup_streams or 1)
+    # Laurel reads the output of the norm before the attention.
+    keeps_norms = model.laurel_rank is not None or _keeps_norms(config, extensions)
+    fuses_norms = fuses_norms and uses_te(model) and not keeps_norms
     if parallel.gradient_accumulation_fusion:
         _check_fused_gradients(extensions)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -159,12 +163,15 @@ def _build_chunk(
             embedding_multiplier=model.embedding_multiplier,
             logit_divisor=model.logit_divisor,
             final_logit_softcapping=model.final_logit_softcapping,
+            altup_streams=model.altup_streams,
         )
     scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
     if depends_on_length(model):
         chunk.rotary_pos_emb = RotaryByLength(model, groups.cp)
     elif scales or model.has_two_rotaries or model.rotary_proportion != 1.0:
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
+    if model.altup_streams is not None and model.position_embedding_type == "rope":
+        chunk.rotary_pos_emb = RotaryOfStreams(chunk.rotary_pos_emb, model.altup_streams)
     for extension in extensions:
         module = extension.stage_module(config, stage, groups)
         if module is not None:

@@ -5,11 +5,13 @@ What each part of a stage's forward pass does:
 
     input       takes hidden states and travelling streams; the first stage starts both from the word embedding
     families    stage modules compute the streams of this stage's layers from auxiliary inputs and travelling streams
+    AltUp       makes several residual streams of the first layer's input; see `gemma3n.altup`
     layers      run all layers, or only a range (`run_layers`), which can start from known hidden states
     output      joins hidden states with the travelling streams; the last stage returns logits or losses
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
 Under context parallelism `s` is the number of this rank's tokens of each sequence.
+With AltUp's k residual streams the hidden states between layers are [k s, b, h].
 Without streams the forward pass equals megatron-core's to the bit.
 """
 
@@ -23,6 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_ext.config.groups.model_config import check_fits_window
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
+from megatron_ext.models.gemma3n.altup import RotaryOfStreams, StartStreams
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.cross_entropy import cross_entropy
@@ -51,6 +54,7 @@ class GPTModel(EngineGPTModel):
         embedding_multiplier: float = 1.0,
         logit_divisor: float = 1.0,
         final_logit_softcapping: float | None = None,
+        altup_streams: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +65,10 @@ class GPTModel(EngineGPTModel):
         self._received: dict[str, torch.Tensor] = {}
         self._starts_from_known = False
         self._runs_none = False
+        self.altup_start: StartStreams | None = None
+        if self.pre_process and altup_streams is not None:
+            self.altup_start = StartStreams(self.config, altup_streams)
+            self._keep_order_of_use()
         # The engine transposes the word embedding, and the gradient of logits that a loss reads.
         if self.pre_process:
             self.embedding.register_forward_hook(lambda _, __, output: plain_strides(output))
@@ -85,7 +93,10 @@ class GPTModel(EngineGPTModel):
         """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
-        # Keep the modules in order of use: the engine prefetches sharded parameters in this order.
+        self._keep_order_of_use()
+
+    def _keep_order_of_use(self) -> None:
+        # The engine prefetches sharded parameters in the order of the modules.
         for later in ("decoder", "output_layer"):
             if later in self._modules:
                 self._modules[later] = self._modules.pop(later)
@@ -109,7 +120,8 @@ class GPTModel(EngineGPTModel):
 
     @property
     def _rotary(self) -> torch.nn.Module | None:
-        return getattr(self, "rotary_pos_emb", None)
+        rotary: torch.nn.Module | None = getattr(self, "rotary_pos_emb", None)
+        return rotary.rotary if isinstance(rotary, RotaryOfStreams) else rotary
 
     @property
     def cache_limit(self) -> int | None:
@@ -154,14 +166,15 @@ class GPTModel(EngineGPTModel):
         travelling, self._received = self._received, {}
         auxiliary_inputs = auxiliary_inputs or {}
         recomputes = self.training and self.config.recompute_granularity == "full"
-        if self.pre_process and (self.stage_module_names or self.auxiliary.travels or recomputes):
+        has_further = bool(self.stage_module_names) or self.auxiliary.travels or self.altup_start is not None
+        if self.pre_process and (has_further or recomputes):
             embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
             for name in self.stage_module_names:
                 embedding = getattr(self, name).embed(embedding, auxiliary_inputs)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
                 # With a frozen embedding: a recomputed layer gets gradients only if its input requires them.
                 embedding.requires_grad_()
-            kwargs["decoder_input"] = embedding
+            kwargs["decoder_input"] = embedding if self.altup_start is None else self.altup_start(embedding)
             travelling = {WORD_EMBEDDING: embedding, **self.auxiliary.unwritten(embedding)}
         if self._starts_from_known:
             kwargs |= self._known_start(auxiliary_inputs[HIDDEN_STATES], recomputes)

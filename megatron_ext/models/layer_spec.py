@@ -22,6 +22,9 @@ from megatron_ext.config.groups.model.layer_shapes import LayerShape
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.attention.extended_self_attention import ExtendedSelfAttention, KeyValueSettings
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
+from megatron_ext.models.gemma3n.altup import AltUp, JoinStreams
+from megatron_ext.models.gemma3n.laurel import Laurel
+from megatron_ext.models.gemma3n.sparse_activations import SparseGatedActivation
 from megatron_ext.models.model_extension import StageInfo
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.gated_activations import GeGLU, SwiGLU, TESwiGLU
@@ -79,7 +82,7 @@ def layer_spec(
     mlp = MLPSubmodules(
         linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
         linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
-        activation_func=_gated_activation(model),
+        activation_func=_gated_activation(model, shape.sparsity),
     )
     before = IdentityOp if model.post_norm else norm
     after = norm if model.sandwich_norm or model.post_norm else IdentityOp
@@ -98,6 +101,7 @@ def layer_spec(
         mlp_bda=get_bias_dropout_add,
         post_attention_layernorm=after,
         post_mlp_layernorm=after,
+        **_parts_of_gemma3n(model),
         **slots,
     )
     params = {
@@ -167,7 +171,19 @@ def shared_stream(source: int) -> str:
 def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
     """Returns the spec of one stage: its layers and, on the last stage, the final norm."""
     norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
+    if model.altup_streams is not None:
+        norm = ModuleSpec(module=JoinStreams, params={"streams": model.altup_streams, "norm": norm})
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _parts_of_gemma3n(model: ModelConfig) -> dict[str, ModuleSpec]:
+    found = {}
+    if model.laurel_rank is not None:
+        found["laurel"] = ModuleSpec(module=Laurel, params={"rank": model.laurel_rank})
+    if model.altup_streams is not None:
+        params = {"streams": model.altup_streams, "coef_clip": model.altup_coef_clip}
+        found["altup"] = ModuleSpec(module=AltUp, params=params)
+    return found
 
 
 def _mlp(submodules: MLPSubmodules) -> ModuleSpec | Callable[..., MLP]:
@@ -178,7 +194,10 @@ def _mlp(submodules: MLPSubmodules) -> ModuleSpec | Callable[..., MLP]:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def _gated_activation(model: ModelConfig) -> type | None:
+def _gated_activation(model: ModelConfig, sparsity: float) -> type | ModuleSpec | None:
+    if sparsity:
+        params = {"sparsity": sparsity, "has_gelu": model.geglu}
+        return ModuleSpec(module=SparseGatedActivation, params=params)
     if model.geglu:
         return GeGLU
     if not model.swiglu:

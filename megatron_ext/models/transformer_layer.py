@@ -7,7 +7,8 @@ With the slots `before_layer`, `feed_forward` and `after_mlp` the layer computes
     x      <- x + MLP(LN2(x))               or, instead of these two lines, x <- feed_forward(layer, x, attend, streams)
     output <- after_mlp(x, streams)         with a layer scalar c: output <- c * after_mlp(x, streams)
 
-With sandwich norms, norms of their own are applied to Attention(...) and MLP(...) before the sums.
+With sandwich norms, norms of their own are applied to Attention(...) and MLP(...) before the sums. Laurel adds a path
+beside the attention. With AltUp all lines but the last run on one of several residual streams; see `gemma3n`.
 
 `streams` is a `LayerInputs`, the auxiliary streams of this layer. A family fills a slot through the layer's spec. An
 empty slot (`IdentityOp`) is not called; with all three empty the layer runs megatron-core's own code path.
@@ -30,6 +31,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_ext.models.attention.extended_self_attention import ExtendedSelfAttention
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, LayerInputs
+from megatron_ext.models.gemma3n.laurel import with_laurel
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.platform import process_groups
 
@@ -57,6 +59,12 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
 
     post_mlp_layernorm: ModuleSpec | type = IdentityOp
     """Sandwich norm of the MLP's output, bias included."""
+
+    laurel: ModuleSpec | type = IdentityOp
+    """Laurel's low-rank path; takes `config=`, `eps=`."""
+
+    altup: ModuleSpec | type = IdentityOp
+    """AltUp's prediction and correction of the residual streams; takes `config=`, `eps=`."""
 
 
 class NormInLinear(torch.nn.Module):
@@ -158,6 +166,7 @@ class ExtendedTransformerLayer(TransformerLayer):
         if changes_outputs:
             # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
             self.bias_dropout_add_exec_handler = contextlib.nullcontext
+        self._add_parts_of_gemma3n(submodules)
         self.has_scalar = has_scalar
         """Whether the output is multiplied by the buffer `layer_scalar`."""
         if has_scalar:
@@ -193,14 +202,11 @@ class ExtendedTransformerLayer(TransformerLayer):
             attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))
         if isinstance(attention, ExtendedSelfAttention):
             attention.streams = layer_inputs
-        if not isinstance(self.before_layer, IdentityOp):
-            hidden_states = self.before_layer(hidden_states, layer_inputs)
-        if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
-            hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
-        else:
-            hidden_states = self.feed_forward(
-                self, hidden_states, partial(self.attend, **kwargs), layer_inputs
-            )
+
+        def run(active: torch.Tensor) -> torch.Tensor:
+            return self._attention_and_mlp(active, layer_inputs, **kwargs)
+
+        hidden_states = run(hidden_states) if self.altup is None else self.altup(hidden_states, run)
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, layer_inputs)
         if self.has_scalar:
@@ -212,6 +218,32 @@ class ExtendedTransformerLayer(TransformerLayer):
         return make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
+
+    def _attention_and_mlp(
+        self, hidden_states: torch.Tensor, layer_inputs: LayerInputs, **kwargs: Any
+    ) -> torch.Tensor:
+        """Runs all but the last slot, [s, b, h] -> [s, b, h]."""
+        if not isinstance(self.before_layer, IdentityOp):
+            hidden_states = self.before_layer(hidden_states, layer_inputs)
+        if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
+            output, _ = super().forward(hidden_states=hidden_states, **kwargs)
+        else:
+            output = self.feed_forward(self, hidden_states, partial(self.attend, **kwargs), layer_inputs)
+        return output
+
+    def _add_parts_of_gemma3n(self, submodules: ExtendedLayerSubmodules) -> None:
+        built = {
+            name: build_module(
+                getattr(submodules, name), config=self.config, eps=self.config.layernorm_epsilon
+            )
+            for name in ("laurel", "altup")
+        }
+        self.altup = None if isinstance(built["altup"], IdentityOp) else built["altup"]
+        if not isinstance(built["laurel"], IdentityOp):
+            self.laurel = built["laurel"]
+            self.self_attn_bda: Callable[..., BiasDropoutAdd] = with_laurel(
+                self.laurel, self.input_layernorm, self.self_attn_bda
+            )
 
     def _separate_norm(self, name: str, linear: torch.nn.Module) -> None:
         """Puts a `NormInLinear` in the place of a norm that the linear layer computes."""

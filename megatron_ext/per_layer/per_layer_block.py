@@ -2,8 +2,9 @@
 
     x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )
 
-With the preset gemma4, x <- x * layer_scalar follows. `c` is the layer's part of the stream `per_layer`,
-[s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel over p; under sequence parallelism x is
+With the preset gemma4, x <- x * layer_scalar follows. With the preset gemma3n, x is AltUp's active stream times a
+vector [h], and the result is added to each of the other streams instead of x. `c` is the layer's part of the stream
+`per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel over p; under sequence parallelism x is
 [s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
 Source: Gemma 3n and Gemma 4; PerLayerGate in docs/design/per_layer_embedding.md.
 """
@@ -21,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
-from megatron_ext.models.ops.norm import RMSNorm
+from megatron_ext.models.ops.norm import RMSNorm, replicated_parameter
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM
 from megatron_ext.per_layer.sharded_weight import initial_std, mark
@@ -47,19 +48,21 @@ class PerLayerBlock(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         settings: PerLayerConfig,
-        stage_layers: int,
+        part: int,
+        parts: int,
     ) -> None:
         """Args:
         config: the engine's configuration.
         layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups; p is split over the tensor-parallel group.
         settings: PLE's configuration.
-        stage_layers: number of layers per stage.
+        part: number of the layer in its stage, from 0.
+        parts: number of layers of the stage.
         """
         super().__init__(config)
         self.settings = settings
         self.layer_number = layer_number
-        self.stage_layers = stage_layers
+        self.part, self.parts = part, parts
         hidden, width = config.hidden_size, settings.per_layer_hidden_size
         common = {
             "config": config,
@@ -78,23 +81,35 @@ class PerLayerBlock(MegatronModule):
         if settings.has_layer_scalar:
             ones = torch.ones(1, dtype=config.params_dtype, device=process_groups.device())
             self.register_buffer("layer_scalar", ones)
+        if settings.adds_to_inactive_streams:
+            self.input_scale = replicated_parameter(config, hidden, value=1.0)
+            mark(self.input_scale, 0.0)
         self.activation = ACTIVATIONS[settings.per_layer_gate_activation]
         self.recorder: Recorder | None = None
 
     def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """Applies the block, [s, b, h] -> [s, b, h] ([s / t, b, h] under sequence parallelism)."""
-        combined = layer_inputs.read_part(
-            PER_LAYER_STREAM, (self.layer_number - 1) % self.stage_layers, self.stage_layers
-        )
+        if self.settings.adds_to_inactive_streams:
+            active, others = hidden_states.split(
+                [layer_inputs.rows, hidden_states.size(0) - layer_inputs.rows]
+            )
+            update = self._update(active * self.input_scale, layer_inputs)
+            by_stream = others.view(-1, *active.shape) + update
+            return torch.cat([active, by_stream.flatten(0, 1)])
+        output = hidden_states + self._update(hidden_states, layer_inputs)
+        return output * self.layer_scalar if self.settings.has_layer_scalar else output
+
+    def _update(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
+        """Returns what is added to the residual stream, or to several of them."""
+        combined = layer_inputs.read_part(PER_LAYER_STREAM, self.part, self.parts)
         activated = self.activation(self.gate(hidden_states)[0])
-        update = self.post_norm(self.projection(activated * self._dropped(combined))[0])
+        update: torch.Tensor = self.post_norm(self.projection(activated * self._dropped(combined))[0])
         # With activation recomputation this runs twice, first without gradients: record only the second run.
         if self.recorder is not None and torch.is_grad_enabled():
             self.recorder.add_mean("gate_activation", activated.unsqueeze(0))
             self.recorder.add_squares("update", update.unsqueeze(0))
             self.recorder.add_squares("residual", hidden_states.unsqueeze(0))
-        output = hidden_states + update
-        return output * self.layer_scalar if self.settings.has_layer_scalar else output
+        return update
 
     def _dropped(self, combined: torch.Tensor) -> torch.Tensor:
         rate = self.settings.per_layer_projection_dropout

@@ -1,8 +1,10 @@
-"""Flags of per-layer embedding (PLE), and the preset `gemma4`.
+"""Flags of per-layer embedding (PLE), and the presets `gemma4` and `gemma3n`.
 
-Names and defaults are specified in docs/design/per_layer_embedding.md. The preset gives Gemma 4's block: the per-layer
-ids are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh; the block
-comes after the MLP and is followed by `x <- x * layer_scalar`.
+Names and defaults are specified in docs/design/per_layer_embedding.md. The preset `gemma4` gives Gemma 4's block: the
+per-layer ids are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh;
+the block comes after the MLP and is followed by `x <- x * layer_scalar`. The preset `gemma3n` gives Gemma 3n's, for a
+model with AltUp's residual streams: it reads the active stream, multiplied by a vector, and is added to all others. The
+tables may have fewer rows than the vocabulary; the ids beyond them use row 0.
 """
 
 from dataclasses import dataclass, field
@@ -18,13 +20,13 @@ from megatron_ext.config.command_line.field_checks import (
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.lora.adapter_config import AdapterConfig
 
-_GEMMA4 = {
+_GEMMA = {
     "per_layer_combination_method": "scaled_add",
     "per_layer_gate_activation": "gelu_tanh",
     "per_layer_position": "after_mlp",
     "per_layer_strategy": "identity",
 }
-"""Values that the preset sets in place of the defaults; it is an error if the user gives a different value."""
+"""Values that a preset sets in place of the defaults; it is an error if the user gives a different value."""
 
 _DEFAULT_ROWS = 10_000
 """Number of rows of a table if the number of per-layer ids is unknown."""
@@ -37,8 +39,9 @@ class PerLayerConfig:
     use_per_layer_embedding: bool = False
     """Add per-layer embedding to every layer."""
 
-    per_layer_preset: Literal["gemma4"] | None = None
-    """Sets several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
+    per_layer_preset: Literal["gemma4", "gemma3n"] | None = None
+    """Sets several flags: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add. gemma4 further has a layer
+    scalar; gemma3n requires --altup-streams, reads the active stream and is added to all others."""
 
     per_layer_vocab_size: int | None = None
     """Number of rows of every per-layer table. Default: the number of ids in the per-layer data; with
@@ -107,8 +110,8 @@ class PerLayerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.per_layer_preset == "gemma4":
-            self._apply(_GEMMA4)
+        if self.per_layer_preset is not None:
+            self._apply(_GEMMA)
         check_at_least(self, 1, "per_layer_vocab_size", "per_layer_hidden_size", "per_layer_stats_interval")
         check_at_least(self, 0, "per_layer_lr_scale", "per_layer_weight_decay")
         check_positive(self, "per_layer_embed_scale", "per_layer_init_std")
@@ -148,6 +151,11 @@ class PerLayerConfig:
         """Whether a layer's output is multiplied by its `layer_scalar`."""
         return self.per_layer_preset == "gemma4"
 
+    @property
+    def adds_to_inactive_streams(self) -> bool:
+        """Whether the block reads the active one of AltUp's residual streams and is added to all others."""
+        return self.per_layer_preset == "gemma3n"
+
     def rows(self, vocab_size: int, num_ids: int | None = None) -> int:
         """Returns the number of rows of a table.
 
@@ -156,16 +164,29 @@ class PerLayerConfig:
             num_ids: number of per-layer ids in the run's vocabulary or data; None if unknown.
 
         Raises:
-            ValueError: the per-layer ids are the token ids, but --per-layer-vocab-size is not the vocabulary size.
+            ValueError: the per-layer ids are the token ids, but --per-layer-vocab-size is not the vocabulary size, or
+                with the preset gemma3n larger.
         """
         if not self.uses_token_ids:
             return self.per_layer_vocab_size or num_ids or _DEFAULT_ROWS
+        if self.adds_to_inactive_streams and 1 <= (self.per_layer_vocab_size or 0) <= vocab_size:
+            return self.per_layer_vocab_size or vocab_size
         if self.per_layer_vocab_size not in (vocab_size, None):
             raise ValueError(
                 f"--per-layer-vocab-size {self.per_layer_vocab_size}: must be the vocabulary size, {vocab_size}, "
                 "because the per-layer ids are the token ids; omit the flag"
             )
         return vocab_size
+
+    def check_streams(self, altup_streams: int | None) -> None:
+        """Raises `ValueError` unless the block fits the number of the model's residual streams (None for one)."""
+        if self.adds_to_inactive_streams and altup_streams is None:
+            raise ValueError("--per-layer-preset gemma3n: requires --altup-streams")
+        if not self.adds_to_inactive_streams and altup_streams is not None:
+            raise ValueError(
+                f"--altup-streams {altup_streams}: per-layer embedding requires --per-layer-preset gemma3n (got "
+                f"{self.per_layer_preset})"
+            )
 
     def check_layout(self, tensor_parallel_size: int) -> None:
         """Raises `ValueError` unless the tensor-parallel size divides the per-layer hidden size."""

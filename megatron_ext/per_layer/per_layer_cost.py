@@ -4,7 +4,8 @@
     FLOPs        L 6 h p                                     + L 4 p p for concat and gated
 
 Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
-order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer. Only
+order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer; the
+preset gemma3n adds a vector [h] per layer. Only
 matrix products count as FLOPs; a table look-up costs none.
 
 Values per token that a rank keeps for the backward pass, with q = p / t and the hidden size divided under sequence
@@ -35,6 +36,7 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
     layers, hidden, width = model.num_layers, model.hidden_size, settings.per_layer_hidden_size
     combination = 0 if settings.per_layer_combination_method == "scaled_add" else 2 * width * width
     of_a_layer = rows * width + 3 * hidden * width + hidden + combination
+    of_a_layer += hidden * settings.adds_to_inactive_streams
     return ModelCost(
         parameters=layers * of_a_layer + width,
         forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
@@ -56,22 +58,29 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
     part = value * width / tensor
     gate = 2 if settings.per_layer_gate_activation == "relu" else 3
     block = 2 * layout.hidden_bytes + gate * part
+    if settings.adds_to_inactive_streams:
+        block += layout.residual_bytes  # all streams, of which the block multiplies one
     if settings.per_layer_projection_dropout > 0:
         block += part + part / size  # the result, and a mask of one byte per value
-    vector = 2 * part
-    matrices = width * layout.model.hidden_size / tensor * size * (layout.layers_per_chunk > 1)
+    context = width * layout.model.hidden_size / tensor * size
+    kept = 2 * part
     if method != "scaled_add":
-        vector += 2 * value * width
-        matrices += 2 * width * width / tensor * size
+        kept += 2 * value * width + 2 * width * width / tensor * size
     if method == "gated":
-        vector += 3 * part
-    layers = layout.model.num_layers
-    streams = [vector + matrices] * layers
-    for first in range(0, layers, layout.layers_per_chunk):
-        if first:
-            streams[first] += layout.hidden_bytes
+        kept += 3 * part
+    layers, stages = layout.model.num_layers, range(layout.parallel.pipeline_model_parallel_size)
+    chunks = [chunk for stage in stages for chunk in layout.stage_chunks(stage)]
+    writes = {shape.keys_of for shape in layout.model.layers if shape.keys_of is not None}
+    streams = [kept] * layers
+    for chunk in chunks:
+        for layer in chunk if len(chunk) > 1 else ():
+            streams[layer] += context
+        if chunk.start:
+            streams[chunk.start] += layout.hidden_bytes
         if layout.sequence_split > 1:
-            streams[first] += layout.hidden_bytes * layout.sequence_split
+            streams[chunk.start] += layout.hidden_bytes * layout.sequence_split
+        # Writing a stream of the base model copies all streams of the chunk.
+        streams[chunk.start] += len(writes & set(chunk)) * len(chunk) * part
     state, step_rows = _rows_bytes(settings, layout, rows)
     return FamilyActivations(
         state=(state,) * layers if settings.trains_rows else (),
@@ -79,7 +88,7 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
         layers=(block,) * layers,
         streams=tuple(streams),
         held=(0.0,) * layers,
-        transient=layout.layers_per_chunk * part,  # the gradient of a chunk's vectors
+        transient=max(map(len, chunks)) * part,  # the gradient of a chunk's vectors
     )
 
 
@@ -88,14 +97,11 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
     of_row = state[settings.per_layer_optimizer]
-    copies = layout.num_microbatches * layout.data_parallel_size * layout.parallel.context_parallel_size
-    touched = min(rows, layout.tokens * copies)
-    # Copied weights and their gradient in fp32, with bf16 the rounded weights, too.
-    in_step = (8 + (layout.element_bytes if layout.is_half else 0)) * columns + of_row
+    ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
+    shards = ranks if layout.parallel.use_distributed_optimizer else 1
+    touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
+    # Gradient, and looked-up weights unless they are the copied ones; of its own share of rows weights and state.
+    has_inputs = layout.is_half or shards > 1
+    in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)
-    shards = (
-        layout.data_parallel_size * layout.parallel.context_parallel_size
-        if layout.parallel.use_distributed_optimizer
-        else 1
-    )
     return rows * kept / shards, touched * in_step

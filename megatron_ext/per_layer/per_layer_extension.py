@@ -4,9 +4,12 @@ Auxiliary streams are tensors that accompany the hidden states. The word embeddi
 stage computes the per-layer vectors of its own layers.
 """
 
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 from megatron_ext.models.gpt_model import WORD_EMBEDDING
@@ -45,7 +48,11 @@ class PerLayerExtension(Extension):
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
         """Returns the block for the slot that `--per-layer-position` names."""
-        params = {"settings": self.settings, "stage_layers": stage_layers(config)}
+        layers = stage_layers(config)
+        # Chunks of the interleaved schedule have equally many layers; otherwise a stage has one chunk.
+        virtual = config.virtual_pipeline_model_parallel_size
+        part = layer_number - first_layer(config) if virtual is None else layer_number % layers
+        params = {"settings": self.settings, "part": part, "parts": layers}
         return {self.settings.per_layer_position: ModuleSpec(module=PerLayerBlock, params=params)}
 
     def stage_module(
@@ -56,6 +63,16 @@ class PerLayerExtension(Extension):
 
 
 def stage_layers(config: TransformerConfig) -> int:
-    """Returns the number of layers per stage (per chunk with the interleaved schedule)."""
-    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
-    return config.num_layers // chunks
+    """Returns the number of layers of this rank's stage (of each of its chunks with the interleaved schedule)."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return get_num_layers_to_build(config, _first_chunk(config), rank)
+
+
+def first_layer(config: TransformerConfig) -> int:
+    """Returns the number of the first layer of this rank's stage, from 0."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return get_transformer_layer_offset(config, _first_chunk(config), rank)
+
+
+def _first_chunk(config: TransformerConfig) -> int | None:
+    return None if config.virtual_pipeline_model_parallel_size is None else 0

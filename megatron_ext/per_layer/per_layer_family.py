@@ -84,7 +84,7 @@ class PerLayerFamily(Family):
         self.table = None if table is None else torch.as_tensor(table, dtype=torch.int64)
         if self.table is not None:
             _check_table(self.table, vocab_size, self.rows)
-        if settings.uses_token_ids:
+        if settings.uses_token_ids and not settings.adds_to_inactive_streams:
             self.free_on_resume = type(self).free_on_resume | {"per_layer_vocab_size"}
         logs = settings.log_per_layer_stats or settings.log_per_layer_gradients
         self._rows: RowOptimizer | None = None
@@ -131,16 +131,18 @@ class PerLayerFamily(Family):
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
         """Rebuilds the model family from its `configuration()`; needs no file other than the checkpoint."""
         settings = group_in(PerLayerConfig, configuration, "settings")
-        if settings.uses_token_ids:  # older checkpoints store a default that does not apply to token ids
+        if settings.uses_token_ids and not settings.adds_to_inactive_streams:
+            # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)
         return cls(settings, configuration["vocab_size"], configuration["table"])
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks that the tensor-parallel size divides the per-layer hidden size, and that layers have one scalar.
+        """Checks the tensor-parallel size, the number of residual streams, and that layers have one scalar.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not fit.
         """
+        self.settings.check_streams(model.altup_streams)
         self.settings.check_layout(parallel.tensor_model_parallel_size)
         if model.layer_scalar and self.settings.has_layer_scalar:
             raise ValueError(
@@ -242,7 +244,8 @@ class PerLayerFamily(Family):
             return {PER_LAYER_IDS: batch[PER_LAYER_IDS]}
         tokens = batch["tokens"]
         if self.settings.uses_token_ids:
-            return {PER_LAYER_IDS: tokens}
+            in_table = self.rows == self.vocab_size
+            return {PER_LAYER_IDS: tokens if in_table else tokens.where(tokens < self.rows, 0)}
         if self.table is None:
             raise ValueError(
                 "the batch has no per_layer_ids; pass --per-layer-vocab-file, from which they can be derived"

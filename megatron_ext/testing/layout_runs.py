@@ -43,8 +43,11 @@ OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
 OVERLAPPED_CONTEXT = "DP2xCP2 overlapped distributed optimizer"
 OVERLAPPED_STAGES = "PP2 interleaved, overlapped"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+UNEVEN = "PP2 uneven"
+UNEVEN_STAGES = replace(LAYOUTS["PP2"], decoder_first_pipeline_num_layers=1)
 _MORE_LAYOUTS = {
     **CONTEXT_LAYOUTS,
+    UNEVEN: (UNEVEN_STAGES, 2),
     OVERLAPPED: (_OVERLAP, 2),
     OVERLAPPED_CONTEXT: (replace(_OVERLAP, context_parallel_size=2), 4),
     # With DP2 each rank has two micro-batches for two stages, so the same two ranks exchange two kinds of messages at

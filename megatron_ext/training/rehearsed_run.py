@@ -7,7 +7,6 @@ directory. Schedules and curricula are those of the real run.
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
@@ -83,8 +82,7 @@ def _batch(config: RunConfig, aligned: bool) -> Batch:
         "position_ids": torch.arange(length).repeat(rows, 1),
     }
     if config.data.reset_attention_mask:
-        # A real tensor, because attention reads where documents begin: here, one in each sequence.
-        batch[DOCUMENT_STARTS] = torch.from_numpy(np.zeros((rows, length), dtype=np.bool_))
+        batch[DOCUMENT_STARTS] = torch.zeros(rows, length, dtype=torch.bool)
     if aligned:
         batch["per_layer_ids"] = ids.clone()
     return batch

@@ -46,6 +46,12 @@ MODELS: dict[str, tuple[ModelConfig, bool]] = {
         replace(ROPE, window_size="3,0", window_attn_skip_freq="2"),
         False,
     ),
+    "shared keys": (
+        replace(
+            ROPE, window_size="3,0", window_attn_skip_freq="2", kv_channels_full=16, num_kv_shared_layers=2
+        ),
+        True,
+    ),
 }
 PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -107,6 +113,7 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
         ("TP2", "per-layer embedding"),
         ("TP2xPP2", "per-layer embedding"),
         ("TP2xPP2", "sliding window in every other layer"),
+        ("TP2xPP2", "shared keys"),
     ],
 )
 def test_every_rank_of_every_layout_gives_the_same_tokens(layout: str, name: str) -> None:
@@ -126,6 +133,20 @@ def test_the_cache_of_a_layer_with_a_window_holds_no_more_keys_than_later_tokens
     # Layers 1 and 3 have a window of 4 tokens: the next token sees 3 of the earlier ones.
     assert lengths == [[3, 20, 3, 20]] * 2
     assert needed["sliding window in every other layer"] < needed["rope"]
+
+
+def test_layers_that_use_keys_of_another_keep_no_cache_of_their_own() -> None:
+    keys = run_single(_layers_with_cache)
+    assert keys == [1, 2, "keys_and_values_of_layer_0", "keys_and_values_of_layer_1"]
+
+
+def _layers_with_cache() -> list[int | str]:
+    model, families = _build("shared keys", LAYOUTS["TP1"])
+    context, tokens = StaticInferenceContext(1, 8), torch.tensor([[5, 6, 7]])
+    batch = {"tokens": tokens, "position_ids": torch.arange(3).unsqueeze(0)}
+    with torch.no_grad():
+        stage_logits(model.eval(), families, batch, context)
+    return sorted(context.key_value_memory_dict, key=str)
 
 
 def _cached_lengths() -> tuple[list[list[int]], dict[str, int]]:

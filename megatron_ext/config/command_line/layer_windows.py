@@ -65,8 +65,9 @@ def _number_or_list(flag: str, text: str, num_layers: int) -> int | list[int]:
         raise ValueError(f"{flag} {text}: {wanted}") from None
     if isinstance(value, int) and value >= 1:
         return value
-    if isinstance(value, list) and len(value) == num_layers and set(value) <= {0, 1}:
-        return value
+    entries = value if isinstance(value, list) else []
+    if len(entries) == num_layers and set(entries) <= {0, 1}:
+        return [int(entry) for entry in entries]
     raise ValueError(f"{flag} {text}: {wanted}")
 
 
@@ -81,7 +82,9 @@ def entries_of(text: str, longest: int) -> list[int] | None:
         value = _value(ast.parse(text.strip(), mode="eval").body, longest)
     except (SyntaxError, ValueError):
         return None
-    return None if isinstance(value, int) else value
+    entries = value if isinstance(value, list) else [0.5]
+    whole = [entry for entry in entries if isinstance(entry, int)]
+    return whole if len(whole) == len(entries) else None
 
 
 def skip_frequency(layers: tuple[bool, ...]) -> str | None:
@@ -106,14 +109,31 @@ def _list_of(layers: tuple[bool, ...]) -> str:
     return "[" + ",".join(str(int(layer)) for layer in layers) + "]"
 
 
-def _value(node: ast.expr, longest: int) -> int | list[int]:
+def shares_of(text: str, num_layers: int) -> tuple[float, ...]:
+    """Returns a number for each layer, from one number for all or from a list such as [0.95]*10+[0]*25.
+
+    Raises:
+        ValueError: the text is neither, or the list has another number of entries.
+    """
+    try:
+        value = _value(ast.parse(text.strip(), mode="eval").body, num_layers)
+    except SyntaxError:
+        raise ValueError("not a list") from None
+    entries = value if isinstance(value, list) else [value] * num_layers
+    if len(entries) != num_layers:
+        raise ValueError("not a number for each layer")
+    return tuple(entries)
+
+
+def _value(node: ast.expr, longest: int) -> float | list[float]:
     """Computes a number, a list of numbers, a sum of lists, or a list times a number."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        assert isinstance(node.value, int | float)
         return node.value
     if isinstance(node, ast.List):
         entries = [_value(entry, longest) for entry in node.elts]
-        if all(isinstance(entry, int) for entry in entries):
-            return [entry for entry in entries if isinstance(entry, int)]
+        if not any(isinstance(entry, list) for entry in entries):
+            return [entry for entry in entries if not isinstance(entry, list)]
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left, longest), _value(node.right, longest)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):

@@ -31,6 +31,7 @@ from megatron_ext.config.groups.model.layer_shapes import (
     ffn_widths,
     layer_shapes,
 )
+from megatron_ext.config.groups.model.parts_of_gemma3n import Gemma3nFields, check_parts_of_gemma3n
 from megatron_ext.config.groups.model.positions import PositionFields, check_positions, require_default
 
 
@@ -51,7 +52,7 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(PositionFields, LayerFields):
+class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
     """Flags for the sizes, layers and initialization of the base GPT model."""
 
     num_layers: int
@@ -209,6 +210,7 @@ class ModelConfig(PositionFields, LayerFields):
         self._check_mlp()
         check_positions(self)
         check_layers(self)
+        check_parts_of_gemma3n(self)
         self._check_window()
         if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
             raise ValueError(
@@ -321,6 +323,8 @@ class ModelConfig(PositionFields, LayerFields):
             "--sandwich-norm": self.sandwich_norm,
             "--post-norm": self.post_norm,
             "--residual-multiplier": self.residual_multiplier != 1.0,
+            "--altup-streams": self.altup_streams is not None,
+            "--laurel-rank": self.laurel_rank is not None,
         }
         return next((flag for flag, is_set in flags.items() if is_set), None)
 

@@ -12,11 +12,15 @@ from megatron_ext.config.command_line.field_checks import (
     check_choices,
     check_numbers,
     check_positive,
+    flag_name,
 )
 from megatron_ext.config.groups.training_config import Precision
 
 _MINUTES_OF_A_YEAR = 365 * 24 * 60
 _RECOMPUTED = ("core_attn",)
+
+
+_ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,14 @@ class ParallelConfig:
 
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages that the layers are divided into."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Number of layers in the first pipeline stage; the other stages share the rest. Default: as many as in the
+    others."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Number of layers in the last pipeline stage; the other stages share the rest. Default: as many as in the
+    others."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per virtual stage; turns on the interleaved pipeline schedule."""
@@ -96,7 +108,7 @@ class ParallelConfig:
         check_at_least(
             self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
         )
-        check_at_least(self, 1, "num_layers_per_virtual_pipeline_stage", "recompute_num_layers")
+        check_at_least(self, 1, "num_layers_per_virtual_pipeline_stage", "recompute_num_layers", *_ENDS)
         check_positive(self, "distributed_timeout_minutes")
         check_at_most(self, _MINUTES_OF_A_YEAR, "distributed_timeout_minutes")
         self._check_pipeline()
@@ -110,6 +122,43 @@ class ParallelConfig:
                 f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: "
                 f"requires --pipeline-model-parallel-size above 1 (got {self.pipeline_model_parallel_size})"
             )
+
+        for name in _ENDS:
+            number = getattr(self, name)
+            if number is None:
+                continue
+            if self.pipeline_model_parallel_size < 2:
+                raise ValueError(
+                    f"{flag_name(name)} {number}: requires --pipeline-model-parallel-size above 1 "
+                    f"(got {self.pipeline_model_parallel_size})"
+                )
+            if self.num_layers_per_virtual_pipeline_stage is not None:
+                raise ValueError(
+                    f"{flag_name(name)} {number}: cannot be given together with --num-layers-per-virtual-pipeline-stage"
+                )
+
+    def stage_sizes(self, num_layers: int) -> tuple[int, ...]:
+        """Returns the number of layers of every pipeline stage, over all its chunks.
+
+        Raises:
+            ValueError: the layers cannot be divided among the stages.
+        """
+        stages, ends = self.pipeline_model_parallel_size, [getattr(self, name) for name in _ENDS]
+        others = stages - sum(end is not None for end in ends)
+        rest = num_layers - sum(end or 0 for end in ends)
+        if rest < others or (rest % others if others else rest):
+            given = [f"{flag_name(name)} {end}" for name, end in zip(_ENDS, ends, strict=True) if end]
+            reason = f"must be divisible by --pipeline-model-parallel-size {stages}"
+            if given:
+                reason = (
+                    f"with {' and '.join(given)}, {rest} layers are left, which must be divisible by {others}, the "
+                    f"number of the other stages of --pipeline-model-parallel-size {stages}"
+                )
+            raise ValueError(f"--num-layers {num_layers}: {reason}")
+        sizes = [rest // others if others else 0] * stages
+        for place, end in zip((0, -1), ends, strict=True):
+            sizes[place] = end or sizes[place]
+        return tuple(sizes)
 
     def reduces_in_fp32(self, precision: Precision) -> bool:
         """Returns whether gradients are summed in fp32, not in the precision of the weights."""

@@ -10,7 +10,10 @@ _ATTENTION = "not supported: attention is softmax attention over all earlier tok
 _RL = "not supported: there is no reinforcement learning"
 _HYBRID = "not supported: every layer is a transformer layer"
 _FSDP = "not supported: use --use-distributed-optimizer, which shards the optimizer's state"
-_STAGES = "not supported: every pipeline stage holds the same number of layers"
+_STAGES = (
+    "not supported: use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers for stages of "
+    "different size"
+)
 _OFFLOAD = "not supported: use --use-distributed-optimizer or --recompute-granularity to save memory"
 _RESTART = "not supported: let torchrun or the scheduler restart the job, see docs/many_hosts.md"
 _TORCHRUN = "this is an option of torchrun: put it before the script"
@@ -107,8 +110,6 @@ REFUSED = {
     # Parallelism
     "--model-parallel-size": "use --tensor-model-parallel-size",
     "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
-    "--decoder-first-pipeline-num-layers": _STAGES,
-    "--decoder-last-pipeline-num-layers": _STAGES,
     "--pipeline-model-parallel-layout": _STAGES,
     "--account-for-embedding-in-pipeline-split": _STAGES,
     "--account-for-loss-in-pipeline-split": _STAGES,

@@ -20,7 +20,7 @@ from megatron_ext.interop.formats.directory_diagnosis import (
     other_names,
     what_is_there,
 )
-from megatron_ext.interop.formats.weight_layout import Entry, Shape, join
+from megatron_ext.interop.formats.weight_layout import Entry, Shape, join, with_padding
 from megatron_ext.training.checkpoint.checkpoint_files import write_safetensors_file
 
 CONFIG = "config.json"
@@ -97,6 +97,8 @@ class TensorFiles(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str) -> torch.Tensor: ...
+
+    def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor: ...
 
 
 class SafetensorsFiles:
@@ -205,6 +207,13 @@ class SafetensorsFiles:
             )
         return tensor
 
+    def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
+        """Reads the entries `start` to `start + size` of dimension `dim` only; otherwise as `read`."""
+        with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
+            place = (slice(None),) * dim + (slice(start, start + size),)
+            tensor: torch.Tensor = opened.get_slice(name)[place]
+        return tensor.to(self.dtype(name))
+
 
 def _indexed_files(index: Path) -> list[str]:
     weight_map = read_object(index, "").get("weight_map")
@@ -224,7 +233,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         files: the Hugging Face tensors.
         model: configuration of the base model.
         found: result of `weight_layout.entries` for the model.
-        besides: names of further tensors in the files, which belong to the model but to no entry.
+        besides: names of further tensors in the files, which belong to no entry; they are not read.
 
     Raises:
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
@@ -240,6 +249,10 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
+        if entry.kind == "slice":
+            dim, start = entry.place
+            part = self._files.read_slice(entry.parts[0][0], dim, start, entry.shape[dim])
+            return with_padding(entry, part)
         return join(entry, [self._files.read(part) for part, _ in entry.parts], self._model)
 
     def __iter__(self) -> Iterator[str]:

@@ -19,6 +19,15 @@
 
 With norms over all heads, as in OLMo 2, the weights of the norms of queries and keys are [n d] and [g d]. Phi-3 has
 self_attn.qkv_proj, the rows of q, then k, then v, and mlp.gate_up_proj: gate, then up.
+With AltUp and Laurel (Gemma 3n), of k residual streams:
+    altup_start.weight                        [(k - 1) h, h]     model.altup_projections.{j}.weight
+    decoder.final_layernorm.weight            [(k - 1) h, h]     model.altup_unembed_projections.{j}.weight
+    decoder.final_layernorm.norm.weight       [h]                model.norm.weight
+      altup.router, router_norm.weight                           altup.modality_router.weight, router_norm.weight
+      altup.prediction, correction                               altup.{prediction,correction}_coefs.weight
+      laurel.left, right                                         laurel.linear_left.weight, linear_right.weight
+      laurel.post_norm.weight                                    laurel.post_laurel_norm.weight
+
 With `layer_scalar` (Gemma 4):
       layer_scalar                            [1]                layer_scalar
 
@@ -85,7 +94,12 @@ def entries(
     ]
     for layer in range(model.num_layers):
         found += _layer_entries(model, layer, is_fused=architecture in FUSED)
-    found.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
+    norm = "decoder.final_layernorm.weight"
+    if model.altup_streams is not None:
+        found.append(_of_streams("altup_start.weight", "model.altup_projections", model))
+        found.append(_of_streams(norm, "model.altup_unembed_projections", model))
+        norm = "decoder.final_layernorm.norm.weight"
+    found.append(_same(norm, "model.norm.weight", (hidden,)))
     if model.untie_embeddings_and_output_weights:
         found.append(_vocabulary("output_layer", "lm_head", model, vocab_size, padded_vocab_size))
     return found
@@ -107,16 +121,33 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
     if entry.kind == "rows":
         return torch.cat(list(parts))
     if entry.kind == "vocabulary":
-        return _padded(entry, parts[0])
+        return with_padding(entry, parts[0])
     if entry.kind == "slice":
         dim, start = entry.place
-        return _padded(entry, parts[0].narrow(dim, start, entry.shape[dim]))
+        return with_padding(entry, parts[0].narrow(dim, start, entry.shape[dim]))
     groups = entry.groups
     if entry.kind == "fused groups":
         parts = parts[0].split(_rows_of_qkv(entry, model))
     # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
+
+
+def with_padding(entry: Entry, part: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of `part`, and zeros in the rows that `entry` has beyond them."""
+    padded = part.new_zeros(entry.shape)
+    padded[: part.size(0)] = part
+    return padded
+
+
+def unused_tensors(model: ModelConfig) -> set[str]:
+    """Returns the Hugging Face names of keys and values in layers that use those of another layer.
+
+    Google's Gemma 4 has them; transformers does not read them.
+    """
+    names = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "k_proj.bias", "v_proj.bias")
+    layers = [layer for layer, shape in enumerate(model.layers) if shape.keys_of is not None]
+    return {f"model.layers.{layer}.self_attn.{name}" for layer in layers for name in names}
 
 
 def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
@@ -185,8 +216,36 @@ def _layer_entries(model: ModelConfig, layer: int, *, is_fused: bool) -> list[En
         found.append(_same(f"{ours}.{name}.weight", f"{theirs}.{in_theirs}.weight", (hidden,)))
     found += _linear(f"{mlp}.linear_fc1", gate_up, hidden, "rows", model.has_mlp_bias)
     found += _linear(f"{mlp}.linear_fc2", down, ffn, "same", model.has_mlp_bias)
+    for name, in_theirs, size in _parts_of_gemma3n(model):
+        found.append(_same(f"{ours}.{name}", f"{theirs}.{in_theirs}.weight", size))
     if model.layer_scalar:
         found.append(_same(f"{ours}.layer_scalar", f"{theirs}.layer_scalar", (1,)))
+    return found
+
+
+def _of_streams(name: str, theirs: str, model: ModelConfig) -> Entry:
+    hidden, count = model.hidden_size, (model.altup_streams or 1) - 1
+    parts = tuple((f"{theirs}.{number}.weight", (hidden, hidden)) for number in range(count))
+    return Entry(name, (count * hidden, hidden), parts, "rows")
+
+
+def _parts_of_gemma3n(model: ModelConfig) -> list[tuple[str, str, Shape]]:
+    """Returns our name, theirs without `.weight`, and the shape of AltUp's and Laurel's tensors in a layer."""
+    hidden, streams, rank = model.hidden_size, model.altup_streams, model.laurel_rank
+    found: list[tuple[str, str, Shape]] = []
+    if streams is not None:
+        found += [
+            ("altup.router", "altup.modality_router", (streams, hidden)),
+            ("altup.router_norm.weight", "altup.router_norm", (hidden,)),
+            ("altup.prediction", "altup.prediction_coefs", (streams**2, streams)),
+            ("altup.correction", "altup.correction_coefs", (streams, streams)),
+        ]
+    if rank is not None:
+        found += [
+            ("laurel.left", "laurel.linear_left", (rank, hidden)),
+            ("laurel.right", "laurel.linear_right", (hidden, rank)),
+            ("laurel.post_norm.weight", "laurel.post_laurel_norm", (hidden,)),
+        ]
     return found
 
 
@@ -226,12 +285,6 @@ def _linear(
     biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)
     found = [Entry(f"{name}.weight", (total, width), weights, kind, groups)]
     return [*found, Entry(f"{name}.bias", (total,), biases, kind, groups)] if has_bias else found
-
-
-def _padded(entry: Entry, part: torch.Tensor) -> torch.Tensor:
-    padded = part.new_zeros(entry.shape)
-    padded[: part.size(0)] = part
-    return padded
 
 
 def _same(name: str, theirs: str, shape: Shape) -> Entry:

@@ -127,6 +127,10 @@ class GGUFTensors:
             values = values - 1
         return values.to(self.dtype(name))
 
+    def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
+        """Reads a tensor as `read` does, and returns a slice of it."""
+        return self.read(name).narrow(dim, start, size)
+
 
 def _halves_in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorders the rows of each head, from alternating halves to one half after the other; rows: [heads * d, ..]."""

@@ -14,6 +14,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.gemma3n_cost import end_activations, layer_activations
 from megatron_ext.models.costs.model_cost import (
     attended_keys,
     attention_width,
@@ -80,6 +81,11 @@ class ParallelLayout:
         return self.tokens * self.model.hidden_size * self.element_bytes / self.sequence_split
 
     @property
+    def residual_bytes(self) -> float:
+        """Bytes of all residual streams of a micro-batch on one rank; without AltUp there is one."""
+        return self.hidden_bytes * (self.model.altup_streams or 1)
+
+    @property
     def ffn_bytes(self) -> float:
         """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank; that of the widest layer."""
         return max(map(self.ffn_bytes_of, range(self.model.num_layers)))
@@ -99,17 +105,19 @@ class ParallelLayout:
         """Model chunks per rank: more than 1 with the interleaved schedule."""
         return self.parallel.virtual_pipeline_size(self.model.num_layers) or 1
 
-    @property
-    def layers_per_chunk(self) -> int:
-        """Number of layers per chunk."""
-        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
-
     def stage_layers(self, stage: int) -> list[int]:
         """Returns the numbers of a stage's layers, chunk by chunk."""
-        stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        return [layer for chunk in self.stage_chunks(stage) for layer in chunk]
+
+    def stage_chunks(self, stage: int) -> list[range]:
+        """Returns the numbers of the layers of each of a stage's chunks."""
+        sizes = self.parallel.stage_sizes(self.model.num_layers)
+        if self.chunks == 1:
+            return [range(sum(sizes[:stage]), sum(sizes[: stage + 1]))]
         # The interleaved schedule assigns chunks to stages in turn.
+        stages, size = len(sizes), sizes[stage] // self.chunks
         firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
-        return [first + place for first in firsts for place in range(size)]
+        return [range(first, first + size) for first in firsts]
 
     def use(self, layer: int) -> Use:
         """Returns how a step uses a layer."""
@@ -182,6 +190,7 @@ def _kept_and_recomputed(
     """Returns what a stage's layers keep until their backward pass, and what they recompute at one time."""
     model, parallel = layout.model, layout.parallel
     numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
+    per_chunk = len(numbers) // layout.chunks
     saved = [
         layer_activation_bytes(layout, layout.use(number), number)
         + sum(family.layers[number] for family in families)
@@ -196,13 +205,15 @@ def _kept_and_recomputed(
     else:
         group = parallel.recompute_num_layers or 1
         if parallel.recompute_method == "uniform":
-            of_layers = -(-layout.layers_per_chunk // group) * layout.hidden_bytes
+            of_layers = -(-per_chunk // group) * layout.residual_bytes
             again = group * max(saved)
         else:
-            recomputed, again = min(group, layout.layers_per_chunk), max(saved)
-            rest = (layout.layers_per_chunk - recomputed) / layout.layers_per_chunk
-            of_layers = recomputed * layout.hidden_bytes + rest * sum(saved) / layout.chunks
+            recomputed, again = min(group, per_chunk), max(saved)
+            rest = (per_chunk - recomputed) / per_chunk
+            of_layers = recomputed * layout.residual_bytes + rest * sum(saved) / layout.chunks
     kept = in_flight * (of_layers + streams / layout.chunks) + held
+    if stage == 0:
+        kept += in_flight / layout.chunks * end_activations(model, layout.hidden_bytes)
     if stage == 0 and model.hidden_dropout > 0:
         # The embedding's dropout mask, one byte per value; only one of the stage's chunks has it.
         kept += in_flight / layout.chunks * layout.hidden_bytes / layout.element_bytes
@@ -249,6 +260,7 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
     # A recomputed norm does not keep its output, a frozen layer does not need it.
     whole = (2 if is_frozen or "layernorm" in again else 4) * layout.hidden_bytes
     whole += 2 * layout.model.sandwich_norm * layout.hidden_bytes
+    whole += layer_activations(layout.model, layout.hidden_bytes)
     whole += 2 * (layout.model.hidden_dropout > 0) * layout.hidden_bytes / size
     mlp = 0 if "mlp" in again else (3 if layout.model.is_gated else 2) - is_frozen
     inner = mean_over_layers(layout.model, layer, layout.ffn_bytes_of)
@@ -267,16 +279,20 @@ def attention_activation_bytes(layout: ParallelLayout, layer: int | None = None)
     """
     model, parallel = layout.model, layout.parallel
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    shared = mean_over_layers(model, layer, lambda one: _saved_width(layout, one) * layout.element_bytes)
+    of_rank = mean_over_layers(model, layer, lambda one: _saved_width(layout, one) * layout.element_bytes)
     if model.attention_backend == "local" and "core_attn" not in again:
-        shared += _score_bytes(layout)
-    return layout.tokens * shared / parallel.tensor_model_parallel_size
+        of_rank += _score_bytes(layout) / parallel.tensor_model_parallel_size
+    return layout.tokens * of_rank
 
 
-def _saved_width(layout: ParallelLayout, layer: int) -> int:
-    """Returns the number of values per token of this rank that a layer's attention saves."""
-    model, shape = layout.model, layout.model.layers[layer]
-    queries, keys = attention_width(model, layer), shape.num_query_groups * shape.kv_channels
+def _saved_width(layout: ParallelLayout, layer: int) -> float:
+    """Returns the number of values per token that a layer's attention saves on this rank."""
+    model, shape, ranks = layout.model, layout.model.layers[layer], layout.parallel.tensor_model_parallel_size
+    groups = shape.num_query_groups / ranks
+    queries = attention_width(model, layer) / ranks
+    # Ranks that share a key/value group have all of its keys and values, and gather the projections of all.
+    keys = max(1.0, groups) * shape.kv_channels
+    projection = qkv_width(model, layer) / (ranks if groups >= 1 or shape.keys_of is not None else 1)
     is_windowed = attended_keys(model, layer) < model.seq_length
     # Under context parallelism and with a sliding window attention computes in several parts: it saves the keys and
     # values of all ranks, and the outputs of the parts, which are then joined.
@@ -290,11 +306,12 @@ def _saved_width(layout: ParallelLayout, layer: int) -> int:
     # A rotation does not keep the projection's output, of which the values are a part.
     keeps_values = not layout.is_half if model.v_layernorm else not in_parts
     if keeps_values or model.has_qk_norm or not rotates:
-        width += qkv_width(model, layer)
+        width += projection
     if is_changed:
         width += queries + (0 if in_parts else keys)
-    if model.has_qk_norm and shape.num_query_groups < model.num_attention_heads:
-        width += queries  # grouped queries are copied out of the projection's output
+    is_grouped = shape.num_query_groups < model.num_attention_heads
+    if model.has_qk_norm and is_grouped and (groups > 1 or model.qk_projection_norm):
+        width += queries  # queries of several groups are copied out of the projection's output
     if model.v_layernorm:
         width += (0 if in_parts else keys) + (2 * keys if layout.is_half else 0)  # normalized in fp32
     return width
@@ -324,7 +341,8 @@ def head_activation_bytes(layout: ParallelLayout) -> float:
         softmax = 0  # the gradient takes the logits' place
     # Limited logits: their hyperbolic tangent.
     capped = layout.element_bytes * (layout.model.final_logit_softcapping is not None)
-    return 2 * layout.hidden_bytes + (layout.element_bytes + softmax + capped) * layout.logit_count
+    norm = 2 * layout.hidden_bytes + end_activations(layout.model, layout.hidden_bytes)
+    return norm + (layout.element_bytes + softmax + capped) * layout.logit_count
 
 
 def _score_bytes(layout: ParallelLayout) -> float:

@@ -25,6 +25,7 @@ from megatron_ext.models.costs.activation_memory import (
     stage_activation_bytes,
     stage_temporary_bytes,
 )
+from megatron_ext.models.costs.gemma3n_cost import parameters_of_end
 from megatron_ext.models.costs.model_cost import embedding_parameters, layer_parameters, norm_parameters
 from megatron_ext.models.costs.step_work import Use
 
@@ -132,9 +133,9 @@ def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = Fals
     layers = [layer for layer in layout.stage_layers(stage) if layout.use(layer) >= least]
     parameters = sum(layer_parameters(model, tensor, layer) for layer in layers)
     if stage == 0 and (work is None or work.trains_embedding):
-        parameters += embedding_parameters(model, layout.padded_vocab, tensor)
+        parameters += embedding_parameters(model, layout.padded_vocab, tensor) + parameters_of_end(model)
     if stage == stages - 1 and (work is None or work.head is Use.TRAINED):
-        parameters += norm_parameters(model, model.hidden_size)
+        parameters += norm_parameters(model, model.hidden_size) + parameters_of_end(model)
         if model.untie_embeddings_and_output_weights or stages > 1:
             parameters += layout.padded_vocab * model.hidden_size // tensor
     return parameters

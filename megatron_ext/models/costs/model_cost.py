@@ -14,8 +14,8 @@ This is the usual 6ND (N weights, D tokens) plus attention (arXiv 2204.02311, ap
 take part in a matrix product: the output layer always, the word embedding's lookup never. By convention
 attention counts the full s x s square (s x w with a window) although it is causal; norms, activations and softmax are
 not counted. A function of one layer takes its number; without one it returns the mean over all layers.
-If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
-model family reports its own part in another `ModelCost`.
+What AltUp and Laurel add is in `gemma3n_cost`. If parts are frozen, a product has fewer gradients, and layers may be
+skipped or run several times: see `step_work`. A model family reports its own part in another `ModelCost`.
 
 Torch's `FlopCounterMode` is used only in tests, to check these formulas: it makes a step several times slower, counts
 recomputation too, and misses the CPU's fused attention kernel.
@@ -27,6 +27,12 @@ from dataclasses import dataclass
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.gemma3n_cost import (
+    added_to_layer,
+    further_norms,
+    layer_flops,
+    parameters_of_end,
+)
 from megatron_ext.models.costs.step_work import StepWork, Use
 
 
@@ -79,10 +85,11 @@ def model_cost(
     parameters = sum(layer_parameters(model, layer=layer) for layer in layers)
     parameters += norm_parameters(model, model.hidden_size)
     parameters += embedding_parameters(model, vocab)
+    parameters += 2 * parameters_of_end(model)
     if model.untie_embeddings_and_output_weights:
         parameters += vocab * model.hidden_size
-    head = 2.0 * model.hidden_size * vocab
-    weights = [linear_flops_per_token(model, layer=layer) for layer in layers]
+    head = 2.0 * model.hidden_size * vocab + 4.0 * parameters_of_end(model)
+    weights = [linear_flops_per_token(model, layer=layer) + layer_flops(model) for layer in layers]
     attention = [core_attention_flops_per_token(model, layer) for layer in layers]
     flops = sum(weights) + sum(attention) + head
     if work is None:
@@ -144,13 +151,14 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
         return 0
     if parallel.recompute_method == "uniform":
         return model.num_layers
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_size(model.num_layers) or 1)
-    return chunks * min(parallel.recompute_num_layers or 0, model.num_layers // chunks)
+    chunks = parallel.virtual_pipeline_size(model.num_layers) or 1
+    sizes = parallel.stage_sizes(model.num_layers)
+    return sum(chunks * min(parallel.recompute_num_layers or 0, size // chunks) for size in sizes)
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
     """Returns the forward FLOPs per token of one layer; the mean over the layers."""
-    return linear_flops_per_token(model) + core_attention_flops_per_token(model)
+    return linear_flops_per_token(model) + layer_flops(model) + core_attention_flops_per_token(model)
 
 
 def core_attention_flops_per_token(model: ModelConfig, layer: int | None = None) -> float:
@@ -212,6 +220,7 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1, layer: i
     shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = (4 if model.sandwich_norm else 2) * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    replicated += added_to_layer(model) + further_norms(model) * norm_parameters(model, hidden)
     shape = model.layers[layer]
     if model.qk_projection_norm:
         keys = 0 if shape.keys_of is not None else shape.num_query_groups * shape.kv_channels

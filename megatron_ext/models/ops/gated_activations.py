@@ -17,17 +17,19 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
 
-class _Activation(NamedTuple):
+class GateActivation(NamedTuple):
+    """The activation of a gate, and its derivative."""
+
     value: Callable[[torch.Tensor], torch.Tensor]
     write_gradient: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor], object
     ]  # of the output, input; to be filled
 
 
-_SILU = _Activation(
+SILU = GateActivation(
     F.silu, lambda grad, gate, out: torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
 )
-_GELU_TANH = _Activation(
+GELU_TANH = GateActivation(
     partial(F.gelu, approximate="tanh"),
     lambda grad, gate, out: torch.ops.aten.gelu_backward.grad_input(
         grad, gate, approximate="tanh", grad_input=out
@@ -37,7 +39,7 @@ _GELU_TANH = _Activation(
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_and_up: torch.Tensor, activation: _Activation) -> torch.Tensor:
+    def forward(ctx: Any, gate_and_up: torch.Tensor, activation: GateActivation) -> torch.Tensor:
         ctx.save_for_backward(gate_and_up)
         ctx.activation = activation
         gate, up = gate_and_up.chunk(2, dim=-1)
@@ -56,13 +58,13 @@ class _Gated(torch.autograd.Function):
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """Returns silu(first half) * second half, [..., 2 f] -> [..., f]."""
-    result: torch.Tensor = _Gated.apply(gate_and_up, _SILU)
+    result: torch.Tensor = _Gated.apply(gate_and_up, SILU)
     return result
 
 
 def geglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """Returns gelu(first half) * second half, [..., 2 f] -> [..., f]."""
-    result: torch.Tensor = _Gated.apply(gate_and_up, _GELU_TANH)
+    result: torch.Tensor = _Gated.apply(gate_and_up, GELU_TANH)
     return result
 
 

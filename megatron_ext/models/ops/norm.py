@@ -95,7 +95,7 @@ class WeightedNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
-        self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
+        self.weight = replicated_parameter(config, hidden_size, value=0.0 if self.zero_centered else 1.0)
 
 
 class RMSNorm(WeightedNorm):
@@ -111,7 +111,7 @@ class LayerNorm(WeightedNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, hidden_size, *args, **kwargs)
-        self.bias = _parameter(config, hidden_size, 0.0)
+        self.bias = replicated_parameter(config, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
@@ -178,7 +178,9 @@ class ProjectionNorm(torch.nn.Module):
             )
         self.eps, self.width = eps, heads * hidden_size
         self.zero_centered = config.layernorm_zero_centered_gamma
-        self.weight = _parameter(config, self.width // ranks, 0.0 if self.zero_centered else 1.0)
+        self.weight = replicated_parameter(
+            config, self.width // ranks, value=0.0 if self.zero_centered else 1.0
+        )
         # Each rank has the whole sequence here, so its gradient is complete.
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
@@ -207,8 +209,9 @@ class Norm:
         return kinds[config.normalization](config=config, hidden_size=hidden_size, eps=eps)
 
 
-def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
-    start = torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
+def replicated_parameter(config: TransformerConfig, *shape: int, value: float = 0.0) -> torch.nn.Parameter:
+    """Returns a parameter, filled with `value`, that every tensor-parallel rank holds as a whole."""
+    start = torch.full(shape, value, dtype=config.params_dtype, device=process_groups.device())
     parameter = torch.nn.Parameter(start)
     # Under sequence parallelism each tensor-parallel rank sees part of the sequence: the engine sums the gradients of
     # parameters with this attribute over those ranks.

@@ -9,10 +9,10 @@ is in the row, to step t
     C_j  = sqrt(1 - beta2^j) / sqrt(beta2)^(j-a)          bias correction and decay of sqrt(v)
     A_j  = D(j) lr_j C_j beta1^(j-a) / (1 - beta1^j)
 
-The factors A_j / C_j fall like beta1^(j-a): the sum ends when the rest is below 1e-8 of it. Its terms are summed in
+The factors A_j / C_j fall like beta1^(j-a): the sum ends when the rest is below 1e-7 of it. Its terms are summed in
 blocks of growing length, each replaced by the two-point Gauss rule of the weights A_j at the nodes C_j: two terms with
-the same sums of A_j C_j^k for k = 0..3. Blocks of one or two steps are exact; so is every block in the limit of
-sqrt(v) >> eps. In general the weight differs from dense AdamW's by less than 1e-4 of one update (lr), if
+the same sums of A_j C_j^k for k = 0..3, or one term at their mean, where the C_j are close together. All are exact in
+the limit of sqrt(v) >> eps. In general the weight differs from dense AdamW's by less than 1e-4 of one update (lr), if
 beta1 <= 0.9 and beta2 >= 0.95.
 """
 
@@ -20,8 +20,10 @@ import math
 
 import torch
 
-_NEGLIGIBLE = 1e-8
+_NEGLIGIBLE = 1e-7
 _LONGEST_BLOCK = 32
+_CLOSE = 1e-5
+"""Largest squared coefficient of variation of the C_j, times the part of the sum from their block on, for one term."""
 
 
 class MissedSteps:
@@ -41,18 +43,18 @@ class MissedSteps:
     def restart(self, step: int) -> None:
         """Forgets the past: all rows are up to date with `step`."""
         self.first = self.last = step
-        # Per step from `first` on: learning rate, and the sum of log(1 - lr wd) up to it.
-        self._of_steps = torch.zeros(1024, 2, dtype=torch.float64)
+        # Per step from `first` on: lr / (1 - beta1^j), sqrt(1 - beta2^j), and the sum of log(1 - lr wd) up to it.
+        self._of_steps = torch.zeros(1024, 3, dtype=torch.float64)
 
     def record(self, learning_rate: float, weight_decay: float) -> None:
         """Adds a step."""
         place = self.last + 1 - self.first
         if place == len(self._of_steps):
             self._of_steps = torch.cat((self._of_steps, torch.zeros_like(self._of_steps)))
-        decay = math.log1p(-learning_rate * weight_decay)
-        self._of_steps[place, 0] = learning_rate
-        self._of_steps[place, 1] = self._of_steps[place - 1, 1] + decay
         self.last += 1
+        corrected = learning_rate / (1 - self.beta1**self.last), math.sqrt(1 - self.beta2**self.last)
+        decay = float(self._of_steps[place - 1, 2]) + math.log1p(-learning_rate * weight_decay)
+        self._of_steps[place] = torch.tensor((*corrected, decay), dtype=torch.float64)
 
     def decay(self, since: torch.Tensor) -> torch.Tensor:
         """Returns D(a) for steps a, [n] integer -> [n] in float64."""
@@ -71,28 +73,35 @@ class MissedSteps:
         terms = []
         for start, end in self.blocks:
             if start < longest:
-                terms += _two_points(*self._block(since, torch.arange(start + 1, min(end, longest) + 1)))
+                block = self._block(since, torch.arange(start + 1, min(end, longest) + 1))
+                terms += _gauss_rule(*block, close=_CLOSE / _ratio(self.beta1, self.beta2) ** start)
         return terms
 
     def _block(self, since: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns A and C of the steps `since + offsets`, each [n, length]; A is 0 for steps in the future."""
         steps = since.unsqueeze(1) + offsets
         missed = steps <= self.last
-        steps = steps.clamp(max=self.last)
-        rates = self._of_steps[steps - self.first, 0] * (self._log(self.last) - self._log(steps)).exp()
-        shift = (1 - self.beta2 ** steps.double()).sqrt() * self.beta2 ** (-offsets.double() / 2)
-        weight = rates * shift * self.beta1 ** offsets.double() / (1 - self.beta1 ** steps.double())
+        rate, root, decay = self._of_steps[steps.clamp(max=self.last) - self.first].unbind(-1)
+        shift = root * self.beta2 ** (-offsets.double() / 2)
+        weight = (
+            (self._log(self.last) - decay).exp_().mul_(rate).mul_(shift).mul_(self.beta1 ** offsets.double())
+        )
         return weight.where(missed, 0.0), shift
 
     def _log(self, step: torch.Tensor | int) -> torch.Tensor:
-        return self._of_steps[step - self.first, 1]
+        return self._of_steps[step - self.first, 2]
+
+
+def _ratio(beta1: float, beta2: float) -> float:
+    """Returns the factor by which a row's movement falls from step to step."""
+    return beta1 / math.sqrt(beta2)
 
 
 def _blocks(beta1: float, beta2: float) -> list[tuple[int, int]]:
     """Returns the blocks (start, end) of missed steps, until the rest of the sum is negligible."""
     if beta1 == 0.0:
         return []
-    end = math.ceil(math.log(_NEGLIGIBLE) / math.log(beta1 / math.sqrt(beta2)))
+    end = math.ceil(math.log(_NEGLIGIBLE) / math.log(_ratio(beta1, beta2)))
     blocks, start = [], 0
     while start < end:
         length = min(2 + start // 2, _LONGEST_BLOCK)
@@ -101,16 +110,22 @@ def _blocks(beta1: float, beta2: float) -> list[tuple[int, int]]:
     return blocks
 
 
-def _two_points(weight: torch.Tensor, node: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the two-point Gauss rule of positive weights at nodes, [n, length] -> two pairs of [n]."""
+def _gauss_rule(
+    weight: torch.Tensor, node: torch.Tensor, *, close: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the two-point Gauss rule of positive weights at nodes, [n, length] -> one or two pairs of [n].
+
+    Nodes whose variance is at most `close` times their squared mean are replaced by their mean.
+    """
     total = weight.sum(1)
     share = weight / total.clamp(min=1e-300).unsqueeze(1)
     # Without weight any node does, but 0: a divisor is made of it.
     mean = (share * node).sum(1).where(total > 0, 1.0)
     distance = node - mean.unsqueeze(1)
     variance = (share * distance.square()).sum(1)
-    # Nodes that agree to six digits are one: their distances are rounding errors.
-    several = variance > 1e-12 * mean.square()
+    several = variance > close * mean.square()
+    if not several.any():
+        return [(total, mean)]
     spread = variance.where(several, 1.0).sqrt()
     skew = ((share * distance.pow(3)).sum(1) / spread.pow(3) / 2).where(several, 0.0)
     spread = spread.where(several, 0.0)

@@ -268,9 +268,10 @@ class RowOptimizer(OwnOptimizer):
             return
         constants = self.rule.constants
         root = state["exp_avg_sq"].sqrt()
-        total = torch.zeros_like(root)
+        total, divisor = torch.zeros_like(root), torch.empty_like(root)
         for factor, shift in self._missed.moment_terms(since):
-            total.addcdiv_(by_row(factor), root + constants.eps * by_row(shift))
+            torch.add(root, by_row(shift), alpha=constants.eps, out=divisor)
+            total.addcdiv_(by_row(factor), divisor)
         weights.addcmul_(state["exp_avg"], total, value=-1)
         gaps = (self._missed.last - since).double()
         state["exp_avg"].mul_(by_row(constants.beta1**gaps))

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.model.layer_shapes import refuse_layer_sizes
+from megatron_ext.config.groups.model.parts_of_gemma3n import refuse_parts_of_gemma3n
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -23,6 +24,9 @@ class ProgressiveRunConfig(RunConfig):
 
     def __post_init__(self) -> None:
         refuse_layer_sizes(self.model, "progressive training")
+        # Trunk cache and skipped layers know one residual stream, and a list is for one number of layers.
+        names = ("altup_streams", "mlp_activation_sparsity")
+        refuse_parts_of_gemma3n(self.model, names, "progressive training")
         self._check_windows()
 
     def _check_windows(self) -> None:

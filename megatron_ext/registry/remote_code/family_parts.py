@@ -35,6 +35,8 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
 CODE = Path(__file__).with_name("modeling_megatron_ext.py")
 IDS = "model.per_layer_ids"
+BASES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Phi3", "Olmo2", "Olmo3", "SmolLM3", "Granite")
+"""Base models of which `modeling_megatron_ext` has a class."""
 
 PER_LAYER_FIELDS = (
     "per_layer_preset",
@@ -80,7 +82,7 @@ def parts_of(families: dict[str, Any], model: ModelConfig, eod: int | None) -> A
         settings = NPTFamily.from_configuration(families[NPTFamily.name]).settings
         entries += _npt_entries(settings, model)
         fields["npt"] = _npt_section(settings, model)
-    return AddedParts(entries=entries, fields=fields, buffers=buffers, code=CODE)
+    return AddedParts(entries=entries, fields=fields, buffers=buffers, code=CODE, bases=BASES)
 
 
 def families_in(config: dict[str, Any], ids: torch.Tensor | None) -> dict[str, Any]:

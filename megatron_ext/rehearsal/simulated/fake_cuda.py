@@ -19,6 +19,7 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, Device
 
 _DEVICE = torch.device("cuda", 0)
 _RANDOM_STATE_BYTES = 16
+_ARRAY = "array_in_rehearsal"  # attribute of a tensor: the array that `from_numpy` made it of
 _PINNED = "is_pinned_in_rehearsal"  # attribute of a tensor that `pin_memory` was called for
 
 
@@ -155,6 +156,8 @@ def _patch_transfers(activity: Activity) -> None:
             return to_list(self)
         if self.is_cuda:
             activity.waits_for_device("tolist")
+        if hasattr(self, _ARRAY):
+            return getattr(self, _ARRAY).tolist()
         return _nested(self.shape, value_on_host(self.dtype))
 
     def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +183,19 @@ def _patch_transfers(activity: Activity) -> None:
         _DEVICE, non_blocking=non_blocking
     )
     _patch_tensor(activity)
+    _patch_from_numpy()
+
+
+def _patch_from_numpy() -> None:
+    """Lets a tensor in host memory that was made of an array be read: its values may decide which kernels run."""
+    make: Any = torch.from_numpy
+
+    def from_numpy(ndarray: Any) -> torch.Tensor:
+        made: torch.Tensor = make(ndarray)
+        setattr(made, _ARRAY, ndarray)
+        return made
+
+    torch.from_numpy = from_numpy
 
 
 def _patch_tensor(activity: Activity) -> None:

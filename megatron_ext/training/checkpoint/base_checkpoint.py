@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.models.base_parameters import base_parameter_ids
+from megatron_ext.models.base_parameters import base_tensor_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
@@ -98,7 +98,7 @@ class BaseCheckpoint:
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
-        base = base_parameter_ids(models)
+        base = base_tensor_ids(models)
         tensors.read_into(
             models,
             self.folder,

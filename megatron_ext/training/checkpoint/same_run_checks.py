@@ -32,6 +32,8 @@ _SHAPE = (
     "normalization",
     "apply_layernorm_1p",
     "sandwich_norm",
+    "altup_streams",
+    "laurel_rank",
     "post_norm",
     "position_embedding_type",
     "sliding_window",
@@ -69,6 +71,8 @@ _MEANING = (
     "window_size",
     "window_attn_skip_freq",
     "norm_epsilon",
+    "altup_coef_clip",
+    "mlp_activation_sparsity",
     "bias_gelu_fusion",
 )
 """Fields of `ModelConfig` that a fine-tuning run may set differently."""

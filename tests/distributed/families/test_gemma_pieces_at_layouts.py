@@ -13,7 +13,7 @@ from megatron_ext.npt.weights.conversion import convert
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_run
+from megatron_ext.testing.layout_runs import UNEVEN, LayoutRuns, Variant, assert_same_run
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
@@ -79,7 +79,11 @@ VARIANTS = {
 RUNS = LayoutRuns(
     VARIANTS,
     ["TP2", "TP2+SP", "PP2", "PP2 interleaved", "CP2", "TP1 recomputed", "PP2 interleaved recomputed"],
-    {"TP2+SPxCP2": ["base model", "PLE"]},
+    {
+        "TP2+SPxCP2": ["base model", "PLE"],
+        UNEVEN: ["base model", "Gemma 4's layers", "Gemma 4's layers with PLE"],
+        f"{UNEVEN} recomputed": ["Gemma 4's layers with PLE"],
+    },
 )
 
 

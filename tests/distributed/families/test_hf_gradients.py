@@ -14,7 +14,8 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.interop import load_hf, load_into
 from megatron_ext.interop.formats.configs.hf_config import to_model_config
-from megatron_ext.interop.formats.weight_layout import entries, split
+from megatron_ext.interop.formats.per_layer_layout import pack, per_layer_entries
+from megatron_ext.interop.formats.weight_layout import Entry, entries, split
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
@@ -32,7 +33,7 @@ from megatron_ext.training.engine.data_parallel import wrap_model
 from megatron_ext.training.engine.lr_schedule import build_scheduler
 from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
-from tests.unit.interop.hf_models import KINDS, LENGTH
+from tests.unit.interop.hf_models import KINDS, LENGTH, families_of
 
 NAMES = (
     "Mistral, sliding window",
@@ -40,6 +41,11 @@ NAMES = (
     "Gemma3",
     "Gemma3, scaled and limited",
     "Gemma3, no windows",
+    "Gemma4",
+    "Gemma4, keys are values",
+    "Gemma4, no per-layer embedding",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Phi3, longrope",
     "Olmo2",
     "Olmo3",
@@ -66,15 +72,17 @@ def _traced(path: str, layouts: dict[str, ParallelConfig]) -> dict[tuple[str, st
 def _trace(folder: str, parallel: ParallelConfig) -> TrainingTrace:
     initialize(parallel, seed=1)
     source = load_hf(folder, seq_length=LENGTH)
-    chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7)
+    families = families_of(source.families.configurations)
+    extensions = [family.extension() for family in families]
+    chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7, extensions=extensions)
     load_into(chunks, source.state)
     wrapped = wrap_model(chunks, parallel)
     settings = OptimizerSettings(lr=1e-9, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, [])
+    optimizer = build_optimizer(settings, parallel, wrapped, families)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=1), optimizer, 4)
     stepper = Stepper(
         wrapped,
-        [],
+        families,
         optimizer,
         scheduler,
         global_batch_size=4,
@@ -139,9 +147,21 @@ def test_loss_and_every_gradient_are_those_of_transformers(
 
 def _in_their_words(name: str, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     content: dict[str, Any] = KINDS[name].build().config.to_dict()
-    model = replace(to_model_config(content, "config.json").model, seq_length=LENGTH)
+    source = to_model_config(content, "config.json")
+    model = replace(source.model, seq_length=LENGTH)
+    layout = entries(model, VOCAB_SIZE, VOCAB_SIZE, f"{KINDS[name].name}ForCausalLM")
+    if source.per_layer is not None:
+        layout += per_layer_entries(model, source.per_layer, VOCAB_SIZE, VOCAB_SIZE)
     found: dict[str, torch.Tensor] = {}
-    for entry in entries(model, VOCAB_SIZE, VOCAB_SIZE, f"{KINDS[name].name}ForCausalLM"):
+    slices: dict[str, list[Entry]] = {}
+    for entry in layout:
+        if entry.name.endswith("layer_scalar"):  # a buffer, which is not trained
+            continue
+        if entry.kind == "slice":
+            slices.setdefault(entry.parts[0][0], []).append(entry)
+            continue
         parts = split(entry, gradients[entry.name], model)
         found |= {part: value for (part, _), value in zip(entry.parts, parts, strict=True)}
+    for name, of_one in slices.items():
+        found[name] = pack(of_one, [gradients[entry.name] for entry in of_one])
     return found

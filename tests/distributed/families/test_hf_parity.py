@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
-from megatron.core import parallel_state
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.inference.generation import Sampling, generate
+from megatron_ext.inference.generation import Sampling, generate, stage_logits
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import (
     base_state,
@@ -28,10 +26,21 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.rotary import rotary_frequencies
 from megatron_ext.platform.process_groups import initialize
+from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY
-from tests.unit.interop.hf_models import KINDS, SIZES, Kind, alone, logits_of, tensors_in, tokens
+from megatron_ext.training.interface.family_interface import Family
+from tests.unit.interop.hf_models import (
+    KINDS,
+    SIZES,
+    Kind,
+    alone,
+    families_of,
+    logits_of,
+    tensors_in,
+    tokens,
+)
 
 CUT_KINDS = (
     "Llama, all biases",
@@ -39,6 +48,10 @@ CUT_KINDS = (
     "Qwen2, sliding windows",
     "Gemma3",
     "Gemma3, scaled and limited",
+    "Gemma4",
+    "Gemma4, keys are values",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Olmo2",
 )
 
@@ -72,13 +85,16 @@ def imported_logits(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: GPTModel) -> torch.Tensor:
-    result: torch.Tensor = model(tokens(), torch.arange(tokens().size(1)).expand_as(tokens()), None)
-    return result
+def _logits(model: GPTModel, families: list[Family]) -> torch.Tensor:
+    """Logits on the last stage."""
+    positions = torch.arange(tokens().size(1)).expand_as(tokens())
+    result = stage_logits(model, families, {"tokens": tokens(), "position_ids": positions})
+    return torch.empty(0) if result is None else result
 
 
 def _checkpoint_logits(path: str) -> dict[str, torch.Tensor]:
-    return {name: _logits(load_model(f"{path}/checkpoint-{name}", {}).model) for name in KINDS}
+    loaded = {name: load_model(f"{path}/checkpoint-{name}", FAMILIES) for name in KINDS}
+    return {name: _logits(each.model, each.families) for name, each in loaded.items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -122,23 +138,6 @@ def test_an_exported_model_keeps_its_type_and_its_files_their_size(folder: Path)
     assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
 
 
-def _whole_logits(model: GPTModel) -> torch.Tensor:
-    """Logits on every rank, whatever the parallel layout of two processes."""
-    ids, stages = tokens(), parallel_state.get_pipeline_model_parallel_world_size()
-    positions = torch.arange(ids.size(1)).expand_as(ids)
-    if stages > 1 and dist.get_rank() == 1:
-        hidden = torch.empty(ids.size(1), ids.size(0), model.config.hidden_size)
-        dist.recv(hidden, 0)
-        model.set_input_tensor(hidden)
-    with torch.no_grad():
-        output = model(ids, positions, None, runtime_gather_output=True).contiguous()
-    if stages > 1 and dist.get_rank() == 0:
-        dist.send(output, 1)
-    results: list[Any] = [None, None]
-    dist.all_gather_object(results, output)
-    return results[-1]
-
-
 def _logits_at_layouts(path: str) -> dict[tuple[str, str, str], torch.Tensor]:
     found = {}
     for layout in ("TP2", "PP2"):
@@ -146,15 +145,19 @@ def _logits_at_layouts(path: str) -> dict[tuple[str, str, str], torch.Tensor]:
             parallel = LAYOUTS[layout]
             loaded = load_model(
                 f"{path}/checkpoint-{name}",
-                {},
+                FAMILIES,
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             )
-            found[layout, name, "checkpoint"] = _whole_logits(loaded.model)
+            found[layout, name, "checkpoint"] = _logits(loaded.model, loaded.families)
             source = load_hf(f"{path}/hf-{name}")
-            chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7)
+            families = families_of(source.families.configurations)
+            extensions = [family.extension() for family in families]
+            chunks = build_model(
+                source.model, parallel, vocab_size=source.vocab_size, seed=7, extensions=extensions
+            )
             load_into(chunks, source.state)
-            found[layout, name, "in memory"] = _whole_logits(chunks[0].eval())
+            found[layout, name, "in memory"] = _logits(chunks[0].eval(), families)
     return found
 
 
@@ -176,6 +179,11 @@ PAST_A_LIMIT = (
     "Qwen2, sliding windows",
     "Gemma3",
     "Gemma3, scaled and limited",
+    "Gemma4",
+    "Gemma4, keys are values",
+    "Gemma4, no per-layer embedding",
+    "Gemma3n",
+    "Gemma3n, three streams, biases",
     "Phi3",
     "Phi3, longrope",
     "Olmo3",
@@ -193,12 +201,12 @@ def _generated(path: str, layouts: list[str]) -> dict[tuple[str, str], list[int]
         for name in PAST_A_LIMIT:
             loaded = load_model(
                 f"{path}/checkpoint-{name}",
-                {},
+                FAMILIES,
                 tensor_model_parallel_size=LAYOUTS[layout].tensor_model_parallel_size,
                 pipeline_model_parallel_size=LAYOUTS[layout].pipeline_model_parallel_size,
             )
             greedy = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
-            found[layout, name] = generate(loaded.model, [], [PROMPT], greedy, 96)[0]
+            found[layout, name] = generate(loaded.model, loaded.families, [PROMPT], greedy, 96)[0]
     return found
 
 

@@ -51,13 +51,13 @@ class _Make:
 
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=model, steps=3) for name, model in MODELS.items()},
-    ["TP2", "TP2+SP", "PP2", "PP2 interleaved", "CP2"],
+    ["TP2+SP", "PP2 interleaved"],
     {
-        "TP1 recomputed": list(MODELS),
-        "TP2+SP recomputed": ["plain", "PLE"],
-        "PP2 interleaved recomputed": ["gemma", "NPT"],
-        "TP2xPP2": ["new PLE"],
-        "DP2 distributed optimizer": ["plain", "PLE"],
+        "TP2": ["plain"],
+        "CP2": ["gemma"],
+        "TP1 recomputed": ["plain", "new PLE"],
+        "PP2 interleaved recomputed": ["PLE"],
+        "DP2 distributed optimizer": ["new PLE"],
     },
 )
 
@@ -75,7 +75,6 @@ def test_adapters_train_and_what_was_loaded_does_not(variant: str) -> None:
     assert len(adapters) == 4 * 4 * 2
     new = {key for key, _ in run.saved if "per_layer" in key or ".before_layer." in key}
     assert trained == adapters | (new if variant == "new PLE" else set())
-    assert run.trace.losses[2] < run.trace.losses[0]
 
 
 @pytest.mark.parametrize("variant", ["plain", "gemma"])

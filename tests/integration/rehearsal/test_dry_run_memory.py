@@ -22,6 +22,23 @@ PLAIN = _MODEL + "--num-layers 8 --train-iters 100 "
 GROWN = _MODEL + "--n-blocks 4 --target-stacks 2 --stack-steps 100 "
 PLE = PLAIN + "--use-per-layer-embedding --per-layer-hidden-size 128 --per-layer-strategy identity "
 RANK = PLAIN + "--np-rank 64 "
+_GEMMA4 = (
+    "--geglu --sandwich-norm --qk-layernorm --v-layernorm --softmax-scale 1 --final-logit-softcapping 30 "
+    "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --seq-length 2048 --window-size 511,0 "
+    "--rotary-base 1000000 --rotary-base-local 10000 --rotary-proportion 0.25 --use-per-layer-embedding "
+    "--per-layer-preset gemma4 --per-layer-hidden-size 256 --tokenizer-type NullTokenizer --lr 1e-3 --bf16 "
+    "--train-iters 100 --micro-batch-size 1 --global-batch-size 8 "
+)
+GEMMA4 = _GEMMA4 + (
+    "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --num-query-groups 4 --kv-channels 64 "
+    "--window-attn-skip-freq 2 --kv-channels-full 128 --num-kv-shared-layers 5 --vocab-size 32000 "
+    "--ffn-hidden-sizes [2816]*3+[5632]*5 "
+)
+E2B = _GEMMA4 + (
+    "--num-layers 35 --hidden-size 1536 --num-attention-heads 8 --num-query-groups 1 --kv-channels 256 "
+    "--window-attn-skip-freq 5 --kv-channels-full 512 --num-kv-shared-layers 20 --vocab-size 262143 "
+    "--ffn-hidden-sizes [6144]*15+[12288]*20 --tensor-model-parallel-size 4 --decoder-first-pipeline-num-layers 17 "
+)
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 2 "
 TEACHER = "--mode multi_layer --npt-layers all --curriculum-stages "
 
@@ -39,6 +56,16 @@ CASES = {
     ),
     "PLE, one stage": (GPT, (0,), PLE + SHARDED),
     "PLE, gemma4": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-preset gemma4 "),
+    "PLE, gemma3n, AltUp, Laurel and sparse gates": (
+        GPT,
+        (0, 7),
+        PLE
+        + TP
+        + PP
+        + SP
+        + SHARDED
+        + "--per-layer-preset gemma3n --altup-streams 4 --laurel-rank 64 --mlp-activation-sparsity 0.95 ",
+    ),
     "PLE, concat, interleaved": (
         GPT,
         (0, 7),
@@ -47,6 +74,10 @@ CASES = {
     "PLE, gated": (GPT, (0,), PLE + TP + SHARDED + "--per-layer-combination-method gated "),
     "PLE, recomputation": (GPT, (0,), PLE + TP + SP + SHARDED + FULL),
     "PLE, context parallel": (GPT, (0,), PLE + CP + TP + SP + SHARDED),
+    "Gemma 4's layers, one stage": (GPT, (0,), GEMMA4 + TP + SP + SHARDED),
+    "Gemma 4's layers": (GPT, (0, 7), GEMMA4 + TP + PP + SP + SHARDED),
+    "Gemma 4's layers, recomputation": (GPT, (0, 7), GEMMA4 + PP + FULL + SHARDED),
+    "Gemma 4 E2B": (GPT, (0, 7), E2B + PP + SP + SHARDED),
     "NPT, cross-entropy": (NPT, (0,), RANK + TP + SP + "--mode lm --npt-layers upper_half "),
     "NPT, local losses": (NPT, (0,), RANK + TP + SHARDED),
     "NPT, key_value": (

@@ -12,6 +12,5 @@ def test_the_script_pretrains_exports_and_generates_the_same_text_three_times(tm
     result = bash(script, str(tmp_path / "run"), **changes)
     assert result.returncode == 0, result.stdout + result.stderr
     texts = re.findall(r"^The function returns.*?(?=\n-{40}|\n== )", result.stdout, re.MULTILINE | re.DOTALL)
-    texts = [text.strip() for text in texts]
     assert len(texts) == 3 and len(texts[0]) > len("The function returns")
     assert texts[0] == texts[1] == texts[2]

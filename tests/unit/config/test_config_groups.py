@@ -107,6 +107,19 @@ BAD = [
     (ModelConfig, {"sliding_window": 31}, ["--seq-length 32", "sliding window of 31"]),
     (ModelConfig, {"sliding_window": 0}, ["--sliding-window 0"]),
     (ModelConfig, {"swiglu": True, "geglu": True}, ["--geglu", "--swiglu"]),
+    (ModelConfig, {"altup_streams": 1}, ["--altup-streams 1: must be at least 2"]),
+    (ModelConfig, {"altup_coef_clip": 1.0}, ["--altup-coef-clip 1.0: has no effect", "--altup-streams"]),
+    (ModelConfig, {"altup_streams": 4, "altup_coef_clip": 0.0}, ["--altup-coef-clip 0.0"]),
+    (ModelConfig, {"laurel_rank": 0}, ["--laurel-rank 0"]),
+    (ModelConfig, {"mlp_activation_sparsity": "0.5"}, ["0.5: has no effect", "--swiglu or --geglu"]),
+    *(
+        (
+            ModelConfig,
+            {"swiglu": True, "mlp_activation_sparsity": value},
+            [f"--mlp-activation-sparsity {value}: must be one number"],
+        )
+        for value in ("1", "-0.5", "[0.5]", "[0.5]*3", "[0.5]*2+[1]*2", "half", "[0.5, nan]", "[0.5")
+    ),
     (ModelConfig, {"softmax_scale": 0.0}, ["--softmax-scale 0.0"]),
     (ModelConfig, {"final_logit_softcapping": -1.0}, ["--final-logit-softcapping -1.0"]),
     (ModelConfig, {"embedding_multiplier": 0.0}, ["--embedding-multiplier 0.0"]),

@@ -66,6 +66,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers -1"),
     ({"v_layernorm": True, "attention_backend": "local"}, "require --attention-backend sdpa"),
     ({"rotary_proportion": 0.5, "rotary_percent": 0.5}, "--rotary-proportion 0.5: cannot be given together"),
+    (
+        {"rotary_proportion": 0.5, "use_rope_scaling": True},
+        "--rotary-proportion 0.5: cannot be given together with --use-rope-scaling",
+    ),
     ({"rotary_proportion": 0.1}, "--rotary-proportion 0.1: rotates no channels"),
     ({"rotary_proportion": 1.5}, "--rotary-proportion 1.5"),
     ({"rotary_proportion": 0.5, "position_embedding_type": "none"}, "--rotary-proportion 0.5: has no effect"),
@@ -118,3 +122,57 @@ def test_families_whose_layers_must_be_equal_refuse_each_difference_by_name(chan
     (name,) = changes
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}.*: not supported by this family"):
         refuse_layer_sizes(replace(WINDOWED, **changes), "this family")
+
+
+def stages(first: int | None, last: int | None, count: int) -> ParallelConfig:
+    """A layout with `count` pipeline stages."""
+    return ParallelConfig(
+        pipeline_model_parallel_size=count,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "count", "sizes"),
+    [
+        (None, None, 5, (7, 7, 7, 7, 7)),
+        (17, None, 2, (17, 18)),
+        (None, 17, 2, (18, 17)),
+        (17, 18, 2, (17, 18)),
+        (8, 9, 4, (8, 9, 9, 9)),
+        (5, None, 4, (5, 10, 10, 10)),
+    ],
+)
+def test_first_and_last_stage_may_hold_other_numbers_of_layers(
+    first: int | None, last: int | None, count: int, sizes: tuple[int, ...]
+) -> None:
+    validate(E2B, stages(first, last, count), world_size=count)
+    assert stages(first, last, count).stage_sizes(E2B.num_layers) == sizes
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "count", "words"),
+    [
+        (None, None, 2, "--num-layers 35: must be divisible by --pipeline-model-parallel-size 2"),
+        (17, 17, 2, "--num-layers 35: with .*first.* 17 and .*last.* 17, 1 layers are left"),
+        (35, None, 2, "--num-layers 35: with --decoder-first-pipeline-num-layers 35, 0 layers are left"),
+        (7, None, 4, "28 layers are left, which must be divisible by 3"),
+        (
+            17,
+            None,
+            1,
+            "--decoder-first-pipeline-num-layers 17: requires --pipeline-model-parallel-size above 1",
+        ),
+    ],
+)
+def test_layers_that_do_not_fill_the_stages_are_refused(
+    first: int | None, last: int | None, count: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        validate(E2B, stages(first, last, count), world_size=count)
+
+
+def test_stages_of_different_size_are_refused_with_the_interleaved_schedule() -> None:
+    with pytest.raises(ValueError, match="--decoder-last-pipeline-num-layers 3: cannot be given together"):
+        replace(stages(None, 3, 2), num_layers_per_virtual_pipeline_stage=1)

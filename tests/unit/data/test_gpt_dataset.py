@@ -70,7 +70,7 @@ RESETS = {
 @pytest.mark.parametrize("resets", RESETS)
 def test_samples_are_mcores_and_marks_of_documents_stand_for_its_mask(tmp_path: Path, resets: str) -> None:
     prefix = make(f"{tmp_path}/d")
-    flags = dict.fromkeys(RESETS["all"], False) | RESETS[resets]
+    flags: Any = dict.fromkeys(RESETS["all"], False) | RESETS[resets]
     ours = build(DataConfig(data_path=(prefix,), split="80,20", **flags), samples=(300, 10, 0))
     config = GPTDatasetConfig(
         random_seed=7,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.run_single import clean_process
+from megatron_ext.training.interface.family_interface import Family
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -39,6 +41,33 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 LENGTH = 48
+GEMMA = ("Gemma3", "Gemma4", "Gemma3n")
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 10,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 96,
+    "final_logit_softcapping": 4.0,
+    "pad_token_id": None,
+}
+"""E2B in small: 6 layers, of which the last 3 use keys and values of layers 1 and 2."""
+
+GEMMA3N = {
+    "intermediate_size": [96, 96, 64, 64],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 12,
+    "sliding_window": 10,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 90,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.7, 0.5, 0.0, 0.3],
+    "laurel_rank": 6,
+    "pad_token_id": None,
+}
+"""E2B in small: the last 2 of 4 layers use the keys and values of the first 2 and have narrower MLPs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,7 @@ class Kind:
     @property
     def config_class(self) -> Any:
         """transformers' configuration class."""
-        return getattr(transformers, f"{self.name}{'TextConfig' if self.name == 'Gemma3' else 'Config'}")
+        return getattr(transformers, f"{self.name}{'TextConfig' if self.name in GEMMA else 'Config'}")
 
     def build(self) -> Any:
         """The model, every parameter random, norms and biases included."""
@@ -60,9 +89,21 @@ class Kind:
         model = getattr(transformers, f"{self.name}ForCausalLM")(config_class(**{**SIZES, **self.changes}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # Gemma stores the weights of its norms less 1.
+                # Gemma 3 stores the weights of its norms less 1.
                 parameter.normal_(0.0, 0.15).add_(1.0 if "norm" in name and self.name != "Gemma3" else 0.0)
+                self.adapt(name, parameter)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    buffer.uniform_(0.5, 1.5)
         return model.eval()
+
+    def adapt(self, name: str, parameter: torch.Tensor) -> None:
+        """Changes random values of N(0, 0.15) with which the model would round too much."""
+        if "q_norm" in name and self.name == "Gemma4":  # its attention has no other scale
+            parameter.mul_(0.15)
+        if self.name == "Gemma3n" and "norm" not in name:
+            parameter.mul_(3.0 if "modality_router" in name else 0.33)
+            parameter.add_(1.0 if "correct_output_scale" in name else 0.0)
 
 
 KINDS = {
@@ -113,6 +154,59 @@ KINDS = {
     ),
     "Gemma3, no windows": Kind(
         "Gemma3", {"head_dim": 8, "layer_types": ["full_attention"] * 4, "pad_token_id": None}
+    ),
+    "Gemma4": Kind("Gemma4", {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}),
+    "Gemma4, keys are values": Kind(
+        "Gemma4",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "num_kv_shared_layers": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.5,
+                    "rope_theta": 5000.0,
+                    "factor": 2.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "Gemma3n": Kind("Gemma3n", GEMMA3N),
+    "Gemma3n, three streams, biases": Kind(
+        "Gemma3n",
+        {
+            **GEMMA3N,
+            "intermediate_size": 96,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": None,
+            "altup_num_inputs": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "Gemma4, no per-layer embedding": Kind(
+        "Gemma4",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": None,
+            "hidden_size_per_layer_input": 0,
+            "tie_word_embeddings": False,
+        },
     ),
     "Phi3": Kind("Phi3", {"sliding_window": 10, "pad_token_id": None}),
     # Some channels are rotated; beyond 20 tokens by other frequencies.
@@ -189,6 +283,11 @@ def logits_of(model: Any) -> torch.Tensor:
     """[2, LENGTH, V] of a transformers model."""
     result: torch.Tensor = model(tokens()).logits
     return result
+
+
+def families_of(configurations: dict[str, Any]) -> list[Family]:
+    """The model families that a checkpoint or an import describes."""
+    return [FAMILIES[name].from_configuration(stored) for name, stored in configurations.items()]
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:

@@ -13,9 +13,11 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import export_hf, load_hf, load_into
 from megatron_ext.interop.formats.configs.hf_config import to_model_config
 from megatron_ext.interop.formats.hf_files import read_config
+from megatron_ext.interop.formats.per_layer_layout import exported_per_layer
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
-from tests.unit.interop.hf_models import SIZES, Kind, tokens
+from megatron_ext.training.interface.family_interface import auxiliary_inputs
+from tests.unit.interop.hf_models import SIZES, Kind, families_of, tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Verdict:
     """transformers' error where the import takes it over; None where it loads and computes logits."""
 
     difference: float | None = None
-    """Greatest difference of logits between the two, where both load; over the positions that the import is for."""
+    """Greatest difference of logits between the two, as a part of the largest logit above 1, where both load; over the
+    positions that the import is for."""
 
     has_effect: bool | None = None
     """Whether transformers' logits differ from those without the change, where both load."""
@@ -73,14 +76,25 @@ def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tens
         return Verdict(str(refusal))
     if theirs is None:
         return Verdict(None, error)
-    chunks = build_model(source.model, ParallelConfig(), vocab_size=source.vocab_size, seed=7)
+    families = families_of(source.families.configurations)
+    extensions = [family.extension() for family in families]
+    chunks = build_model(
+        source.model, ParallelConfig(), vocab_size=source.vocab_size, seed=7, extensions=extensions
+    )
     load_into(chunks, source.state)
     length = min(tokens().size(1), source.model.max_position_embeddings or 0)
     ids = tokens()[:, :length] % source.vocab_size
     with torch.no_grad():
-        ours = chunks[0].eval()(ids, torch.arange(ids.size(1)).expand_as(ids), None)
-    difference = float((ours - theirs[:, :length]).abs().max())
-    export_hf(source.model, source.vocab_size, dict(source.state), folder / "out", imported=source.imported)
+        positions, inputs = (
+            torch.arange(ids.size(1)).expand_as(ids),
+            auxiliary_inputs(families, {"tokens": ids}),
+        )
+        ours = chunks[0].eval()(ids, positions, None, auxiliary_inputs=inputs)
+    largest = max(1.0, float(theirs.abs().max()))
+    difference = float((ours - theirs[:, :length]).abs().max()) / largest
+    per_layer = exported_per_layer(source.families.configurations)
+    state, target = dict(source.state), folder / "out"
+    export_hf(source.model, source.vocab_size, state, target, imported=source.imported, per_layer=per_layer)
     before, after = _configuration(folder), _configuration(folder / "out")
     lost = frozenset(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if not torch.equal(_theirs(folder / "out"), theirs):
@@ -93,6 +107,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     said_otherwise = (
         "hidden_act",
         "head_dim",
+        "per_layer_config",
         "rope_parameters",
         "original_max_position_embeddings",
         "partial_rotary_factor",
@@ -121,6 +136,7 @@ def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
         for name, parameter in model.named_parameters():
             is_around_one = "norm" in name and kind.name != "Gemma3"
             parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if is_around_one else 0.0)
+            kind.adapt(name, parameter)
     tied = model.config.tie_word_embeddings
     tensors = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,9 @@ from megatron_ext.interop.formats.configs.hf_config import from_model_config
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.registry.remote_code import modeling_megatron_ext
 from megatron_ext.registry.remote_code.family_parts import (
+    BASES,
     CODE,
     NPT_FIELDS,
     PER_LAYER_FIELDS,
@@ -29,6 +31,8 @@ WITHOUT_EFFECT = {
     "per_layer_lr_scale",
     "per_layer_weight_decay",
     "freeze_per_layer_embedding",
+    "per_layer_sparse",
+    "per_layer_optimizer",
     "np_init_scale",
     "np_init_strategy",
     # What was logged.
@@ -84,6 +88,16 @@ def test_the_base_of_an_extended_config_is_the_config_of_the_base() -> None:
     extended = parts_of(_stored(case), case.model, EOD).config(base)
     assert set(extended) - set(base) == {*SECTIONS, "auto_map"}
     assert base_config(extended) == base
+
+
+def test_a_base_without_a_class_in_the_code_is_refused_by_name() -> None:
+    assert BASES == modeling_megatron_ext._BASES
+    case = CASES["PLE and NPT"]
+    base = {**from_model_config(case.model, VOCAB, "LlamaForCausalLM", "float32")}
+    with pytest.raises(
+        ValueError, match="--architecture OtherForCausalLM: .* exported as one of Llama, Mistral"
+    ):
+        parts_of(_stored(case), case.model, EOD).config({**base, "architectures": ["OtherForCausalLM"]})
 
 
 def test_every_setting_of_a_section_is_read_by_the_code() -> None:

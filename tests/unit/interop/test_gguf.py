@@ -16,7 +16,7 @@ from megatron_ext.interop import import_checkpoint, load_hf
 from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
 from megatron_ext.interop.gguf.gguf_tensors import GGUFTensors
 from tests.unit.interop.gguf_files import byte_level_metadata, random_blocks, write_gguf
-from tests.unit.interop.hf_models import KINDS, LLAMA3_SCALING, Kind, alone
+from tests.unit.interop.hf_models import GEMMA, KINDS, LLAMA3_SCALING, Kind, alone
 
 Type = gguf.GGMLQuantizationType
 END = "<|end|>"
@@ -35,7 +35,7 @@ _GEMMA = {
     "sliding_window": 10,
 }
 STORED = {
-    name: kind for name, kind in KINDS.items() if kind.name != "Gemma3" and "sliding windows" not in name
+    name: kind for name, kind in KINDS.items() if kind.name not in GEMMA and "sliding windows" not in name
 }
 STORED |= {
     "Llama 3 scaling": Kind("Llama", {"rope_parameters": {**_LLAMA3, "rope_theta": 5e5}, "head_dim": 32}),

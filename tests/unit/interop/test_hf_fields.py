@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.unit.interop import gemma3n_fields
 from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
-ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4", "Gemma3n")
 QWEN = ("Qwen2", "Qwen3")
 TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
@@ -22,8 +23,23 @@ BASES = {
     "Gemma3": Kind(
         "Gemma3", {**TWO_LAYERS, "head_dim": 8, "sliding_window": 20, "sliding_window_pattern": 2}
     ),
+    "Gemma4": Kind(
+        "Gemma4",
+        {
+            **TWO_LAYERS,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 20,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+        },
+    ),
+    "Gemma3n": gemma3n_fields.BASE,
 }
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+PARTIAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+ROPES = {"full_attention": PARTIAL, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
 
@@ -111,6 +127,36 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"use_bidirectional_attention": True}, REFUSED),
         ({"use_bidirectional_attention": None}, SAME),
     ],
+    # Of Gemma 4 only.
+    "vocab_size_per_layer_input": [
+        ({"vocab_size_per_layer_input": 97}, REFUSED),
+        ({"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 0}, TAKEN),
+    ],
+    "hidden_size_per_layer_input": [
+        ({"hidden_size_per_layer_input": 12}, TAKEN),
+        ({"hidden_size_per_layer_input": 0}, TAKEN),
+        ({"hidden_size_per_layer_input": -1}, REFUSED),
+    ],
+    "attention_k_eq_v": [({"attention_k_eq_v": True}, TAKEN)],
+    "num_kv_shared_layers": [
+        ({"num_kv_shared_layers": 2, **FOUR_LAYERS}, TAKEN),
+        ({"num_kv_shared_layers": 1}, REFUSED),
+        ({"num_kv_shared_layers": 2}, REFUSED),
+        ({"num_kv_shared_layers": -1}, REFUSED),
+    ],
+    "use_double_wide_mlp": [
+        ({"use_double_wide_mlp": True}, SAME),
+        ({"use_double_wide_mlp": True, "num_kv_shared_layers": 2, **FOUR_LAYERS}, TAKEN),
+    ],
+    "enable_moe_block": [
+        (
+            {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8},
+            REFUSED,
+        )
+    ],
+    "num_experts": [({"num_experts": 2}, SAME)],
+    "top_k_experts": [({"top_k_experts": 2}, SAME)],
+    "moe_intermediate_size": [({"moe_intermediate_size": 16}, SAME)],
     # Of the base class.
     "transformers_version": [({"transformers_version": "4.40.0"}, SAME)],
     "architectures": [
@@ -215,6 +261,55 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
         ({"rope_parameters": None}, SAME),
     ],
+    ("Gemma4", "vocab_size"): [({"vocab_size": 101, "vocab_size_per_layer_input": 101}, TAKEN)],
+    ("Gemma4", "tie_word_embeddings"): [
+        ({"tie_word_embeddings": False}, TAKEN),
+        ({"tie_word_embeddings": True}, SAME),
+        ({"tie_word_embeddings": None}, REFUSED),
+    ],
+    ("Gemma4", "sliding_window"): [
+        ({"sliding_window": 16}, TAKEN),
+        ({"sliding_window": 0}, REFUSED),
+        ({"sliding_window": None}, REFUSED),
+    ],
+    ("Gemma4", "layer_types"): [
+        ({"layer_types": FULL}, TAKEN),
+        ({"layer_types": MIXED}, TAKEN),  # the last layer then has no window either
+        ({"layer_types": ["sliding_attention", "full_attention"]}, SAME),
+        ({"layer_types": FULL[:1]}, REFUSED),
+        ({"layer_types": ["chunked_attention"] * 2}, REFUSED),
+    ],
+    ("Gemma4", "use_bidirectional_attention"): [
+        ({"use_bidirectional_attention": "all"}, REFUSED),
+        ({"use_bidirectional_attention": "vision"}, SAME),
+        ({"use_bidirectional_attention": True}, REFUSED),
+    ],
+    ("Gemma4", "rope_parameters"): [
+        (
+            {"rope_parameters": {**ROPES, "full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+            TAKEN,
+        ),
+        (
+            {"rope_parameters": {**ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+            TAKEN,
+        ),
+        ({"rope_parameters": {**ROPES, "full_attention": {**PARTIAL, "partial_rotary_factor": 0.5}}}, TAKEN),
+        ({"rope_parameters": {**ROPES, "full_attention": {**PARTIAL, "factor": 4.0}}}, TAKEN),
+        (
+            {"rope_parameters": {**ROPES, "full_attention": {**PARTIAL, "partial_rotary_factor": 2.0}}},
+            REFUSED,
+        ),
+        (
+            {"rope_parameters": {**ROPES, "full_attention": {**PARTIAL, "partial_rotary_factor": 0.01}}},
+            REFUSED,
+        ),
+        ({"rope_parameters": {**ROPES, "full_attention": LLAMA3_SCALING}}, TAKEN),
+        ({"rope_parameters": {**ROPES, "full_attention": YARN}}, TAKEN),
+        ({"rope_parameters": {**ROPES, "sliding_attention": PARTIAL}}, REFUSED),
+        ({"rope_parameters": {"full_attention": PARTIAL}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
+        ({"rope_parameters": None}, SAME),
+    ],
     ("Mistral", "layer_types"): [({"layer_types": MIXED, "sliding_window": 16}, REFUSED)],
 }
 NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
@@ -240,6 +335,19 @@ NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
         "rope_local_base_freq": [({"rope_local_base_freq": 5.0}, TAKEN)],
         "cache_implementation": [({"cache_implementation": "hybrid"}, SAME)],
     },
+    "Gemma4": {
+        "mlp_bias": [({"mlp_bias": True, "hidden_act": "relu"}, SAME)],
+        "global_head_dim": [
+            ({"global_head_dim": 12}, TAKEN),
+            ({"global_head_dim": 7}, REFUSED),
+            ({"global_head_dim": 0}, REFUSED),
+        ],
+        "num_global_key_value_heads": [
+            ({"num_global_key_value_heads": 1}, SAME),
+            ({"num_global_key_value_heads": 1, "attention_k_eq_v": True}, TAKEN),
+            ({"num_global_key_value_heads": 3, "attention_k_eq_v": True}, REFUSED),
+        ],
+    },
 }
 # What a family takes beside its fields otherwise than is said above.
 BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
@@ -249,11 +357,35 @@ BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": LLAMA3_SCALING}, TAKEN),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
     ],
+    ("Gemma4", "rope_theta"): [({"rope_theta": 500.0}, SAME), ({"rope_theta": None}, SAME)],
+    ("Gemma4", "rope_scaling"): [
+        ({"rope_scaling": None}, REFUSED),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, REFUSED),
+    ],
+    ("Gemma4", "original_max_position_embeddings"): [({"original_max_position_embeddings": 16}, SAME)],
+    ("Gemma4", "model_type"): [({"model_type": "gemma2"}, REFUSED), ({"model_type": ...}, REFUSED)],
+    ("Gemma4", "partial_rotary_factor"): [({"partial_rotary_factor": 0.5}, REFUSED)],
+    ("Gemma4", "per_layer_config"): [
+        ({"per_layer_config": {"1": {"head_dim": 12}}}, TAKEN),
+        ({"per_layer_config": {"1": {"head_dim": 12, "num_key_value_heads": 1}}}, TAKEN),
+        ({"per_layer_config": {"1": {"intermediate_size": 40}}}, REFUSED),
+        ({"per_layer_config": {"0": {"head_dim": 12}}}, REFUSED),
+    ],
     ("Gemma3", "original_max_position_embeddings"): [
         ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 16}, REFUSED),
         ({"original_max_position_embeddings": 16}, SAME),
     ],
 }
+FIELDS |= gemma3n_fields.ONLY
+_LIKE_GEMMA3 = ("num_attention_heads", "tie_word_embeddings", "sliding_window")
+OTHERWISE |= {("Gemma3n", name): OTHERWISE["Gemma3", name] for name in _LIKE_GEMMA3}
+OTHERWISE |= {("Gemma3n", name): cases for name, cases in gemma3n_fields.OTHERWISE.items()}
+NOT_IN_ITS_CLASS["Gemma3n"] = {**NOT_IN_ITS_CLASS["Gemma3"], **gemma3n_fields.NOT_IN_ITS_CLASS}
+BESIDE_OTHERWISE |= {
+    ("Gemma3n", name): BESIDE_OTHERWISE["Gemma3", name]
+    for name in ("rope_scaling", "original_max_position_embeddings")
+}
+BESIDE_OTHERWISE["Gemma3n", "model_type"] = gemma3n_fields.MODEL_TYPE
 
 
 def _class_fields(family: str) -> list[str]:
@@ -288,6 +420,7 @@ def _names(name: str, change: dict[str, Any]) -> set[str]:
         name,
         *change,
         *(["rope scaling", "rope_theta", "partial_rotary_factor"] if "rope" in name else []),
+        *(["layer_types"] if name == "num_hidden_layers" else []),
     }
 
 

@@ -7,7 +7,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.lora.adapter import LoRAAdapter
 from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.models.base_parameters import base_parameter_ids
+from megatron_ext.models.base_parameters import base_tensor_ids
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.platform.process_groups import initialize
@@ -62,7 +62,7 @@ def _initial() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]
         for adapter in linear.adapters.values()
         if isinstance(adapter, LoRAAdapter)
     ]
-    of_base = base_parameter_ids(chunks)
+    of_base = base_tensor_ids(chunks)
     counts = {
         "base": sum(id(linear.weight) in of_base for _, _, linear in linears),
         "adapters": sum(id(p) in of_base for adapter in adapters for p in adapter.parameters()),

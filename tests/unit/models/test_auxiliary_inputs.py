@@ -37,6 +37,18 @@ def test_split_gives_back_what_join_was_given() -> None:
     assert all(torch.equal(travelling[name], streams[name]) for name in travelling)
 
 
+def test_several_residual_streams_travel_before_the_auxiliary_ones() -> None:
+    auxiliary, streams = AuxiliaryInputs(STREAMS, residual_streams=3), values()
+    states = torch.cat([hidden() + number for number in range(3)])
+    joined = auxiliary.join(states, streams)
+    assert joined.shape == (5 * ROWS, BATCH, HIDDEN) and auxiliary.pipeline_factor(HIDDEN) == 5
+    found, travelling = auxiliary.split(joined)
+    assert torch.equal(found, states)
+    assert all(torch.equal(travelling[name], streams[name]) for name in ("trail", "words"))
+    view = auxiliary.open(auxiliary.pack(streams), states)
+    assert view.rows == ROWS and torch.equal(view.read("note"), streams["note"])
+
+
 def test_without_travelling_streams_the_hidden_states_are_sent_as_they_are() -> None:
     auxiliary, states = AuxiliaryInputs([NOTE]), hidden()
     assert auxiliary.join(states, values()) is states

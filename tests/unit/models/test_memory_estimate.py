@@ -64,6 +64,13 @@ SAVED = {
         ParallelConfig(),
         True,
     ),
+    "AltUp": (replace(MODEL, altup_streams=4), ParallelConfig(), False),
+    "Laurel": (replace(MODEL, laurel_rank=8), ParallelConfig(), True),
+    "sparse gates": (
+        replace(MODEL, geglu=True, disable_bias_linear=True, mlp_activation_sparsity="0.9"),
+        ParallelConfig(),
+        True,
+    ),
     "norms on values": (replace(MODEL, v_layernorm=True, qk_layernorm=True), ParallelConfig(), False),
     "norms on values alone": (replace(MODEL, v_layernorm=True), ParallelConfig(), True),
     "norms on values in a window": (

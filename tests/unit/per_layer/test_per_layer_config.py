@@ -44,6 +44,24 @@ def test_the_gemma4_preset_sets_ids_activation_and_position() -> None:
     assert config.rows(vocab_size=777) == 777
 
 
+def test_the_gemma3n_preset_allows_fewer_rows_than_ids_and_requires_several_residual_streams() -> None:
+    config = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_preset="gemma3n", per_layer_vocab_size=700
+    )
+    assert config.adds_to_inactive_streams and not config.has_layer_scalar
+    assert config.rows(vocab_size=777) == 700
+    with pytest.raises(ValueError, match="--per-layer-vocab-size 700: must be the vocabulary size, 500"):
+        config.rows(vocab_size=500)
+    config.check_streams(4)
+    with pytest.raises(ValueError, match="--per-layer-preset gemma3n: requires --altup-streams"):
+        config.check_streams(None)
+    plain = PerLayerConfig(use_per_layer_embedding=True, per_layer_preset="gemma4")
+    with pytest.raises(
+        ValueError, match="--altup-streams 4: per-layer embedding requires --per-layer-preset"
+    ):
+        plain.check_streams(4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -26,8 +26,8 @@ def _family(settings: PerLayerConfig) -> PerLayerFamily:
     return PerLayerFamily(settings, VOCAB_SIZE, [3 * token for token in range(VOCAB_SIZE)])
 
 
-def _planned(settings: PerLayerConfig, bf16: bool) -> StageMemory:
-    parallel = ParallelConfig(use_distributed_optimizer=True)
+def _planned(settings: PerLayerConfig, bf16: bool, *, divides: bool = False) -> StageMemory:
+    parallel = ParallelConfig(use_distributed_optimizer=divides)
     layout = ParallelLayout(
         model=TINY,
         parallel=parallel,
@@ -74,6 +74,11 @@ def test_the_plan_counts_the_tables_state_and_the_rows_of_a_step(name: str, bf16
     state, of_row = run_single(_bytes_of_run, settings, bf16)
     assert rows.parameter_bytes == whole.parameter_bytes
     assert whole.gradient_bytes - rows.gradient_bytes == 4 * _ELEMENTS
-    # Two data-parallel ranks divide all state.
-    assert rows.optimizer_bytes - (whole.optimizer_bytes - (12 if bf16 else 8) * _ELEMENTS / 2) == state / 2
+    assert rows.optimizer_bytes - (whole.optimizer_bytes - (12 if bf16 else 8) * _ELEMENTS) == state
     assert rows.temporary_bytes - whole.temporary_bytes == 4 * TINY.seq_length * of_row
+
+
+def test_data_parallel_ranks_divide_the_state_under_the_distributed_optimizer() -> None:
+    whole, rows = (_planned(settings, True, divides=True) for settings in (_DENSE, _SPARSE))
+    assert rows.optimizer_bytes == whole.optimizer_bytes
+    assert rows.temporary_bytes < _planned(_SPARSE, True).temporary_bytes

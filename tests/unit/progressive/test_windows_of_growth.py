@@ -49,6 +49,18 @@ def test_windows_that_stay_with_their_layers_are_accepted(flags: str) -> None:
 def test_windows_that_would_move_to_other_layers_are_refused_in_one_line(
     flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _check_refused(flags, message, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--altup-streams 2", "--mlp-activation-sparsity 0.5"])
+def test_residual_streams_and_sparse_gates_are_refused_in_one_line(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--training-objective clm --n-blocks 2 --swiglu {flag}"
+    _check_refused(flags, f"{flag}: not supported by progressive training", capsys)
+
+
+def _check_refused(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         _parsed(flags)
     assert left.value.code == 2

@@ -6,11 +6,12 @@ layers without a sliding window, in a model in which other layers have one, as i
 is of its kind, with a window or without.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
 from megatron_ext.config.command_line.layer_windows import entries_of, window_tokens, windowed_layers
+from megatron_ext.config.groups.model.parts_of_gemma3n import sparsities
 from megatron_ext.config.groups.model.positions import require_default
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class LayerShape:
     values_are_keys: bool = False
     """Whether the keys are the values, too."""
 
+    sparsity: float = 0.0
+    """Share of the MLP's gates that are cut off."""
+
     keys_of: int | None = None
     """Number of the earlier layer whose keys and values this layer uses; None if it has its own."""
 
@@ -96,9 +100,10 @@ def layer_shapes(model: "ModelConfig") -> tuple[LayerShape, ...]:
     if widths is None:
         widths = (model.resolved_ffn_hidden_size,) * model.num_layers
     sources = _sources(windows, model.num_kv_shared_layers)
+    cut_off = sparsities(model.mlp_activation_sparsity, model.num_layers)
     return tuple(
-        _shape(model, window, width, source)
-        for window, width, source in zip(windows, widths, sources, strict=True)
+        replace(_shape(model, window, width, source), sparsity=sparsity)
+        for window, width, source, sparsity in zip(windows, widths, sources, cut_off, strict=True)
     )
 
 
@@ -172,6 +177,10 @@ def _check_rotation(model: "ModelConfig") -> None:
     if proportion != 1.0 and model.rotary_percent != 1.0:
         raise ValueError(
             f"--rotary-proportion {proportion}: cannot be given together with --rotary-percent {model.rotary_percent}"
+        )
+    if proportion != 1.0 and model.use_rope_scaling:
+        raise ValueError(
+            f"--rotary-proportion {proportion}: cannot be given together with --use-rope-scaling"
         )
     if proportion != 1.0 and not rotated_pairs(channels or model.resolved_kv_channels, proportion):
         raise ValueError(f"--rotary-proportion {proportion}: rotates no channels of a head")

@@ -8,6 +8,8 @@ What each `model_type` may have in addition:
     qwen2        biases in q, k and v; a sliding window in some layers
     qwen3        norms on queries and keys; attention_bias as in Llama; a sliding window in some layers
     gemma3_text  see `hf_gemma`
+    gemma4_text  see `hf_gemma4`
+    gemma3n_text see `hf_gemma3n`
     phi3         a rotation of some channels only; rope scaling `longrope`; a sliding window
     olmo2        norms of outputs instead of inputs, and of queries and keys over all heads; attention_bias
     olmo3        the same; a sliding window in some layers
@@ -23,6 +25,21 @@ from typing import Any
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
 from megatron_ext.interop.formats.configs.hf_fields import check_fields
+from megatron_ext.interop.formats.configs.hf_gemma3n import (
+    expresses_gemma3n,
+    gemma3n_fields,
+    gemma3n_flags,
+    gemma3n_per_layer,
+    has_parts_of_gemma3n,
+)
+from megatron_ext.interop.formats.configs.hf_gemma4 import (
+    expresses_gemma4,
+    gemma4_fields,
+    gemma4_flags,
+    gemma4_per_layer,
+    plain_ropes,
+)
+from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.configs.hf_pieces import expresses_pieces, piece_fields, piece_flags
 from megatron_ext.interop.formats.configs.hf_rope import (
     expresses_rotary,
@@ -32,6 +49,7 @@ from megatron_ext.interop.formats.configs.hf_rope import (
 )
 from megatron_ext.interop.formats.configs.hf_windows import (
     FIELDS,
+    Windows,
     expresses_windows,
     read_windows,
     window_fields,
@@ -44,6 +62,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma4ForCausalLM": "gemma4_text",
+    "Gemma3nForCausalLM": "gemma3n_text",
     "Phi3ForCausalLM": "phi3",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
@@ -52,13 +72,22 @@ ARCHITECTURES = {
 }
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
+PER_LAYER = {"gemma4": "Gemma4ForCausalLM", "gemma3n": "Gemma3nForCausalLM"}
+"""The architectures with per-layer embedding, by its preset."""
+
 DEFAULT_SEQUENCE_LENGTH = 4096
 
 FUSED = ("Phi3ForCausalLM",)
 """Architectures whose files hold q, k and v in one tensor, and gate and up in another."""
 
-_LAYERED_ROTARY = ("gemma3_text", "olmo3")
+_LAYERED_ROTARY = ("gemma3_text", "gemma4_text", "gemma3n_text", "olmo3")
 """Values of `model_type` with one rotary embedding for layers with a window, and one for the others."""
+
+_GEMMA = ("gemma3_text", "gemma4_text", "gemma3n_text")
+
+
+_EVEN_HEADS = ("llama", "gemma3_text", "gemma3n_text")
+"""Values of `model_type` for which transformers requires that the number of heads divides the hidden size."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,9 @@ class HFModel:
     architecture: str
     messages: tuple[str, ...]
     """Messages for the user about everything that could not be imported unchanged, one line each."""
+
+    per_layer: PerLayer | None = None
+    """The per-layer embedding; None for a model without it."""
 
 
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
@@ -137,11 +169,7 @@ def to_model_config(
     defaults = DEFAULTS[kind]
     positions: int = config.get("max_position_embeddings", defaults.positions)
     windows = read_windows(config, kind, source)
-    if kind in _LAYERED_ROTARY:
-        has_windows = any(window is not None for window in windows)
-        rotary, rotary_notes = read_layered_rotary(config, positions, kind, source, has_windows=has_windows)
-    else:
-        rotary, rotary_notes = read_rotary(config, positions, kind, source)
+    rotary, rotary_notes = _rotary(config, kind, windows, positions, source)
     positions = rotary.get("max_position_embeddings", positions)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
@@ -160,7 +188,7 @@ def to_model_config(
         "max_position_embeddings": positions,
         **window_flags(windows),
         "norm_epsilon": config.get("rms_norm_eps", defaults.norm_epsilon),
-        "swiglu": kind != "gemma3_text",
+        "swiglu": kind not in _GEMMA,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", defaults.is_tied),
         "hidden_dropout": 0.0,
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
@@ -168,13 +196,32 @@ def to_model_config(
         "make_vocab_size_divisible_by": divisor,
         **_biases(config, kind),
         **rotary,
+        **(gemma4_flags(config, windows, source) if kind == "gemma4_text" else {}),
+        **(gemma3n_flags(config, windows, source) if kind == "gemma3n_text" else {}),
         **piece_flags(config, kind, source),
     }
     messages += (*field_notes, *rotary_notes)
+    of_kind = {"gemma4_text": gemma4_per_layer, "gemma3n_text": gemma3n_per_layer}
+    per_layer = of_kind[kind](config) if kind in of_kind else None
     try:
-        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages)
+        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages, per_layer=per_layer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: describes a model that cannot be built ({error})") from None
+
+
+def _rotary(
+    config: dict[str, Any], kind: str, windows: Windows, positions: int, source: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the fields of `ModelConfig` for the rotary embedding, and messages for the user."""
+    if kind not in _LAYERED_ROTARY:
+        return read_rotary(config, positions, kind, source)
+    proportion = 1.0
+    if kind == "gemma4_text":
+        ropes, proportion = plain_ropes(config, source)
+        config = {**config, "rope_parameters": ropes}
+    has_windows = any(window is not None for window in windows)
+    fields, notes = read_layered_rotary(config, positions, kind, source, has_windows=has_windows)
+    return {**fields, **({} if proportion == 1.0 else {"rotary_proportion": proportion})}, notes
 
 
 def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
@@ -183,7 +230,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     groups = heads if groups is None else groups
     if heads % groups:
         raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
-    if kind in ("llama", "gemma3_text") and hidden % heads:
+    if kind in _EVEN_HEADS and hidden % heads:
         raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
     size = config.get("head_dim", DEFAULTS[kind].head_size)
     width = hidden // heads if size is None else size
@@ -195,7 +242,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
 
-_HAVE_ATTENTION_BIAS = ("llama", "qwen3", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite")
+_HAVE_ATTENTION_BIAS = ("llama", "qwen3", *_GEMMA, "olmo2", "olmo3", "smollm3", "granite")
 _HAVE_MLP_BIAS = ("llama", "smollm3", "granite")
 
 
@@ -212,12 +259,15 @@ def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
     }
 
 
-def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
+def choose_architecture(
+    model: ModelConfig, wanted: str | None = None, per_layer: PerLayer | None = None
+) -> str:
     """Chooses an architecture that can express a model exactly.
 
     Args:
         model: configuration of the base model.
         wanted: one of `ARCHITECTURES`; None chooses the first that fits.
+        per_layer: the model's per-layer embedding as a Gemma has it; None without it.
 
     Raises:
         ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
@@ -232,7 +282,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
             raise ValueError(
                 f"{flag} {ours}: the model cannot be exported; a Llama-like model requires {theirs}"
             )
-    fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind)]
+    fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind, per_layer)]
     if wanted is not None and wanted not in ARCHITECTURES:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
@@ -248,14 +298,27 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
     return wanted or fitting[0]
 
 
-def _fits(model: ModelConfig, kind: str) -> bool:
-    if not (
-        expresses_windows(model, kind) and expresses_rotary(model, kind) and expresses_pieces(model, kind)
+def expresses(model: ModelConfig, architecture: str, per_layer: PerLayer | None = None) -> bool:
+    """Returns whether an architecture can express a model exactly; arguments as for `choose_architecture`."""
+    is_common = (
+        model.normalization == "RMSNorm" and model.position_embedding_type == "rope" and model.is_gated
+    )
+    return is_common and _fits(model, ARCHITECTURES[architecture], per_layer)
+
+
+def _fits(model: ModelConfig, kind: str, per_layer: PerLayer | None) -> bool:
+    own = {"gemma4_text": expresses_gemma4, "gemma3n_text": expresses_gemma3n}
+    if not (expresses_windows(model, kind) and expresses_rotary(model, kind)):
+        return False
+    if not (own[kind](model, per_layer) if kind in own else expresses_pieces(model, kind)):
+        return False
+    if (per_layer is not None and kind not in own) or (
+        has_parts_of_gemma3n(model) and kind != "gemma3n_text"
     ):
         return False
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
-    if kind in ("llama", "gemma3_text") and model.hidden_size % model.num_attention_heads:
-        return False  # transformers requires it of Llama and Gemma
+    if kind in _EVEN_HEADS and model.hidden_size % model.num_attention_heads:
+        return False
     if kind == "qwen2":
         return qkv and not (output or mlp)
     if kind not in _HAVE_ATTENTION_BIAS:
@@ -265,6 +328,7 @@ def _fits(model: ModelConfig, kind: str) -> bool:
 
 _REPLACED = {
     "rope_parameters",
+    "per_layer_config",
     "partial_rotary_factor",
     "original_max_position_embeddings",
     "dtype",
@@ -284,6 +348,7 @@ def from_model_config(
     architecture: str,
     dtype: str,
     imported: dict[str, Any] | None = None,
+    per_layer: PerLayer | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json, with field names that both transformers 4 and 5 read.
 
@@ -294,17 +359,20 @@ def from_model_config(
         dtype: name of the dtype, such as `float32`.
         imported: content of the config.json that the model was imported from, or None. Fields that the export does not
             set are taken from it.
+        per_layer: the model's per-layer embedding; None without it.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
-    config = _of_model(model, vocab_size, kind, dtype)
+    config = _of_model(model, vocab_size, kind, dtype, per_layer)
     if imported is None:
         return {**config, **free}
     if imported["model_type"] != kind:
         ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
         return {**config, **free, **ids}
     kept = {name: value for name, value in imported.items() if name not in _REPLACED.union(FIELDS)}
-    config = {**kept, **config}
+    without_effect = {"use_double_wide_mlp"} if not model.num_kv_shared_layers else set()
+    without_effect |= {"vocab_size_per_layer_input"} if per_layer is None else set()
+    config = {**kept, **config, **{name: kept[name] for name in without_effect & kept.keys()}}
     windows = read_windows(imported, kind)
     # An earlier version imported a model without its windows, with the shortest one as its longest position.
     shortest = min((window for window in windows if window is not None), default=None)
@@ -317,7 +385,9 @@ def from_model_config(
     return config
 
 
-def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dict[str, Any]:
+def _of_model(
+    model: ModelConfig, vocab_size: int, kind: str, dtype: str, per_layer: PerLayer | None
+) -> dict[str, Any]:
     architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == kind)
     config: dict[str, Any] = {
         "architectures": [architecture],
@@ -343,4 +413,10 @@ def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dic
         config["mlp_bias"] = model.has_mlp_bias
     if kind == "gemma3_text":
         del config["hidden_act"]
+    if kind == "gemma3n_text":
+        del config["hidden_act"]
+        config |= rotary_fields(model, kind) | gemma3n_fields(model, per_layer)
+    if kind == "gemma4_text":
+        del config["hidden_act"]
+        return config | gemma4_fields(model, vocab_size, per_layer) | window_fields(model, kind)
     return config | rotary_fields(model, kind) | piece_fields(model, kind) | window_fields(model, kind)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_ext.interop.formats.configs.hf_defaults import DEFAULTS
+from megatron_ext.interop.formats.configs.hf_gemma3n import gemma3n_values
 from megatron_ext.interop.formats.configs.hf_pieces import MULTIPLIERS
 
 _NONE = type(None)
@@ -80,6 +81,49 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "attn_logit_softcapping": (float, _NONE),
         "use_bidirectional_attention": (bool, _NONE),
     },
+    "gemma4_text": {
+        "head_dim": (int,),
+        "num_key_value_heads": (int,),
+        "attention_bias": (bool,),
+        "attention_dropout": (float, int, _NONE),
+        "hidden_activation": (str,),
+        "sliding_window": (int,),
+        "layer_types": (list, _NONE),
+        "final_logit_softcapping": (float, _NONE),
+        "use_bidirectional_attention": (str, _NONE),
+        "vocab_size_per_layer_input": (int,),
+        "hidden_size_per_layer_input": (int,),
+        "attention_k_eq_v": (bool,),
+        "num_kv_shared_layers": (int,),
+        "enable_moe_block": (bool,),
+        "use_double_wide_mlp": (bool,),
+        "num_experts": (int, _NONE),
+        "top_k_experts": (int, _NONE),
+        "moe_intermediate_size": (int, _NONE),
+        "global_head_dim": (int,),
+        "num_global_key_value_heads": (int, _NONE),
+        "per_layer_config": (dict, _NONE),
+    },
+    "gemma3n_text": {
+        "intermediate_size": (int, list),
+        "head_dim": (int,),
+        "num_key_value_heads": (int,),
+        "attention_bias": (bool,),
+        "attention_dropout": (float, int, _NONE),
+        "hidden_activation": (str,),
+        "sliding_window": (int,),
+        "layer_types": (list, _NONE),
+        "final_logit_softcapping": (float,),
+        "vocab_size_per_layer_input": (int,),
+        "hidden_size_per_layer_input": (int,),
+        "altup_active_idx": (int,),
+        "altup_coef_clip": (float,),
+        "altup_correct_scale": (bool,),
+        "altup_num_inputs": (int,),
+        "num_kv_shared_layers": (int,),
+        "laurel_rank": (int,),
+        "activation_sparsity_pattern": (list, _NONE),
+    },
     "phi3": {
         **_HEAD,
         **_NO_WINDOW_TYPES,
@@ -114,7 +158,11 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 }
 """For each model_type, the types of fields that only this model has, or that have another type in other models."""
 
-_NOT_IN: dict[str, set[str]] = {"gemma3_text": {"hidden_act"}}
+_NOT_IN: dict[str, set[str]] = {
+    "gemma3_text": {"hidden_act"},
+    "gemma4_text": {"hidden_act", "rope_scaling"},
+    "gemma3n_text": {"hidden_act"},
+}
 """For each model_type, fields of the other models that its class ignores."""
 
 _COUNTS = (
@@ -126,6 +174,8 @@ _COUNTS = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "global_head_dim",
+    "num_global_key_value_heads",
 )
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -169,11 +219,23 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
+    # "vision" is for image tokens only. transformers fails if there is a rope_scaling, even null.
+    "gemma4_text": {
+        "use_bidirectional_attention": (None, "vision"),
+        "enable_moe_block": (False,),
+        "rope_scaling": (),
+        "partial_rotary_factor": (None,),
+    },
+    # The last layer's output is that of the first stream, whichever is active, and all others are added to.
+    "gemma3n_text": {"altup_active_idx": (0,), "altup_correct_scale": (True,)},
     "phi3": {"resid_pdrop": (0,)},
 }
 """The same for fields that only one model_type has."""
 
-_OWN_WITHOUT_EFFECT = {"gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"}}
+_OWN_WITHOUT_EFFECT = {
+    "gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"},
+    "gemma3n_text": {"rope_local_base_freq"},
+}
 """Fields that only one model_type has and that other modules check."""
 
 """Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
@@ -195,7 +257,8 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
     """
     types = {name: kinds for name, kinds in _TYPES.items() if name not in _NOT_IN.get(kind, ())}
     types |= _OWN_TYPES[kind]
-    refused = _REFUSED | _OWN_REFUSED.get(kind, {})
+    refused = {name: values for name, values in _REFUSED.items() if name not in _OWN_TYPES[kind]}
+    refused |= _OWN_REFUSED.get(kind, {})
     for name in _REQUIRED:
         if name not in config:
             raise ValueError(f"{source}: {name} is missing")
@@ -226,6 +289,8 @@ def _check_type(name: str, value: Any, types: tuple[type, ...], source: str) -> 
 def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
     for name in _COUNTS:
         value = config.get(name)
+        if isinstance(value, list):
+            continue  # `gemma3n_values` checks it
         least = 2 if name == "vocab_size" else 1  # one id is needed to end a document
         if value is not None and value < least:
             raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
@@ -257,7 +322,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
 
 def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
     """Returns name, value, condition and its text for fields that differ between models."""
-    if kind != "gemma3_text":
+    if kind not in ("gemma3_text", "gemma4_text", "gemma3n_text"):
         positive = [(name, config.get(name, 1.0), lambda v: v > 0, "above 0") for name in MULTIPLIERS]
         interval = config.get("no_rope_layer_interval", 4)
         return [
@@ -270,14 +335,33 @@ def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Ca
             ),
         ]
     tanh, limit = "gelu_pytorch_tanh", config.get("final_logit_softcapping")
-    return [
+    of_both: list[tuple[str, Any, Callable[[Any], bool], str]] = [
         ("hidden_activation", config.get("hidden_activation", tanh), lambda v: v == tanh, tanh),
-        ("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256), lambda v: v > 0, "above 0"),
         ("final_logit_softcapping", limit, lambda v: v is None or v > 0, "above 0, or null"),
+    ]
+    if kind == "gemma3_text":
+        scalar = config.get("query_pre_attn_scalar", 256)
+        return [*of_both, ("query_pre_attn_scalar", scalar, lambda v: v > 0, "above 0")]
+    if kind == "gemma3n_text":
+        return [*of_both, *gemma3n_values(config)]
+    layers, width = config["num_hidden_layers"], config.get("hidden_size_per_layer_input", 256)
+    shared, rows = config.get("num_kv_shared_layers", 0), config.get("vocab_size_per_layer_input", 262144)
+    return [
+        *of_both,
+        ("num_kv_shared_layers", shared, lambda v: 0 <= v < layers, f"at least 0 and below {layers}"),
+        ("hidden_size_per_layer_input", width, lambda v: v >= 0, "at least 0"),
+        (
+            "vocab_size_per_layer_input",
+            rows,
+            lambda v: not width or v == config["vocab_size"],
+            f"the vocabulary size, {config['vocab_size']}",
+        ),
     ]
 
 
 def _reason(name: str, value: Any) -> str:
+    if name == "enable_moe_block":
+        return "models with mixtures of experts cannot be imported"
     if name in ("quantization_config", "compression_config"):
         method = value.get("quant_method", "quantized") if isinstance(value, dict) else "quantized"
         return (

@@ -99,13 +99,18 @@ def piece_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
 def expresses_pieces(model: ModelConfig, kind: str) -> bool:
     """Returns whether a `model_type` has all pieces of the model, and the model all of its pieces."""
     if kind == "gemma3_text":
-        others = ("post_norm", "qk_projection_norm", "residual_multiplier", "logit_divisor", "no_rope_freq")
-        return expresses_gemma(model) and _holds(model, others, {})
+        return expresses_gemma(model) and is_like_gemma(model)
     free, always = _FREE.get(kind, set()), _ALWAYS.get(kind, {})
     scale = math.isclose(_scale(model), model.resolved_kv_channels**-0.5, rel_tol=1e-9)
     names = tuple(name for name in _PIECES if name not in free)
     is_llama = _holds(model, names, always) and not has_parts_of_gemma4(model)
     return is_llama and (scale or "softmax_scale" in free)
+
+
+def is_like_gemma(model: ModelConfig) -> bool:
+    """Returns whether the model has no pieces that Gemma lacks, beside what the two versions differ in."""
+    others = ("post_norm", "qk_projection_norm", "residual_multiplier", "logit_divisor", "no_rope_freq")
+    return _holds(model, others, {})
 
 
 def _holds(model: ModelConfig, names: tuple[str, ...], wanted: Mapping[str, Any]) -> bool:

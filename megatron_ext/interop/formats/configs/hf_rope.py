@@ -11,7 +11,7 @@ Each value may be given in several places, listed in the right column. The first
 
 Gemma 3 and OLMo 3 have two rope dicts, `full_attention` and `sliding_attention` in `rope_parameters`; the second is for
 layers with a sliding window and cannot be scaled here. `rope_scaling` is merged into the first. The bases default to
-`rope_theta` and, for layers with a window, `rope_local_base_freq` (Gemma 3) or 5e5 (OLMo 3).
+`rope_theta` and, for layers with a window, `rope_local_base_freq` (Gemma 3, 3n) or 5e5 (OLMo 3).
 
 What each type of rope scaling computes is in `models.ops.positions.rope_scaling`.
 """
@@ -47,8 +47,10 @@ _KEYS = {
     },
 }
 _OF_PHI3 = ("default", "longrope")
-_LOCAL_BASE = {"gemma3_text": 1e4, "olmo3": 5e5}
+_LOCAL_BASE = {"gemma3_text": 1e4, "gemma4_text": 1e4, "gemma3n_text": 1e4, "olmo3": 5e5}
 """For each model_type, the base in layers with a window that transformers assumes if a config.json has none."""
+
+_HAVE_LOCAL_BASE = ("gemma3_text", "gemma3n_text")
 
 Rotary = tuple[dict[str, Any], list[str]]
 """Fields of `ModelConfig`, and messages for the user."""
@@ -87,7 +89,7 @@ def read_layered_rotary(
     full = {**(ropes.get("full_attention") or {"rope_type": "default"}), **(config.get("rope_scaling") or {})}
     local = dict(ropes.get("sliding_attention") or {"rope_type": "default"})
     full.setdefault("rope_theta", config.get("rope_theta", DEFAULTS[kind].rotary_base))
-    local_base = config.get("rope_local_base_freq") if kind == "gemma3_text" else None
+    local_base = config.get("rope_local_base_freq") if kind in _HAVE_LOCAL_BASE else None
     local.setdefault("rope_theta", _LOCAL_BASE[kind] if local_base is None else local_base)
     original = "original_max_position_embeddings"
     if full.get("rope_type", full.get("type")) in ("llama3", "yarn") and original in config:
@@ -105,7 +107,7 @@ def read_layered_rotary(
             f"{source}: {place}: rope_type must be default; the rotary embedding of layers with a sliding window "
             "cannot be scaled"
         )
-    if has_windows and (kind == "gemma3_text" or own != found):
+    if has_windows and (kind != "olmo3" or own != found):
         found["rotary_base_local"] = own["rotary_base"]
     return found, [*notes, *more]
 
@@ -307,7 +309,7 @@ def expresses_rotary(model: ModelConfig, kind: str) -> bool:
 
 def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     """Returns the fields of a config.json for a model that `expresses_rotary`."""
-    scaling = _scaling(model)
+    scaling = rope_scaling(model)
     fields: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_scaling": scaling}
     if kind == "phi3":
         fields["partial_rotary_factor"] = model.rotary_percent
@@ -325,7 +327,8 @@ def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     return fields
 
 
-def _scaling(model: ModelConfig) -> dict[str, Any] | None:
+def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """Returns the rope dict for the scaling of the model's frequencies; None without scaling."""
     if model.rotary_seq_len_interpolation_factor is not None:
         return {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
     if not model.use_rope_scaling:

@@ -4,6 +4,8 @@
     mistral, phi3  `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer
+    gemma4_text    the same; without `layer_types`, in all but every sixth layer; never in the last layer
+    gemma3n_text   the same; without `layer_types`, in all but every fifth layer
     olmo3          the same; without `layer_types`, in all but every fourth layer
     smollm3        `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, in the layers without rotary positions
@@ -32,8 +34,10 @@ FIELDS = (
 Windows = tuple[int | None, ...]
 """For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
 
-_DEFAULT_WINDOW = 4096
-"""Window that transformers assumes if a config.json has none."""
+_DEFAULT_WINDOW = {"phi3": None, "smollm3": None, "gemma4_text": 512, "gemma3n_text": 512}
+"""Window that transformers assumes if a config.json has none; 4096 for every other `model_type`."""
+
+_PERIODIC = ("gemma3_text", "gemma4_text", "gemma3n_text", "olmo3")
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _WITHOUT = ("llama", "olmo2", "granite")
@@ -54,8 +58,7 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
     layers: int = config["num_hidden_layers"]
     if kind in _WITHOUT:
         return _of_llama(config, kind, source)
-    default = None if kind in ("phi3", "smollm3") else _DEFAULT_WINDOW
-    window: int | None = config.get("sliding_window", default)
+    window: int | None = config.get("sliding_window", _DEFAULT_WINDOW.get(kind, 4096))
     if kind in _IN_EVERY_LAYER:
         if ("layer_types" in config) if kind == "mistral" else config.get("layer_types"):
             raise ValueError(
@@ -64,10 +67,12 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
-    if kind in ("gemma3_text", "olmo3"):
+    if kind in _PERIODIC:
         if window is None:  # transformers makes a mask of the window even if no layer uses it
             raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
         types = types or _periodic_types(config, kind, source)
+        if kind == "gemma4_text":  # as transformers does, with a warning
+            types = [*types[:-1], _FULL]
     elif kind == "smollm3":
         window = window if config.get("use_sliding_window") else None
         without = layers_without_rotary(config, source)
@@ -105,8 +110,8 @@ def window_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     if kind in _IN_EVERY_LAYER:
         return {"sliding_window": size}
     types = [_FULL if window is None else _SLIDING for window in model.windows]
-    if kind in ("gemma3_text", "olmo3"):
-        return {"sliding_window": size or _DEFAULT_WINDOW, "layer_types": types}
+    if kind in _PERIODIC:
+        return {"sliding_window": size or 4096, "layer_types": types}
     if size is None:
         return {"sliding_window": None, "use_sliding_window": False}
     return {"sliding_window": size, "use_sliding_window": True, "layer_types": types}
@@ -130,7 +135,9 @@ def _of_llama(config: Mapping[str, Any], kind: str, source: str) -> Windows:
 
 
 def _periodic_types(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
-    every = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 4
+    every = {"olmo3": 4, "gemma3n_text": 5}.get(kind, 6)
+    if kind == "gemma3_text":
+        every = config.get("sliding_window_pattern", every)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"{source}: sliding_window_pattern {every}: must be a number of at least 1")
     layers = range(config["num_hidden_layers"])

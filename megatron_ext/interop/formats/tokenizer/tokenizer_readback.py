@@ -38,7 +38,12 @@ _FURTHER_TEXTS = (
 
 
 def check_read_back(
-    folder: Path, tokenizer: Tokenizer, shown: str | Path, *, as_imported: bool = False
+    folder: Path,
+    tokenizer: Tokenizer,
+    shown: str | Path,
+    *,
+    as_imported: bool = False,
+    has_code: bool = False,
 ) -> list[str]:
     """Raises `ValueError` unless `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
 
@@ -51,6 +56,8 @@ def check_read_back(
         shown: name of the directory in error messages.
         as_imported: whether the files were imported with the model and the model has not been trained since. A
             difference was then in the imported directory already, so it gives a message instead of an error.
+        has_code: whether the directory has a class of its own; transformers then reads the tokenizer as one of an
+            unknown model.
 
     Returns:
         Messages for the user.
@@ -62,7 +69,9 @@ def check_read_back(
         import transformers
     except ModuleNotFoundError:
         return ["transformers is not installed: the exported tokenizer was not read back with it"]
-    difference = _difference(transformers, folder, tokenizer)
+    # transformers would otherwise ask the user whether to run the code.
+    options = {"config": transformers.PreTrainedConfig()} if has_code else {}
+    difference = _difference(transformers, folder, tokenizer, options)
     messages = []
     if difference is not None:
         before = (folder / TOKENIZER_CONFIG).read_bytes()
@@ -70,7 +79,7 @@ def check_read_back(
         messages = [
             f"tokenizer_class is {_GENERAL_CLASS}: with {former}, transformers gives other ids ({difference})"
         ]
-        left = _difference(transformers, folder, tokenizer)
+        left = _difference(transformers, folder, tokenizer, options)
         if left is not None and not as_imported:
             raise ValueError(
                 f"--model-dir {shown}: transformers reads the tokenizer differently ({left}); "
@@ -100,10 +109,10 @@ def _set_class(folder: Path) -> str | None:
     return former
 
 
-def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
+def _difference(transformers: Any, folder: Path, ours: Tokenizer, options: dict[str, Any]) -> str | None:
     """Describes the first difference between `AutoTokenizer` and the tokenizer `ours`; None if they are equal."""
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # transformers raises many types; each means that the tokenizer cannot be read
         return str(error).strip().partition("\n")[0] or type(error).__name__
     named = {"eos_token_id": (theirs.eos_token_id, ours.eod), "bos_token_id": (theirs.bos_token_id, ours.bos)}

@@ -15,7 +15,7 @@ DOCUMENT_BOUNDS = "document_bounds"
 
 def document_bounds(starts: torch.Tensor) -> torch.Tensor:
     """Returns the bounds [D + 1] int32, in host memory, for marks [b, s]."""
-    # By numpy, which computes with these values in a rehearsal, too, where tensors have none.
+    # By numpy, because a rehearsal can read a tensor that is made of an array; each of its rows is one document.
     marks = starts.cpu().numpy().copy()
     marks[:, 0] = True
     return torch.from_numpy(np.append(np.flatnonzero(marks), marks.size).astype(np.int32))
