@@ -122,9 +122,8 @@ class ExportConfig:
     """Step to export. Default: the newest complete checkpoint."""
 
     architecture: str | None = None
-    """Architecture to export to: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
-    Gemma3ForCausalLM or Gemma4ForCausalLM. Default: the one that the model was imported from, else the first that can
-    express the model."""
+    """Architecture to export to, such as LlamaForCausalLM (the error for an unknown one lists all). Default: that which
+    the model was imported from, else the first that can express the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported tensors. Default: the dtype in the checkpoint."""

@@ -10,9 +10,8 @@ parser.add_argument("--prompt", default="The function returns")
 parser.add_argument("--max-new-tokens", type=int, default=40)
 arguments = parser.parse_args()
 
-# Models with parts that transformers does not have bring their own code.
-model = AutoModelForCausalLM.from_pretrained(arguments.directory, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(arguments.directory, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(arguments.directory)
+tokenizer = AutoTokenizer.from_pretrained(arguments.directory)
 inputs = tokenizer(arguments.prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
 print(type(model).__name__, f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")

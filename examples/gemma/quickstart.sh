@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A small model with Gemma's layers and Gemma 4's per-layer embedding, on two CPU cores and real text: pretrains it with
-# tensor parallelism, exports it to Hugging Face's format, and generates with transformers, without this project.
+# Gemma 4 E2B in small, on two CPU cores and real text: pretrains it with tensor parallelism, exports it as
+# Gemma4ForCausalLM, and generates with transformers, without this project.
 #
 #     bash examples/gemma/quickstart.sh [DIRECTORY]        `make gemma` does this; under eight minutes
 #

@@ -119,6 +119,8 @@ def test_a_null_tokenizer_ends_documents_where_the_writing_version_does(copy: Pa
 
 def test_missing_and_truncated_files_are_named(copy: Path) -> None:
     folder = copy / NAME
+    # megatron-core 0.19 writes the arguments among the tensors, where no common.pt is needed.
+    optional = {"metadata.json"} | ({"common.pt"} - {path.name for path in folder.iterdir()})
     change_common(copy, lambda common: None)
     for path in sorted(folder.iterdir()):
         kept = path.read_bytes()
@@ -126,7 +128,7 @@ def test_missing_and_truncated_files_are_named(copy: Path) -> None:
         if path.name != "metadata.json" or len(kept) > 1:
             assert refusal(copy).startswith(str(path)), path.name
         path.unlink()
-        if path.name != "metadata.json":
+        if path.name not in optional:
             assert f"{path}: the file is missing" in refusal(copy), path.name
         path.write_bytes(kept)
     (copy / "latest_checkpointed_iteration.txt").write_text("7")
