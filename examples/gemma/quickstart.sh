@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/gemma}
-steps=${STEPS:-150}
+steps=${STEPS:-100}
 prompt=${PROMPT:-The function returns}
 new_tokens=${NEW_TOKENS:-40}
 . examples/common.sh
