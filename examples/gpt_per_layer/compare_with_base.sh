@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 data=${1:-runs/quickstart}
 out=${OUT:-runs/compare_with_base}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-steps=${TRAIN_ITERS:-1000}
+steps=${TRAIN_ITERS:-400}
 seeds=${SEEDS:-1 2 3}
 export OMP_NUM_THREADS=1
 [ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }

@@ -100,6 +100,11 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
             raise ValueError(
                 f"--num-query-groups {groups}: must be a multiple or a divisor of --tensor-model-parallel-size {size}"
             )
+        if groups % size and model.qk_projection_norm:
+            raise ValueError(
+                f"--num-query-groups {groups}: must be a multiple of --tensor-model-parallel-size {size} with "
+                "--qk-projection-norm"
+            )
 
 
 def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -29,6 +29,8 @@ _COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
 _KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 """Modules that import triton whether it is there or not: the first in 0.18, the second from 0.19."""
+_COMPILED = "megatron.core.transformer.moe.router"
+"""Compiles a method while it is imported, from 0.19."""
 _LARGE = ("torch", "megatron.core")
 
 
@@ -44,11 +46,12 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_JIT, _TE, *_KERNELS, *_LARGE, *_REPLACED):
+        if name not in (_JIT, _TE, _COMPILED, *_KERNELS, *_LARGE, *_REPLACED):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
-            loaders = {_TE: _GuardedLoader, **dict.fromkeys(_KERNELS, _KernelLoader)}
+            loaders: dict[str, type[SourceFileLoader]] = dict.fromkeys(_KERNELS, _KernelLoader)
+            loaders |= {_TE: _GuardedLoader, _COMPILED: _CompiledMethodLoader}
             spec.loader = loaders.get(name, _Loader)(spec.loader.name, spec.loader.path)
         return spec
 
@@ -74,6 +77,20 @@ class _Loader(SourceFileLoader):
             if enabled:
                 gc.enable()
         gc.freeze()  # what exists now is looked through no more
+
+
+class _CompiledMethodLoader(SourceFileLoader):
+    """Loads a module that calls `torch.compile` itself, for methods, instead of the engine's decorator."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        import torch
+
+        at_once = torch.compile
+        vars(torch)["compile"] = compile_when_called
+        try:
+            super().exec_module(module)
+        finally:
+            vars(torch)["compile"] = at_once
 
 
 class _KernelLoader(SourceFileLoader):

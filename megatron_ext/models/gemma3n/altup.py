@@ -138,10 +138,21 @@ class RotaryOfStreams(torch.nn.Module):
         self.rotary: Any = rotary
         self.streams = streams
 
-    def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        block: torch.nn.Module,
+        hidden_states: torch.Tensor | None,
+        config: TransformerConfig,
+        packed_seq_params: Any = None,
+    ) -> int:
         """Returns the number of positions, as the engine's method of this name."""
-        rows: int = self.rotary.get_rotary_seq_len(inference_context, *args, **kwargs)
-        return rows if inference_context is not None else rows // self.streams
+        found: int = self.rotary.get_rotary_seq_len(
+            inference_context, block, hidden_states, config, packed_seq_params
+        )
+        # A cache and packed documents say how long the sequence is; otherwise these are the rows.
+        is_known = inference_context is not None or packed_seq_params is not None
+        return found if is_known else found // self.streams
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Returns the engine's rotary embedding."""

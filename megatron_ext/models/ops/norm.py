@@ -171,11 +171,9 @@ class ProjectionNorm(torch.nn.Module):
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
         ranks = self.group.size()
-        if heads % ranks:
-            raise ValueError(
-                f"--tensor-model-parallel-size {ranks}: with --qk-projection-norm it must divide the number of heads "
-                f"(got {heads})"
-            )
+        assert heads % ranks == 0, (
+            f"{ranks} tensor-parallel ranks cannot share {heads} heads (--qk-projection-norm)"
+        )
         self.eps, self.width = eps, heads * hidden_size
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight = replicated_parameter(

@@ -30,25 +30,28 @@ class ProgressiveRunConfig(RunConfig):
         self._check_windows()
 
     def _check_windows(self) -> None:
-        """Checks that every layer keeps its sliding window, or none, as the model grows."""
-        size, skip = self.model.window_size, self.model.window_attn_skip_freq
+        """Checks that every layer keeps its sliding window and its rotary positions, or none, as the model grows."""
+        size = self.model.window_size
         if size is not None and self.progressive.bidirectional:
             raise ValueError(
                 f"--window-size {size}: requires --training-objective clm (got "
                 f"{self.progressive.training_objective}, with which a token attends to all tokens)"
             )
-        if skip is None:
-            return
-        if not skip.isdecimal():
+        for name in ("window_attn_skip_freq", "no_rope_freq"):
+            value = getattr(self.model, name)
+            if value is not None:
+                self._check_frequency(flag_name(name), value)
+
+    def _check_frequency(self, flag: str, value: str) -> None:
+        if not value.isdecimal():
             raise ValueError(
-                f"--window-attn-skip-freq {skip}: must be a number in progressive training, because a list is for one "
-                "number of layers"
+                f"{flag} {value}: must be a number in progressive training, because a list is for one number of layers"
             )
         own = self.progressive
         for index in range(1, own.num_stacks):
-            if own.mode_of(index) == "prepend" and own.blocks_of(index) % int(skip):
+            if own.mode_of(index) == "prepend" and own.blocks_of(index) % int(value):
                 raise ValueError(
-                    f"--window-attn-skip-freq {skip}: must divide --n-blocks {own.blocks_of(index)} with "
+                    f"{flag} {value}: must divide --n-blocks {own.blocks_of(index)} with "
                     "--building-mode prepend, which moves the layers above by that number"
                 )
 

@@ -94,6 +94,7 @@ class _Make:
 MODELS = {
     "learned positions": LEARNED,
     "windows": WINDOWED,
+    "AltUp and Laurel": replace(WINDOWED, altup_streams=3, laurel_rank=4),
     "PLE": replace(TINY, init_method_std=0.1),
     "NPT": replace(TINY, init_method_std=0.1),
     "bidirectional rack": replace(TINY, init_method_std=0.1),

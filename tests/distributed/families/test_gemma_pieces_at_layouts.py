@@ -1,6 +1,7 @@
-"""A model of one's own with parts of Gemma 3 or Gemma 4 trains alike at every layout."""
+"""A model of one's own with parts of Gemma 3 or 4, OLMo 2, Granite and SmolLM3 trains alike at every layout."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,24 @@ GEMMA4 = replace(
     num_kv_shared_layers=2,
     v_layernorm=True,
 )
+OTHERS = replace(
+    TINY,
+    init_method_std=0.1,
+    apply_layernorm_1p=True,
+    post_norm=True,
+    qk_projection_norm=True,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.4,
+    logit_divisor=0.3,
+    no_rope_freq="2",
+    use_rope_scaling=True,
+    rope_scaling_type="yarn",
+    rope_scaling_factor=2.0,
+    rope_high_freq_factor=32.0,
+    rope_original_max_position_embeddings=8,
+)
+"""The pieces of OLMo 2, Granite and SmolLM3."""
+
 WITHOUT_SANDWICH = replace(GEMMA, sandwich_norm=False)
 NP = NPTModuleConfig(npt_layers="all", np_target="gate+up+down", np_rank=4, np_init_scale=0.3)
 
@@ -71,6 +90,7 @@ VARIANTS = {
     ),
     "one head of keys that are values": Variant(model=replace(GEMMA4, attention_k_eq_v=True)),
     "Gemma 4's layers with PLE": Variant(model=GEMMA4, make_families=per_layer),
+    "other norms and multipliers with PLE": Variant(model=OTHERS, make_families=per_layer),
     "NPT, low_rank": Variant(model=WITHOUT_SANDWICH, make_families=low_rank),
     "adapters": Variant(
         model=replace(GEMMA, untie_embeddings_and_output_weights=True), make_families=MakeAdapted()
@@ -97,12 +117,25 @@ def test_every_trained_parameter_gets_a_gradient(variant: str) -> None:
     gradients = assemble([RUNS.single(variant).trace])
     assert all(torch.linalg.norm(gradient) > 0 for gradient in gradients.values())
     trains_base = variant not in ("NPT, low_rank", "adapters")
+    has_norms_before = trains_base and "other norms" not in variant
+    assert has_norms_before == any("input_layernorm" in name for name in gradients)
     assert trains_base == any("post_mlp_layernorm" in name for name in gradients)
 
 
-def test_npt_refuses_norms_after_the_mlp_by_name() -> None:
-    with pytest.raises(ValueError, match="--sandwich-norm: not supported by the model family npt"):
-        low_rank()[0].check(GEMMA, ParallelConfig())
+@pytest.mark.parametrize(
+    ("flag", "changes"),
+    [
+        ("--sandwich-norm", {"sandwich_norm": True}),
+        ("--post-norm", {"post_norm": True}),
+        ("--residual-multiplier", {"residual_multiplier": 0.5}),
+    ],
+)
+def test_npt_refuses_what_changes_the_output_of_the_mlp_by_name(flag: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{flag}: not supported by the model family npt"):
+        low_rank()[0].check(replace(WITHOUT_SANDWICH, **changes), ParallelConfig())
+
+
+def test_npt_refuses_to_convert_a_model_with_norms_after_the_mlp() -> None:
     assert "--sandwich-norm: not supported" in run_single(_refused_conversion)
 
 

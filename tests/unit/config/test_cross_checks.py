@@ -50,6 +50,11 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         "--num-query-groups 3: ",
     ),
     (
+        4,
+        {TP: 4, "num_query_groups": 2, "qk_projection_norm": True},
+        "--num-query-groups 2: must be a multiple of --tensor-model-parallel-size 4 with --qk-projection-norm",
+    ),
+    (
         2,
         {TP: 2, "sequence_parallel": True, "seq_length": 33},
         "--seq-length 33: with --sequence-parallel it must",

@@ -96,7 +96,10 @@ OTHERWISE: Cases = {
     ],
 }
 
-MODEL_TYPE = [({"model_type": "gpt2"}, REFUSED), ({"model_type": ...}, REFUSED)]
+MODEL_TYPE: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "gpt2"}, REFUSED),
+    ({"model_type": ...}, REFUSED),
+]
 
 NOT_IN_ITS_CLASS: Cases = {
     "sliding_window_pattern": [({"sliding_window_pattern": 1}, SAME)],

@@ -243,12 +243,13 @@ KINDS = {
             "no_rope_layers": [1, 0, 1, 1],
             "use_sliding_window": True,
             "sliding_window": 10,
+            "tie_word_embeddings": False,
             "pad_token_id": None,
         },
     ),
     "SmolLM3, biases": Kind(
         "SmolLM3",
-        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "pad_token_id": None},
+        {"attention_bias": True, "mlp_bias": True, "pad_token_id": None},
     ),
     "Granite": Kind(
         "Granite",

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.unit.interop import gemma3n_fields
-from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
+from tests.unit.interop import field_cases, gemma3n_fields
+from tests.unit.interop.field_cases import DYNAMIC, FULL, LONGROPE, MIXED
+from tests.unit.interop.hf_models import LLAMA3_SCALING, YARN, Kind, alone
 from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
-ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4", "Gemma3n")
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4", "Gemma3n", *field_cases.BASES)
 QWEN = ("Qwen2", "Qwen3")
 TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
@@ -35,13 +36,11 @@ BASES = {
         },
     ),
     "Gemma3n": gemma3n_fields.BASE,
+    **field_cases.BASES,
 }
-FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 PARTIAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
 ROPES = {"full_attention": PARTIAL, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
 
 # Field -> changes of config.json, and what becomes of each. Every field of the classes is in here.
 FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
@@ -78,9 +77,16 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"type": "linear", "factor": 3}}, TAKEN),
         ({"rope_parameters": {"rope_type": "linear", "type": "default", "factor": 3.0}}, TAKEN),
         ({"rope_parameters": {"type": "linear", "rope_type": "default", "factor": 3.0}}, SAME),
-        ({"rope_parameters": YARN}, REFUSED),
+        ({"rope_parameters": YARN}, TAKEN),
+        ({"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5, "beta_fast": 0}}, TAKEN),
+        ({"rope_parameters": {**YARN, "attention_factor": 0.7, "mscale": 1}}, TAKEN),
+        ({"rope_parameters": {**YARN, "truncate": False}}, REFUSED),
+        ({"rope_parameters": {**YARN, "beta_fast": 0.1}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 32}}, REFUSED),
         ({"rope_parameters": LONGROPE}, REFUSED),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
+        ({"rope_parameters": DYNAMIC}, SAME),
+        ({"rope_parameters": DYNAMIC, "max_position_embeddings": 32}, TAKEN),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, REFUSED),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 5e3}}, REFUSED),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, REFUSED),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, REFUSED),
@@ -173,6 +179,8 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "problem_type": [({"problem_type": "regression"}, SAME)],
 }
 
+FIELDS |= field_cases.FIELDS
+
 # What a class takes beside its fields: names of earlier versions, and what code shared by all models reads.
 BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "rope_theta": [
@@ -185,8 +193,8 @@ BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
         ({"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
         ({"rope_scaling": LLAMA3_SCALING, "rope_parameters": {"rope_theta": 7.0}}, TAKEN),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, REFUSED),
-        ({"rope_scaling": {**YARN, "type": "yarn"}}, REFUSED),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, SAME),
+        ({"rope_scaling": {**YARN, "type": "yarn"}}, TAKEN),
         ({"rope_scaling": {"type": "linear", "factor": "3"}}, REFUSED),
     ],
     "original_max_position_embeddings": [
@@ -213,8 +221,8 @@ BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "configuration_files": [({"configuration_files": ["config.4.0.0.json"]}, REFUSED)],
     "text_config": [({"text_config": {"hidden_size": 16}}, REFUSED)],
     "model_type": [
-        ({"model_type": "granite"}, REFUSED),
-        ({"model_type": "smollm3"}, REFUSED),
+        ({"model_type": "cohere"}, REFUSED),
+        ({"model_type": "granitemoe", "num_local_experts": 8}, REFUSED),
         ({"model_type": ...}, REFUSED),
     ],
 }
@@ -256,7 +264,7 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}}, TAKEN),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, TAKEN),
         ({"rope_parameters": {"full_attention": LLAMA3_SCALING}}, TAKEN),
-        ({"rope_parameters": {"full_attention": YARN}}, REFUSED),
+        ({"rope_parameters": {"full_attention": YARN}}, TAKEN),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}}, REFUSED),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, REFUSED),
         ({"rope_parameters": None}, SAME),
@@ -312,6 +320,7 @@ OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
     ],
     ("Mistral", "layer_types"): [({"layer_types": MIXED, "sliding_window": 16}, REFUSED)],
 }
+OTHERWISE |= field_cases.OTHERWISE
 NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
     "Llama": {
         "sliding_window": [({"sliding_window": 16}, REFUSED)],
@@ -348,6 +357,7 @@ NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"num_global_key_value_heads": 3, "attention_k_eq_v": True}, REFUSED),
         ],
     },
+    **field_cases.NOT_IN_ITS_CLASS,
 }
 # What a family takes beside its fields otherwise than is said above.
 BESIDE_OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
@@ -388,6 +398,9 @@ BESIDE_OTHERWISE |= {
 BESIDE_OTHERWISE["Gemma3n", "model_type"] = gemma3n_fields.MODEL_TYPE
 
 
+BESIDE_OTHERWISE |= field_cases.BESIDE_OTHERWISE
+
+
 def _class_fields(family: str) -> list[str]:
     return [field.name for field in dataclasses.fields(BASES[family].config_class)]
 
@@ -395,6 +408,8 @@ def _class_fields(family: str) -> list[str]:
 def _cases(family: str) -> list[tuple[str, dict[str, Any], str]]:
     of_class = {name: OTHERWISE.get((family, name), FIELDS[name]) for name in _class_fields(family)}
     beside = {name: BESIDE_OTHERWISE.get((family, name), cases) for name, cases in BESIDE.items()}
+    if family in field_cases.BASES:  # the rest of these are read alike for every family
+        beside = {name: cases for name, cases in beside.items() if (family, name) in BESIDE_OTHERWISE}
     sections = (of_class, NOT_IN_ITS_CLASS[family], beside)
     return [(name, *case) for section in sections for name, cases in section.items() for case in cases]
 
@@ -450,6 +465,8 @@ def test_a_value_that_transformers_refuses_in_any_field_is_refused_by_name(
         "rope_theta",
         "rope_scaling",
     }
+    if family in field_cases.BASES:  # the types of all other fields are checked alike for every family
+        own -= set(_class_fields("Llama"))
     changes = [{name: value} for name in sorted(own) for value in ODD]
     verdicts = alone(judge, str(tmp_path), BASES[family], changes)
     wrong = [

@@ -68,7 +68,7 @@ def _index(weight_map: Any) -> Callable[[Path], None]:
     return write
 
 
-_ROPE = "rope scaling {}: only llama3, linear and default can be imported"
+_ROPE = "rope scaling {}: only default, linear, llama3, dynamic, yarn can be imported for llama"
 MISTAKES: dict[str, Callable[[Path], Any]] = {
     "no such directory": shutil.rmtree,
     "no config.json in it": lambda folder: (folder / "config.json").unlink(),
@@ -82,8 +82,11 @@ MISTAKES: dict[str, Callable[[Path], Any]] = {
     r"quantization_config .*: gptq weights cannot be imported; save them dequantized": _config(
         quantization_config={"quant_method": "gptq", "bits": 4}
     ),
-    _ROPE.format("yarn"): _config(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-    _ROPE.format("dynamic"): _config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    _ROPE.format("longrope"): _config(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+    _ROPE.format("su"): _config(rope_scaling={"type": "su", "factor": 2.0}),
+    "model_type mixtral: is a mixture of experts .num_local_experts 8., which cannot be imported": _config(
+        model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8
+    ),
     "rope scaling llama3: low_freq_factor is missing": _config(
         rope_scaling={"rope_type": "llama3", "factor": 2.0}
     ),
@@ -212,6 +215,56 @@ def test_a_model_of_ones_own_with_windows_is_exported_as_what_has_them(
     assert getattr(transformers, architecture).config_class.from_dict(config).sliding_window == 8
 
 
+OLMO = {"post_norm": True, "qk_projection_norm": True}
+SCALED = {"use_rope_scaling": True, "rope_scaling_factor": 2.0, "rope_original_max_position_embeddings": 16}
+LONG = {"rope_scaling_type": "longrope", "rope_short_factors": (1.0,) * 4, "rope_long_factors": (3.0,) * 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        (OLMO, "Olmo2ForCausalLM"),
+        ({**OLMO, "window_size": "7,0", "window_attn_skip_freq": "2"}, "Olmo3ForCausalLM"),
+        ({"no_rope_freq": "2"}, "SmolLM3ForCausalLM"),
+        (
+            {"no_rope_freq": "[1,0,0,1]", "window_size": "7,0", "window_attn_skip_freq": "2"},
+            "SmolLM3ForCausalLM",
+        ),
+        ({"residual_multiplier": 0.5, "logit_divisor": 2.0, "softmax_scale": 0.3}, "GraniteForCausalLM"),
+        ({"embedding_multiplier": 3.0, "add_mlp_bias": True}, "GraniteForCausalLM"),
+        ({"rotary_percent": 0.5}, "Phi3ForCausalLM"),
+        ({**SCALED, **LONG, "rope_attention_factor": 1.5}, "Phi3ForCausalLM"),
+        ({**SCALED, "rope_scaling_type": "yarn", "rope_high_freq_factor": 32.0}, "LlamaForCausalLM"),
+        ({**SCALED, "rope_scaling_type": "dynamic", "max_position_embeddings": 32}, "LlamaForCausalLM"),
+    ],
+)
+def test_a_model_of_ones_own_with_other_pieces_is_exported_as_what_has_them(
+    changes: dict[str, Any], architecture: str
+) -> None:
+    model = replace(LLAMA, **changes)
+    assert choose_architecture(model) == architecture
+    config = from_model_config(model, 96, architecture, "float32")
+    found = to_model_config(config, "config.json").model
+    assert {name: getattr(found, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_norm": True},
+        {"qk_projection_norm": True},
+        {**OLMO, "residual_multiplier": 0.5},
+        {"no_rope_freq": "2", "logit_divisor": 2.0},
+        {**SCALED, **LONG, "add_qkv_bias": True},
+    ],
+)
+def test_a_model_with_pieces_that_no_architecture_has_together_is_not_exported(
+    changes: dict[str, Any],
+) -> None:
+    with pytest.raises(ValueError, match="no Llama-like architecture can express"):
+        choose_architecture(replace(LLAMA, **changes))
+
+
 GEMMA = replace(
     LLAMA,
     swiglu=False,
@@ -269,8 +322,8 @@ def test_a_model_with_a_part_of_gemmas_pieces_is_not_exported(changes: dict[str,
 
 def test_windows_in_some_layers_of_a_llama_are_refused_by_name() -> None:
     model = replace(LLAMA, window_size="7,0", window_attn_skip_freq="2")
-    with pytest.raises(ValueError, match="sliding windows"):
-        choose_architecture(model)
+    with pytest.raises(ValueError, match="sliding windows; use SmolLM3ForCausalLM"):
+        choose_architecture(model, "LlamaForCausalLM")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +332,6 @@ def test_windows_in_some_layers_of_a_llama_are_refused_by_name() -> None:
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"swiglu": False}, "--swiglu False"),
-        ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
         (
             {"qk_layernorm": True, "add_qkv_bias": True},
             "no Llama-like architecture can express this model's combination",

@@ -20,7 +20,7 @@ def _parsed(flags: str) -> ProgressiveRunConfig:
     [
         "--n-blocks 2",
         "--n-blocks 3 --window-attn-skip-freq 2",
-        "--n-blocks 4 --building-mode prepend --window-attn-skip-freq 2",
+        "--n-blocks 4 --building-mode prepend --window-attn-skip-freq 2 --no-rope-freq 4",
         "--n-blocks 3 2 4 --building-mode append prepend --window-attn-skip-freq 2",
     ],
 )
@@ -43,6 +43,14 @@ def test_windows_that_stay_with_their_layers_are_accepted(flags: str) -> None:
         (
             "--training-objective clm --n-blocks 2 4 3 --building-mode append prepend --window-attn-skip-freq 2",
             "--window-attn-skip-freq 2: must divide --n-blocks 3 with --building-mode prepend",
+        ),
+        (
+            "--training-objective clm --n-blocks 3 --building-mode prepend --no-rope-freq 2",
+            "--no-rope-freq 2: must divide --n-blocks 3 with --building-mode prepend",
+        ),
+        (
+            "--training-objective clm --n-blocks 1 --no-rope-freq [1]",
+            "--no-rope-freq [1]: must be a number in progressive training",
         ),
     ],
 )

@@ -198,6 +198,8 @@ def _check_scaling_type(model: "ModelConfig") -> None:
         require_default(model, name, f"another type than {chosen}")
     if model.attention_backend != "sdpa":
         raise ValueError(f"{chosen}: requires --attention-backend sdpa (got {model.attention_backend})")
+    if kind == "yarn" and model.rotary_base <= 1:
+        raise ValueError(f"--rotary-base {model.rotary_base}: must be above 1 with {chosen}")
     if kind in ("dynamic", "longrope"):
         require_default(model, "rotary_proportion", f"another type than {chosen}")
     if kind == "dynamic" and model.window_size is not None:

@@ -362,7 +362,8 @@ def from_model_config(
         per_layer: the model's per-layer embedding; None without it.
     """
     kind = ARCHITECTURES[architecture]
-    free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
+    # The default padding id of some architectures is beyond a small vocabulary.
+    free = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": True}
     config = _of_model(model, vocab_size, kind, dtype, per_layer)
     if imported is None:
         return {**config, **free}

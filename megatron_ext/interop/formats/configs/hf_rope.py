@@ -155,6 +155,8 @@ class _Reader:
         """Returns the field for `partial_rotary_factor`, if it is not 1."""
         if self.kind == "phi3":
             share = self.rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", 1.0))
+            if share == 1 and not isinstance(share, bool):
+                return {}
             head = self._head_size()
             is_number = isinstance(share, int | float) and not isinstance(share, bool)
             if not is_number or not 0 < share <= 1 or int(head * share) % 2 or int(head * share) == 0:
@@ -162,7 +164,7 @@ class _Reader:
                     f"{self.source}: partial_rotary_factor {share}: must be above 0, up to 1, and give an even number "
                     f"of rotated channels of the {head} in a head"
                 )
-            return {"rotary_percent": float(share)} if share != 1 else {}
+            return {"rotary_percent": float(share)}
         for place in (self.rope, self.config):
             share = place.get("partial_rotary_factor", 1)
             if share != 1 and (share is not None or place is self.rope):
@@ -173,8 +175,10 @@ class _Reader:
         return {}
 
     def _head_size(self) -> int:
-        size: int = self.config["hidden_size"] // self.config["num_attention_heads"]
-        return self.config.get("head_dim", size)
+        size: int = self.config.get(
+            "head_dim", self.config["hidden_size"] // self.config["num_attention_heads"]
+        )
+        return size
 
     def _llama3(self) -> dict[str, Any]:
         low, high = self._of("low_freq_factor"), self._of("high_freq_factor")

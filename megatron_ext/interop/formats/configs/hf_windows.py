@@ -152,7 +152,8 @@ def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
     if len(types) != layers or any(name not in known for name in types):
         text = str(types) if len(str(types)) <= 60 else f"{str(types)[:57]}..."
         raise ValueError(
-            f"{source}: layer_types {text}: must be full_attention or sliding_attention for each of {layers} layers"
+            f"{source}: layer_types {text}: must be full_attention or sliding_attention for each of {layers} layers "
+            "(num_hidden_layers)"
         )
     return types
 

@@ -32,15 +32,22 @@ class HashedFile(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Appends all of `data`, and returns its size in bytes."""
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK):
-            if self._cancelled.is_set():
-                raise WritingCancelled
-            block = view[start : start + _BLOCK]
-            self._sha.update(block)
-            self._size += len(block)
-            while block:  # the system may write a part only
-                block = block[super().write(block) :]
+        view = block = memoryview(data).cast("B")
+        try:
+            for start in range(0, len(view), _BLOCK):
+                if self._cancelled.is_set():
+                    raise WritingCancelled
+                block = view[start : start + _BLOCK]
+                self._sha.update(block)
+                self._size += len(block)
+                while block:  # the system may write a part only
+                    block = block[super().write(block) :]
+        except BaseException:
+            # The traceback keeps these views; Python 3.13 prints an error when it collects a buffer with views of it.
+            for part in (block, view, data):
+                if isinstance(part, memoryview):
+                    part.release()
+            raise
         return len(view)
 
     def flush(self) -> None:
