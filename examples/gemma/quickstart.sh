@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gemma 4 E2B in small, on two CPU cores and real text: pretrains it with tensor parallelism, exports it as
-# Gemma4ForCausalLM, and generates with transformers, without this project.
+# A small Gemma 4, per-layer embedding included, on two CPU cores and real text: pretrains it with tensor parallelism,
+# exports it to Hugging Face's format, and generates with transformers, without this project.
 #
 #     bash examples/gemma/quickstart.sh [DIRECTORY]        `make gemma` does this; under eight minutes
 #
@@ -29,7 +29,7 @@ echo "== 3. The most likely continuation of a prompt"
 run "${torchrun[@]}" tools/generate.py --load "$out/checkpoint" --prompt "$prompt" --temperature 0 \
     --max-new-tokens "$new_tokens"
 
-echo "== 4. Export to Hugging Face's format"
+echo "== 4. Export to Hugging Face's format: the model is what transformers calls Gemma 4"
 run "$python" tools/convert_checkpoint.py export --load "$out/checkpoint" --model-dir "$out/hugging_face"
 
 echo "== 5. The same continuation by transformers, in a program that needs nothing of this project"
@@ -42,5 +42,5 @@ run "${torchrun[@]}" tools/generate.py --load "$out/imported" --pipeline-model-p
 
 cat <<TEXT
 
-The model is $out/hugging_face. docs/interop.md says what other models can be exported.
+The model is $out/hugging_face, a Gemma4ForCausalLM. docs/interop.md says what else can be exported.
 TEXT

@@ -291,7 +291,7 @@ def export_checkpoint(
         # A run on a frozen base saves only what it trained; the base itself stays in the checkpoint it came from.
         base = BaseCheckpoint.of_run(run_config)
         folders = (folder,) if base is None else (folder, base.folder)
-        stored = CheckpointState(*folders, only=_base_names(model) if base_only else None)
+        stored: Any = CheckpointState(*folders, only=_base_names(model) if base_only else None)
         state = stored if added is None else ChainMap(dict(added.tensors), stored)
         return export_hf(
             model,

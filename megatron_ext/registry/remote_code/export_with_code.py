@@ -66,6 +66,10 @@ def _parts(
     eod = None
     if PerLayerFamily.name in families:
         stored = families[PerLayerFamily.name]
+        if stored["settings"]["per_layer_preset"] == "gemma3n":
+            raise ValueError(
+                "--per-layer-preset gemma3n: can be exported as Gemma3nForCausalLM only, which cannot express it"
+            )
         families[PerLayerFamily.name] = _with_table(stored, load, vocab_file, tokenizer_config)
         if stored["settings"]["per_layer_strategy"] == "attention_guidance":
             eod = build_tokenizer(tokenizer_config).eod

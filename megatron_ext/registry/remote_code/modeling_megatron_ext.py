@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Any] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -69,6 +69,8 @@ class PerLayerNorm(nn.Module):
 
 class PerLayerEmbedding(nn.Module):
     """The per-layer embedding of one layer."""
+
+    layer_scalar: torch.Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -140,6 +142,10 @@ class Factors(nn.Module):
 
 
 class LowRank(Factors):
+    A: torch.Tensor
+    A_in: torch.Tensor
+    B: torch.Tensor
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         reader = {"A_in": (self.input_size, self.total)} if self.is_down else {}
         return {"A": (self.hidden, self.total), **reader, "B": (self.total, self.output_size)}
@@ -150,6 +156,11 @@ class LowRank(Factors):
 
 
 class OuterProduct(Factors):
+    W_down: torch.Tensor
+    W_a_up: torch.Tensor
+    W_b_up: torch.Tensor
+    c_a: torch.Tensor
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         affine = {"c_a": (self.components, self.input_size)} if self.settings["np_affine"] else {}
         return {
@@ -175,6 +186,9 @@ class OuterProduct(Factors):
 
 
 class KeyValue(Factors):
+    A: torch.Tensor
+    B: torch.Tensor
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {"A": (self.hidden, self.rank), "B": (self.rank, self.hidden)}
 
@@ -195,8 +209,15 @@ _FORMS = {"low_rank": LowRank, "outer_product": OuterProduct, "key_value": KeyVa
 class ExtendedLayer(nn.Module):
     """A decoder layer of transformers with per-layer embedding, NPT or both; comes before it among the base classes."""
 
+    self_attn: Any
+    mlp: Any
+    np: Any
+    per_layer: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        super().__init__(config, layer_idx)
         per_layer, npt = config.per_layer_embedding, config.npt or {"npt_layers": []}
         self.position = per_layer["per_layer_position"] if per_layer else None
         if per_layer:
@@ -212,20 +233,18 @@ class ExtendedLayer(nn.Module):
                 }
             )
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, per_layer: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *, per_layer: Any = None, **kwargs: Any) -> torch.Tensor:
         if self.position == "before_layer":
             hidden_states = self.per_layer(hidden_states, per_layer)
         if self.is_npt:
-            hidden_states = self.with_npt(hidden_states, *args, **kwargs)
+            hidden_states = self.with_npt(hidden_states, **kwargs)
         else:
-            hidden_states = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            hidden_states = super().forward(hidden_states, **kwargs)
         return self.per_layer(hidden_states, per_layer) if self.position == "after_mlp" else hidden_states
 
-    def with_npt(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def with_npt(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Returns the output of an NPT layer."""
-        attention = self.self_attn(self.input_layernorm(hidden), *args, **kwargs)[0]
+        attention = self.self_attn(self.input_layernorm(hidden), **kwargs)[0]
         norm = self.post_attention_layernorm
         if "fc1" in self.np:
             normed = self.np["fc1"].mlp_input(norm, hidden, attention, self.eps)
@@ -250,9 +269,13 @@ class ExtendedModel(nn.Module):
     """A model of transformers with such layers, without its head; comes before it among the base classes."""
 
     layer_class: Any
+    config: Any
+    embed_tokens: Any
+    per_layer_ids: Any
+    post_init: Any
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([self.layer_class(config, number) for number in layers])
         settings = config.per_layer_embedding
@@ -276,8 +299,9 @@ class ExtendedModel(nn.Module):
         """Runs the model; `per_layer_ids` [b, s] takes the place of the ids that are computed from `input_ids`."""
         if self.config.per_layer_embedding:
             settings = self.config.per_layer_embedding
-            if settings.get("marks") and past_key_values is None and use_cache:
-                past_key_values = DynamicCache(config=self.config)
+            keeps = self.config.use_cache if use_cache is None else use_cache
+            if settings.get("marks") and past_key_values is None and keeps and not self.training:
+                past_key_values = DynamicCache(config=self.config)  # it keeps where a document began
             if per_layer_ids is None and input_ids is not None:
                 per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
             if inputs_embeds is None:
@@ -285,7 +309,7 @@ class ExtendedModel(nn.Module):
             # Granite multiplies the embedding in the model's forward pass.
             word_embedding = inputs_embeds * getattr(self.config, "embedding_multiplier", 1.0)
             kwargs["per_layer"] = (word_embedding, per_layer_ids, self.per_layer_norm.weight)
-        return super().forward(  # type: ignore[misc]
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -329,9 +353,10 @@ class ExtendedForCausalLM(nn.Module):
     """The same with its head."""
 
     model_class: Any
+    post_init: Any
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.model = self.model_class(config)
         self.post_init()
 
@@ -350,10 +375,9 @@ def _classes(name: str, kind: str) -> dict[str, Any]:
     config = type(f"{ours}Config", (base,), {"model_type": f"megatron_ext_{base.model_type}", **plain})
     layer = type(f"{ours}DecoderLayer", (ExtendedLayer, getattr(modeling, f"{name}DecoderLayer")), {})
     shared = {"config_class": config, "_no_split_modules": [layer.__name__], "_tp_plan": None}
-    bases = (ExtendedModel, getattr(modeling, f"{name}{text}Model"))
-    model = type(f"{ours}Model", bases, {"layer_class": layer, **shared})
-    bases = (ExtendedForCausalLM, getattr(modeling, f"{name}ForCausalLM"))
-    causal = type(f"{ours}ForCausalLM", bases, {"model_class": model, **shared})
+    bases = getattr(modeling, f"{name}{text}Model"), getattr(modeling, f"{name}ForCausalLM")
+    model = type(f"{ours}Model", (ExtendedModel, bases[0]), {"layer_class": layer, **shared})
+    causal = type(f"{ours}ForCausalLM", (ExtendedForCausalLM, bases[1]), {"model_class": model, **shared})
     return {found.__name__: found for found in (config, model, causal)}
 
 

@@ -14,3 +14,4 @@ def test_the_script_pretrains_exports_and_generates_the_same_text_three_times(tm
     texts = re.findall(r"^The function returns.*?(?=\n-{40}|\n== )", result.stdout, re.MULTILINE | re.DOTALL)
     assert len(texts) == 3 and len(texts[0]) > len("The function returns")
     assert texts[0] == texts[1] == texts[2]
+    assert "\nGemma4ForCausalLM " in result.stdout

@@ -211,8 +211,7 @@ torch.save([*given[:2], torch.cat(given[2:], dim=1)], sys.argv[3])
 def test_ids_of_attention_guidance_follow_documents_padding_and_the_cache(
     folder: Path, ours: dict[str, Any]
 ) -> None:
-    case = CASES["PLE attention_guidance"]
-    (family,) = case.families()
+    family: Any = CASES["PLE attention_guidance"].families()[0]
     documents = [[*range(1, 25), EOD], [7, 8, 9, EOD], list(range(30, 42))]
     expected = [
         document_ids(np.array(document), family.table.numpy(), "attention_guidance", eod=EOD)

@@ -11,6 +11,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.registry.remote_code import modeling_megatron_ext
+from megatron_ext.registry.remote_code.export_with_code import _parts
 from megatron_ext.registry.remote_code.family_parts import (
     BASES,
     CODE,
@@ -19,7 +20,7 @@ from megatron_ext.registry.remote_code.family_parts import (
     families_in,
     parts_of,
 )
-from tests.unit.interop.code_models import CASES, EOD, VOCAB, Case
+from tests.unit.interop.code_models import CASES, EOD, TOKENIZER, VOCAB, Case
 
 WITHOUT_EFFECT = {
     # Where the ids come from: the exported table takes their place.
@@ -98,6 +99,12 @@ def test_a_base_without_a_class_in_the_code_is_refused_by_name() -> None:
         ValueError, match="--architecture OtherForCausalLM: .* exported as one of Llama, Mistral"
     ):
         parts_of(_stored(case), case.model, EOD).config({**base, "architectures": ["OtherForCausalLM"]})
+
+
+def test_the_embedding_of_gemma_3n_is_refused_by_name() -> None:
+    run_config = {"families": {"per_layer": {"settings": {"per_layer_preset": "gemma3n"}}}}
+    with pytest.raises(ValueError, match="--per-layer-preset gemma3n: .* Gemma3nForCausalLM only"):
+        _parts("run", None, None, run_config, CASES["PLE gemma4"].model, TOKENIZER)
 
 
 def test_every_setting_of_a_section_is_read_by_the_code() -> None:
