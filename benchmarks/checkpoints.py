@@ -152,9 +152,9 @@ def _build(config: BenchmarkConfig, parallel: ParallelConfig, folder: str) -> "t
         untie_embeddings_and_output_weights=True,
     )
     settings, training = OptimizerSettings(lr=1e-4), TrainingConfig(train_iters=10**6)
-    chunks = build_model(model, parallel, vocab_size=config.vocab_size, seed=1, bf16=False, extensions=[])
-    wrapped = wrap_model(chunks, parallel, bf16=False)
-    optimizer = build_optimizer(settings, parallel, wrapped, [], bf16=False)
+    chunks = build_model(model, parallel, vocab_size=config.vocab_size, seed=1, extensions=[])
+    wrapped = wrap_model(chunks, parallel)
+    optimizer = build_optimizer(settings, parallel, wrapped, [])
     scheduler = build_scheduler(settings, training, optimizer, config.micro_batch_size)
     stepper = Stepper(
         wrapped,

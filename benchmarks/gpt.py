@@ -336,12 +336,12 @@ def _ours(config: BenchmarkConfig, bf16: bool, families: "list[Family]") -> Vari
         parallel,
         vocab_size=config.vocab_size,
         seed=1,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
         extensions=[f.extension() for f in families],
     )
-    wrapped = wrap_model(chunks, parallel, bf16=bf16)
+    wrapped = wrap_model(chunks, parallel, precision="bf16" if bf16 else "fp32")
     settings = OptimizerSettings(lr=1e-4)
-    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
+    optimizer = build_optimizer(settings, parallel, wrapped, families, precision="bf16" if bf16 else "fp32")
     scheduler = build_scheduler(
         settings, TrainingConfig(train_iters=10**6), optimizer, config.micro_batch_size
     )

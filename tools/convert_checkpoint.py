@@ -116,7 +116,7 @@ class ExportConfig:
     """Directory to write; must not exist or be empty, unless --overwrite is given."""
 
     format: Literal["huggingface", "megatron"] = "huggingface"
-    """Format to write: a Hugging Face directory, or a release checkpoint of Megatron-LM."""
+    """Format to write: a Hugging Face directory, or a checkpoint of Megatron-LM."""
 
     ckpt_step: int | None = None
     """Step to export. Default: the newest complete checkpoint."""
@@ -130,6 +130,10 @@ class ExportConfig:
 
     max_shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 500MB or 2GiB."""
+
+    with_optimizer: Switch = False
+    """With --format megatron: export Adam's state, the schedule and the progress too, so that Megatron-LM continues
+    the run."""
 
     base_only: bool = False
     """Export the base model without the parameters that a model family (NPT) added; the base must have been frozen."""
@@ -167,6 +171,10 @@ class ExportConfig:
         self.resolved_max_shard_size()
         if self.format == "megatron":
             _refuse(self, _ONLY_HUGGING_FACE, "requires --format huggingface")
+        elif self.with_optimizer:
+            raise ValueError("--with-optimizer: requires --format megatron")
+        if self.with_optimizer:
+            _refuse(self, ("base_only", "dtype"), "cannot be given together with --with-optimizer")
         if chosen:
             _refuse(
                 self,
@@ -344,6 +352,7 @@ def _export_megatron(config: ExportConfig) -> list[str]:
         config.model_dir,
         ckpt_step=config.ckpt_step,
         base_only=config.base_only,
+        with_optimizer=config.with_optimizer,
         dtype=DTYPES[config.dtype] if config.dtype else None,
         overwrite=config.overwrite,
     )

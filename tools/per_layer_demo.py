@@ -84,9 +84,9 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
     extension = family.extension()
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[extension])
     family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel)
     optimization = OptimizerSettings(lr=1e-2, lr_decay_style="constant")
-    optimizer = build_optimizer(optimization, parallel, wrapped, [family], bf16=False)
+    optimizer = build_optimizer(optimization, parallel, wrapped, [family])
     batch = 4 * parallel.data_parallel_size(process_groups.world_size())
     scheduler = build_scheduler(optimization, TrainingConfig(train_iters=STEPS), optimizer, batch)
     stepper = Stepper(

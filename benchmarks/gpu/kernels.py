@@ -83,7 +83,9 @@ def _layer(
         attention_dropout=0.0,
     )
     bf16 = dtype is torch.bfloat16
-    chunk: Any = build_model(model, ParallelConfig(), vocab_size=64, seed=1, bf16=bf16)[0]
+    chunk: Any = build_model(
+        model, ParallelConfig(), vocab_size=64, seed=1, precision="bf16" if bf16 else "fp32"
+    )[0]
     rotary = chunk.rotary_pos_emb(length)
     inputs = torch.randn(length, rows, hidden, dtype=dtype, device=device(), requires_grad=True)
     return lambda: chunk.decoder.layers[0](inputs, attention_mask=None, rotary_pos_emb=rotary)[0]

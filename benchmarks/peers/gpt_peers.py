@@ -72,8 +72,10 @@ def mcore(shape: ModelConfig, vocab_size: int, bf16: bool, device: torch.device,
             position_embedding_type=shape.position_embedding_type,
             share_embeddings_and_output_weights=False,
         )
-    wrapped = wrap_model([chunk], parallel, bf16=bf16)
-    optimizer = build_optimizer(OptimizerSettings(lr=1e-4, clip_grad=1.0), parallel, wrapped, [], bf16=bf16)
+    wrapped = wrap_model([chunk], parallel, precision="bf16" if bf16 else "fp32")
+    optimizer = build_optimizer(
+        OptimizerSettings(lr=1e-4, clip_grad=1.0), parallel, wrapped, [], precision="bf16" if bf16 else "fp32"
+    )
 
     def forward(iterator: Batches, model: Any) -> Any:
         batch = {name: value.to(device) for name, value in next(iterator).items()}
@@ -117,7 +119,7 @@ def _engine_config(shape: ModelConfig, bf16: bool, fused: bool) -> Any:
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
         # Its attention stores all scores. As Megatron-LM advises, the backward pass computes them again.
         recompute_granularity="selective",
         recompute_modules=["core_attn"],

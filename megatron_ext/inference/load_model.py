@@ -104,7 +104,7 @@ def load_model(
         parallel,
         vocab_size=stored["vocab_size"],
         seed=1234,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
         extensions=[family.extension() for family in made],
     )
     folder = load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)

@@ -94,7 +94,7 @@ def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
 
 
 class CheckpointState(Mapping[str, torch.Tensor]):
-    """Maps names to the model tensors of one or more checkpoints; a tensor is read when it is accessed.
+    """Maps names to the tensors of one or more checkpoints; a tensor is read when it is accessed.
 
     Needs a process group of size 1. The constructor compares all files with their checksums.
 
@@ -102,18 +102,20 @@ class CheckpointState(Mapping[str, torch.Tensor]):
         *folders: directory of each checkpoint. A tensor is read from the first checkpoint that has it, so a checkpoint
             that was trained on top of a base must be listed before the base.
         only: names of the tensors to expose; None exposes all.
+        with_optimizer: whether to expose the optimizer's tensors too.
 
     Raises:
         ValueError: a checkpoint is damaged.
     """
 
-    def __init__(self, *folders: Path, only: set[str] | None = None) -> None:
+    def __init__(self, *folders: Path, only: set[str] | None = None, with_optimizer: bool = False) -> None:
         self._stored: dict[str, tuple[Path, ShardedTensor]] = {}
         for folder in folders:
             files.verify_checkpoint(folder)
             for name, shard in dist_checkpointing.load_tensors_metadata(str(folder)).items():
-                # Names under PREFIX belong to the optimizer's state.
-                if not name.startswith(PREFIX) and (only is None or name in only):
+                if name.startswith(PREFIX) and not with_optimizer:
+                    continue
+                if only is None or name in only:
                     self._stored.setdefault(name, (folder, shard))
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -24,8 +24,6 @@ Unpacking four-bit weights is not a matrix product and is not counted.
 
 from dataclasses import dataclass
 
-import torch
-
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.linear_precision import compute_dtype
@@ -42,6 +40,7 @@ from megatron_ext.models.costs.model_cost import (
     linear_sizes,
 )
 from megatron_ext.models.costs.step_work import Use
+from megatron_ext.models.engine_config import DTYPES
 
 _FOUR_BITS = 0.5625
 """Bytes per four-bit weight, with the scales of their blocks."""
@@ -118,7 +117,7 @@ def _stored_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) 
     """Returns what a layer's frozen matrices take beyond the run's precision."""
     if settings.trains_base:
         return 0.0  # in fp32 they need no main weights: the sum is the same
-    run_dtype = _run_dtype(layout)
+    run_dtype = DTYPES[layout.precision]
     dtype = compute_dtype(settings.precision, run_dtype)
     size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
     matrices = sum(inner * outer for inner, outer in linear_sizes(layout.model, number).values())
@@ -137,7 +136,7 @@ def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -
     inputs = 2 * layout.hidden_bytes + layout.ffn_bytes_of(number)
     if use is Use.GRADIENT:
         return products + inputs * adapters
-    run_dtype = _run_dtype(layout)
+    run_dtype = DTYPES[layout.precision]
     dtype = compute_dtype(settings.precision, run_dtype)
     if use is not Use.TRAINED or dtype is run_dtype:
         return products
@@ -145,10 +144,6 @@ def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -
     split = attention_width(model, number) + model.layers[number].ffn_hidden_size
     cast = layout.tokens * (2 * model.hidden_size + split / tensor) * dtype.itemsize
     return products + cast - inputs * (not adapters)
-
-
-def _run_dtype(layout: ParallelLayout) -> torch.dtype:
-    return torch.bfloat16 if layout.bf16 else torch.float16 if layout.fp16 else torch.float32
 
 
 def _use(settings: LayerSettings, reached: bool) -> Use:

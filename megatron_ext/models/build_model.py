@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
 from megatron_ext.models.engine_config import build_transformer_config
 from megatron_ext.models.gemma3n.altup import RotaryOfStreams
@@ -45,8 +46,7 @@ def build_model(
     *,
     vocab_size: int,
     seed: int,
-    bf16: bool = False,
-    fp16: bool = False,
+    precision: Precision = "fp32",
     extensions: list[Extension] | None = None,
     fuses_norms: bool = False,
 ) -> list[GPTModel]:
@@ -57,8 +57,7 @@ def build_model(
         parallel: the parallel layout; megatron-core's parallel state must already be set up for it.
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
-        bf16: whether parameters are in bfloat16 instead of fp32.
-        fp16: whether they are in fp16 instead.
+        precision: precision of parameters and activations.
         extensions: what the model families add to the model.
         fuses_norms: with Transformer Engine, whether a norm is computed inside the linear layer that follows, where no
             family reads its output; names of parameters do not change.
@@ -72,7 +71,7 @@ def build_model(
     """
     extensions = extensions or []
     check_te(model, parallel)
-    config = build_transformer_config(model, parallel, bf16=bf16, fp16=fp16)
+    config = build_transformer_config(model, parallel, precision=precision)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
     streams = _merged_streams(model, config, extensions)
     auxiliary = AuxiliaryInputs(streams, sequence_parallel_size, model.altup_streams or 1)
@@ -143,27 +142,29 @@ def _build_chunk(
         )
         for number in stage.layer_numbers
     ]
-    chunk = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(model, layers),
-        vocab_size=vocab_size,
-        max_sequence_length=model.resolved_max_position_embeddings,
-        pre_process=stage.is_first,
-        post_process=stage.is_last,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        pg_collection=groups,
-        vp_stage=vp_stage,
-        auxiliary=auxiliary,
-        stage=stage,
-        sliding_window=model.sliding_window,
-        embedding_multiplier=model.embedding_multiplier,
-        logit_divisor=model.logit_divisor,
-        final_logit_softcapping=model.final_logit_softcapping,
-        altup_streams=model.altup_streams,
-    )
+    # The engine builds learned positions on the default device.
+    with process_groups.device():
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(model, layers),
+            vocab_size=vocab_size,
+            max_sequence_length=model.resolved_max_position_embeddings,
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+            auxiliary=auxiliary,
+            stage=stage,
+            sliding_window=model.sliding_window,
+            embedding_multiplier=model.embedding_multiplier,
+            logit_divisor=model.logit_divisor,
+            final_logit_softcapping=model.final_logit_softcapping,
+            altup_streams=model.altup_streams,
+        )
     scales = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
     if depends_on_length(model):
         chunk.rotary_pos_emb = RotaryByLength(model, groups.cp)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.ops.positions.rope_scaling import rotary_scale
 from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.platform.process_groups import use_cuda
@@ -24,19 +25,25 @@ NO_CUDA_GRAPHS: dict[str, list[str]] = {
 }
 """Arguments of `TransformerConfig` with which no CUDA graph is captured."""
 
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Types of parameters and activations."""
+
 
 def build_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, fp16: bool = False
+    model: ModelConfig, parallel: ParallelConfig, *, precision: Precision = "fp32"
 ) -> TransformerConfig:
     """Returns megatron-core's configuration for the base model and its parallel layout.
 
     Args:
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
-        bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
-        fp16: whether they are in fp16 instead.
+        precision: precision of parameters and activations.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+    dtype = DTYPES[precision]
     pipeline, virtual = (
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_size(model.num_layers),
@@ -72,8 +79,8 @@ def build_transformer_config(
         use_cpu_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=bf16,
-        fp16=fp16,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_ext.config.groups.training_config import Precision
+
 _MEASURE_SECONDS = 0.15
 _ROUNDS, _PAUSE_SECONDS = 3, 0.1
 _CPU_SIZES = (512, 1024)
@@ -67,28 +69,27 @@ class DevicePeak:
         return replace(self, flops_per_second=max(flops_per_second, _measure(self.dtype)))
 
 
-def device_peak(bf16: bool, tflops: float | None = None, *, fp16: bool = False) -> DevicePeak:
+def device_peak(precision: Precision, tflops: float | None = None) -> DevicePeak:
     """Returns the peak FLOP rate of this process's device.
 
     A device that is not in the table of known GPUs is measured once per process, in less than a second. Processes that
     share a CPU should measure at the same time, so that each measures its share.
 
     Args:
-        bf16: return the peak for bfloat16 instead of fp32 (or TF32, where torch allows it).
+        precision: precision of the products. For fp32 it is the peak of TF32, where torch allows it.
         tflops: peak given by the user, in TFLOP/s; returned unchanged.
-        fp16: return the peak for fp16 instead; GPUs multiply as fast in fp16 as in bfloat16.
     """
     if tflops is not None:
         return DevicePeak(tflops * 1e12, "given")
-    precision = "bf16" if bf16 or fp16 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        known = known_tflops(name, precision)
+        # GPUs multiply as fast in fp16 as in bfloat16.
+        fp32 = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        name, column = torch.cuda.get_device_name(), fp32 if precision == "fp32" else "bf16"
+        known = known_tflops(name, column)
         if known is not None:
-            return DevicePeak(known * 1e12, f"{name}, {precision}")
-    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-    name = "bf16" if bf16 else "fp16" if fp16 else "fp32"
-    return DevicePeak(measured_flops(dtype), f"measured matrix product, {name}", dtype)
+            return DevicePeak(known * 1e12, f"{name}, {column}")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return DevicePeak(measured_flops(dtype), f"measured matrix product, {precision}", dtype)
 
 
 def known_tflops(device_name: str, precision: str) -> float | None:

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_ext.config.command_line.error_lines import exit_with_error
-from megatron_ext.config.command_line.megatron_words import REHEARSED_DEVICE
 from megatron_ext.platform.engine_imports import hide_transformer_engine
-from megatron_ext.rehearsal.rehearse import MEMORY
+from megatron_ext.rehearsal.rehearse import MEMORY, REHEARSED_DEVICE
 from megatron_ext.rehearsal.simulated import device_library
 from megatron_ext.rehearsal.simulated.devices import device_named
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ext.config.command_line.megatron_words import REHEARSED_DEVICE
+from megatron_ext.config.command_line.megatron_words import FLAGS_REPORTED
 from megatron_ext.config.cross_checks import planned_processes
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.rehearsal_config import ALL_KINDS, RehearsalConfig
@@ -20,6 +20,9 @@ from megatron_ext.rehearsal.simulated import device_library
 from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 
 _ROOT = Path(__file__).parents[2]
+
+REHEARSED_DEVICE = "MEGATRON_EXT_REHEARSED_DEVICE"
+"""Environment variable that tells a child the name of the simulated device."""
 
 MEMORY = "MEGATRON_EXT_REHEARSED_MEMORY_GB"
 """Environment variable that tells a child the memory of the simulated device, if it was given."""
@@ -104,6 +107,7 @@ def _start(rank: int, processes: int, rehearsal: RehearsalConfig) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 1,
         "OMP_NUM_THREADS": 1,
+        FLAGS_REPORTED: 1,
         REHEARSED_DEVICE: rehearsal.rehearsal_device,
         MEMORY: "" if rehearsal.device_memory_gb is None else rehearsal.device_memory_gb,
     }

@@ -12,7 +12,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.groups.training_config import Precision, TrainingConfig
 from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
@@ -42,8 +42,7 @@ class RunSettings:
     checkpoint: CheckpointConfig
     model: ModelConfig = TINY
     optimizer: OptimizerSettings = SCHEDULE
-    bf16: bool = False
-    fp16: bool = False
+    precision: Precision = "fp32"
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
@@ -60,22 +59,22 @@ class TinyRun:
         self.messages: list[str] = []
         self.loss_scales: list[float | None] = []
         parallel, families = settings.parallel, settings.make_families()
-        precision = {"bf16": settings.bf16, "fp16": settings.fp16}
+        precision = settings.precision
         initialize(parallel, seed=1)
         self.chunks = build_model(
             settings.model,
             parallel,
             vocab_size=settings.vocab_size,
             seed=1,
-            **precision,
+            precision=precision,
             extensions=[family.extension() for family in families],
             fuses_norms=True,
         )
         for family in families:
             family.prepare_model(self.chunks)
-        wrapped = wrap_model(self.chunks, parallel, **precision)
-        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, **precision)
-        training = TrainingConfig(train_iters=10, bf16=settings.bf16, fp16=settings.fp16)
+        wrapped = wrap_model(self.chunks, parallel, precision=precision)
+        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, precision=precision)
+        training = TrainingConfig(train_iters=10, bf16=precision == "bf16", fp16=precision == "fp16")
         self.scheduler = build_scheduler(settings.optimizer, training, self.optimizer, GLOBAL_BATCH_SIZE)
         self.stepper = Stepper(
             wrapped,
@@ -86,7 +85,11 @@ class TinyRun:
             micro_batch_size=1,
             clip_grad=1.0,
         )
-        run_config = {"model": group_to_dict(settings.model), "training": group_to_dict(training)}
+        run_config = {
+            "model": group_to_dict(settings.model),
+            "training": group_to_dict(training),
+            "optimizer": group_to_dict(settings.optimizer),
+        }
         if settings.tokenizer_config is not None:
             run_config["tokenizer"] = group_to_dict(settings.tokenizer_config)
         self.checkpointer = Checkpointer(

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -69,8 +70,7 @@ class Variant:
     make_families: Callable[[], list[Family]] = list
     model: ModelConfig = TINY
     steps: int = 2
-    bf16: bool = False
-    fp16: bool = False
+    precision: Precision = "fp32"
     micro_batch_size: int | None = None
     """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages, overlapped
     communication or sums that round need several micro-batches on each rank; else 2, which takes half the time."""
@@ -166,16 +166,14 @@ def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     needs_several = (
         parallel.pipeline_model_parallel_size > 1
         or parallel.overlap_grad_reduce
-        or variant.bf16
-        or variant.fp16
+        or variant.precision != "fp32"
     )
     trace, chunks = train_and_keep(
         parallel,
         variant.steps,
         variant.make_families,
         variant.model,
-        variant.bf16,
-        variant.fp16,
+        variant.precision,
         variant.settings,
         variant.micro_batch_size or (1 if needs_several else 2),
     )

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.groups.training_config import Precision, TrainingConfig
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
@@ -134,8 +134,7 @@ def train_tiny(
     steps: int,
     make_families: Callable[[], list[Family]] = list,
     model: ModelConfig = TINY,
-    bf16: bool = False,
-    fp16: bool = False,
+    precision: Precision = "fp32",
     settings: OptimizerSettings = CONSTANT,
 ) -> TrainingTrace:
     """Trains `model` for `steps` steps; call it in every process of the layout.
@@ -145,11 +144,10 @@ def train_tiny(
         steps: optimizer steps, each with a global batch of 4 sequences.
         make_families: module-level function that returns the model families to build the model with.
         model: configuration of the base model.
-        bf16: train in bfloat16 instead of fp32.
-        fp16: train in fp16 instead.
+        precision: precision of parameters and activations.
         settings: the optimizer's settings.
     """
-    return train_and_keep(parallel, steps, make_families, model, bf16, fp16, settings)[0]
+    return train_and_keep(parallel, steps, make_families, model, precision, settings)[0]
 
 
 def train_and_keep(
@@ -157,8 +155,7 @@ def train_and_keep(
     steps: int,
     make_families: Callable[[], list[Family]],
     model: ModelConfig,
-    bf16: bool,
-    fp16: bool,
+    precision: Precision,
     settings: OptimizerSettings,
     micro_batch_size: int = 1,
 ) -> tuple[TrainingTrace, list[GPTModel]]:
@@ -171,15 +168,14 @@ def train_and_keep(
         parallel,
         vocab_size=VOCAB_SIZE,
         seed=1,
-        bf16=bf16,
-        fp16=fp16,
+        precision=precision,
         extensions=extensions,
         fuses_norms=True,
     )
     for family in families:
         family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
-    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16, fp16=fp16)
+    wrapped = wrap_model(chunks, parallel, precision=precision)
+    optimizer = build_optimizer(settings, parallel, wrapped, families, precision=precision)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
         wrapped,

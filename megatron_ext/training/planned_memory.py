@@ -41,8 +41,7 @@ def plan_memory(
         micro_batch_size=training.micro_batch_size,
         num_microbatches=batch // (training.micro_batch_size * copies),
         data_parallel_size=copies,
-        bf16=training.bf16,
-        fp16=training.fp16,
+        precision=training.precision,
         work=cost.work,
     )
     of_families = [part for name, part in cost.parts.items() if name != BASE]

@@ -231,8 +231,7 @@ def _build_model(
         config.parallel,
         vocab_size=run_config["vocab_size"],
         seed=config.training.seed,
-        bf16=config.training.bf16,
-        fp16=config.training.fp16,
+        precision=config.training.precision,
         extensions=[family.extension() for family in families],
         fuses_norms=True,
     )
@@ -253,10 +252,8 @@ def _build_stepper(
     global_batch_size: int,
 ) -> Stepper:
     parallel, training = config.parallel, config.training
-    wrapped = wrap_model(chunks, parallel, bf16=training.bf16, fp16=training.fp16)
-    optimizer = build_optimizer(
-        config.optimizer, parallel, wrapped, families, bf16=training.bf16, fp16=training.fp16
-    )
+    wrapped = wrap_model(chunks, parallel, precision=training.precision)
+    optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, precision=training.precision)
     if options.first_iteration:
         # Every run of a series has its own learning-rate schedule, although the step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
@@ -286,8 +283,7 @@ def _build_reporter(
         config.logging,
         total_iterations=config.training.resolved_train_iters(global_batch_size),
         charts=[chart for family in families for chart in family.charts],
-        bf16=config.training.bf16,
-        fp16=config.training.fp16,
+        precision=config.training.precision,
         shows_batch_size=not config.training.has_constant_batch_size,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,

@@ -171,7 +171,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
     parallel = ParallelConfig(context_parallel_size=2)
     for found in run_distributed(_saved_by_a_layer, 2, parallel):
         for name, model in SAVED.items():
-            estimate = layer_activation_bytes(layout_of(model, parallel, bf16=True))
+            estimate = layer_activation_bytes(layout_of(model, parallel, precision="bf16"))
             assert estimate == pytest.approx(found[name], rel=0.07), name
 
 

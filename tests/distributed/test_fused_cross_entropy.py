@@ -29,7 +29,7 @@ def _train() -> dict[bool, tuple[list[float], list[float], int]]:
     for fuses in (False, True):
         counted = 0
         parallel = replace(LAYOUTS["TP2"], cross_entropy_loss_fusion=fuses)
-        trace = train_tiny(parallel, STEPS, list, TINY, bf16=True)
+        trace = train_tiny(parallel, STEPS, list, TINY, precision="bf16")
         found[fuses] = trace.losses, trace.grad_norms, counted
     return found
 

@@ -36,13 +36,18 @@ def _norms(parallel: ParallelConfig, bf16: bool) -> tuple[float, float, int, flo
     family = PerLayerFamily(per_layer, VOCAB_SIZE)
     chunks = wrap_model(
         build_model(
-            TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
+            TINY,
+            parallel,
+            vocab_size=VOCAB_SIZE,
+            seed=1,
+            precision="bf16" if bf16 else "fp32",
+            extensions=[family.extension()],
         ),
         parallel,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
     )
     settings = OptimizerSettings(lr=1e-2)
-    optimizer = build_optimizer(settings, parallel, chunks, [family], bf16=bf16)
+    optimizer = build_optimizer(settings, parallel, chunks, [family], precision="bf16" if bf16 else "fp32")
     stepper = Stepper(
         chunks,
         [family],

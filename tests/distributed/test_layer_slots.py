@@ -239,7 +239,12 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
     for extensions in ([FeedForwardExtension()], []):
         initialize(ParallelConfig(), seed=1)
         chunk = build_model(
-            model, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=list(extensions)
+            model,
+            ParallelConfig(),
+            vocab_size=VOCAB_SIZE,
+            seed=1,
+            precision="bf16" if bf16 else "fp32",
+            extensions=list(extensions),
         )[0]
         found.append(chunk(tokens, torch.arange(16).expand_as(tokens), None, labels=tokens).detach())
     return found[0], found[1]

@@ -52,7 +52,7 @@ adapted = MakeAdapted(dict.fromkeys(range(TINY.num_layers), replace(DUAL, trains
 
 FAMILIES: dict[str, Callable[[], list[Family]]] = {"PLE": per_layer, "NPT": npt, "adapters": adapted}
 EXACT = {name: Variant(make_families=make) for name, make in FAMILIES.items()}
-FP16 = {f"{name}, fp16": replace(variant, fp16=True, steps=5) for name, variant in EXACT.items()}
+FP16 = {f"{name}, fp16": replace(variant, precision="fp16", steps=5) for name, variant in EXACT.items()}
 RELU = {
     f"{name}, squared ReLU, decoupled rates": Variant(
         make_families=make,
@@ -64,7 +64,9 @@ RELU = {
 }
 SUMS = {
     **{
-        f"{name}, bf16, sums in bf16": replace(variant, bf16=True, parallel={"grad_reduce_in_bf16": True})
+        f"{name}, bf16, sums in bf16": replace(
+            variant, precision="bf16", parallel={"grad_reduce_in_bf16": True}
+        )
         for name, variant in EXACT.items()
     },
     "PLE, fp16, sums in fp32": replace(

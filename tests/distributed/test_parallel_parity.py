@@ -61,7 +61,7 @@ RUNS = LayoutRuns(
     },
 )
 ROUNDED = (*LAYOUTS, "CP2")
-BF16 = LayoutRuns({"base model": replace(BASE, steps=3, micro_batch_size=None, bf16=True)}, ROUNDED)
+BF16 = LayoutRuns({"base model": replace(BASE, steps=3, micro_batch_size=None, precision="bf16")}, ROUNDED)
 
 
 @pytest.mark.parametrize(("layout", "variant"), RUNS.cases())

@@ -14,8 +14,8 @@ from megatron_ext.config.command_line.flag_table import Flag, with_dashes
 from megatron_ext.config.megatron_lm.ignored_flags import IGNORED, Ignored
 from megatron_ext.config.megatron_lm.megatron_flags import RENAMED, why_refused
 
-REHEARSED_DEVICE = "MEGATRON_EXT_REHEARSED_DEVICE"
-"""Environment variable that tells the process of a rehearsed rank the name of the simulated device."""
+FLAGS_REPORTED = "MEGATRON_EXT_FLAGS_REPORTED"
+"""Environment variable of a process whose command line another process, which started it, has reported on."""
 
 
 @dataclasses.dataclass
@@ -74,8 +74,7 @@ def _check_count(ignored: Ignored, spelled: str, words: Sequence[str]) -> None:
 
 def report_ignored(ignored: Sequence[str]) -> None:
     """Names the flags without effect in one line on the first process's standard error, if there are any."""
-    # The process that starts a rehearsal has named them already.
-    if ignored and int(os.environ.get("RANK") or 0) == 0 and REHEARSED_DEVICE not in os.environ:
+    if ignored and int(os.environ.get("RANK") or 0) == 0 and FLAGS_REPORTED not in os.environ:
         print(
             f"flags of Megatron-LM without effect here: {', '.join(ignored)} (docs/megatron_lm_flags.md says why)",
             file=sys.stderr,

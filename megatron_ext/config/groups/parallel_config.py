@@ -14,6 +14,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag_name,
 )
+from megatron_ext.config.groups.training_config import Precision
 
 _MINUTES_OF_A_YEAR = 365 * 24 * 60
 _RECOMPUTED = ("core_attn",)
@@ -159,9 +160,11 @@ class ParallelConfig:
             sizes[place] = end or sizes[place]
         return tuple(sizes)
 
-    def reduces_in_fp32(self, *, bf16: bool) -> bool:
+    def reduces_in_fp32(self, precision: Precision) -> bool:
         """Returns whether gradients are summed in fp32, not in the precision of the weights."""
-        return self.accumulate_allreduce_grads_in_fp32 or (bf16 and not self.grad_reduce_in_bf16)
+        return self.accumulate_allreduce_grads_in_fp32 or (
+            precision == "bf16" and not self.grad_reduce_in_bf16
+        )
 
     def _check_overlap(self) -> None:
         if self.accumulate_allreduce_grads_in_fp32 and self.grad_reduce_in_bf16:

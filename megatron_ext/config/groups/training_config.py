@@ -5,7 +5,7 @@ The flags for the learning-rate schedule are in `optimizer_config`, the flags fo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -16,6 +16,9 @@ from megatron_ext.config.command_line.field_checks import (
     flag_name,
 )
 from megatron_ext.config.groups.batch_sizes import BatchSizes, in_samples, read_schedule
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Precision of weights and activations; in bf16 and fp16 the optimizer keeps fp32 copies of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +156,8 @@ class TrainingConfig:
             )
 
     @property
-    def precision(self) -> str:
-        """Precision of weights and activations: bf16, fp16 or fp32."""
+    def precision(self) -> Precision:
+        """Precision of weights and activations."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def check_has_steps(self) -> None:

@@ -312,7 +312,8 @@ class Preprocessor:
         for batch in itertools.islice(
             read_chunk(chunk, self.inputs.json_keys, self.inputs.max_line_bytes), 1
         ):
-            for text in itertools.chain.from_iterable(zip(*batch.texts, strict=True)):
+            for whole in itertools.chain.from_iterable(zip(*batch.texts, strict=True)):
+                text = whole if isinstance(whole, str) else " ".join(whole)
                 if left <= 0:
                     return
                 yield text[:left]

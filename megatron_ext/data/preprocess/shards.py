@@ -3,7 +3,7 @@
 The files of shard number 12:
 
 00000012.0.bin      tokens of all documents under the first key
-00000012.0.lengths  int32, number of tokens in each sequence (a document, or a sentence with --split-sentences)
+00000012.0.lengths  int32, number of tokens in each sequence (a document, or a sentence)
 00000012.0.counts   int32, number of sequences in each document; 0 for an empty one
 00000012.rejects    JSON lines [line, offset, reason]; lines are counted from the start of the chunk
 00000012.raw        the rejected lines themselves (only with --on-error quarantine)
@@ -25,7 +25,7 @@ import numpy as np
 from megatron_ext.config.groups.preprocess_config import OnError
 from megatron_ext.data.preprocess.encoding import Encoder, Ids
 from megatron_ext.data.preprocess.sentences import Splitting, splitter_of
-from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
+from megatron_ext.data.readers import Batch, Chunk, Reject, Text, read_chunk
 
 
 class RejectedLine(Exception):
@@ -176,10 +176,10 @@ class ShardWriter:
         if self._options.on_error == "quarantine" and reject.raw is not None:
             self.keep_raw(reject.raw)
 
-    def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[bytes, Ids, Ids]:
+    def _encode(self, texts: list[Text], encoder: Encoder | None) -> tuple[bytes, Ids, Ids]:
         """Returns the tokens, the length of each sequence that is not empty, and each document's number of those."""
         split = splitter_of(self._options.splitting)
-        sequences = [split(text) for text in texts]
+        sequences = [split(text) if isinstance(text, str) else text for text in texts]
         document_of = np.repeat(np.arange(len(texts)), list(map(len, sequences)))
         encoded = list(encoder.encode(list(chain.from_iterable(sequences)))) if encoder is not None else []
         ids = _joined([ids for ids, _ in encoded])

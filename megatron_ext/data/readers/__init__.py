@@ -5,13 +5,14 @@ A chunk is what one worker process handles at a time. Chunks depend on the input
 a run can be resumed with another number of workers.
 """
 
-from megatron_ext.data.readers.documents import Batch, Reject, iter_documents, read_chunk
+from megatron_ext.data.readers.documents import Batch, Reject, Text, iter_documents, read_chunk
 from megatron_ext.data.readers.sources import Chunk, TextSource, expand_inputs, plan_chunks
 
 __all__ = [
     "Batch",
     "Chunk",
     "Reject",
+    "Text",
     "TextSource",
     "expand_inputs",
     "iter_documents",

@@ -19,6 +19,9 @@ _FIRST_LINE_HINT = (
 )
 _decode_json = json.JSONDecoder().decode
 
+Text = str | list[str]
+"""A document's text, or its sentences, each of which is a sequence of the dataset."""
+
 
 @dataclass
 class Reject:
@@ -50,7 +53,7 @@ class Batch:
         text_bytes: number of bytes read.
     """
 
-    texts: list[list[str]]
+    texts: list[list[Text]]
     places: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     lines: int = 0
@@ -90,6 +93,8 @@ def read_chunk(
 def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
     """Yields each document of `--input` as a tuple with one text per key; reads the files in this process.
 
+    The sentences of a document are joined by spaces.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a line is not a document; the message names the file and the line's first byte.
@@ -104,7 +109,8 @@ def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
                     f"row {reject.line + 1} of {chunk}" if reject.offset is None else f"byte {reject.offset}"
                 )
                 raise ValueError(f"{chunk.source.path}: {place}: {reject.reason}")
-            yield from zip(*batch.texts, strict=True)
+            for texts in zip(*batch.texts, strict=True):
+                yield tuple(text if isinstance(text, str) else " ".join(text) for text in texts)
             if left is not None:
                 left -= len(batch.texts[0])
         if left == 0:
@@ -179,7 +185,7 @@ def _parse_lines(
         try:
             if len(line) > max_line_bytes:
                 raise _NotADocument(_limit_message(max_line_bytes))
-            texts = _json_texts(line, keys) if is_json else (_utf8(line.removesuffix(b"\r")),)
+            texts: list[Text] = _json_texts(line, keys) if is_json else [_utf8(line.removesuffix(b"\r"))]
         except _NotADocument as error:
             reason = str(error)
             if is_json and offset <= len(_BOM) and reason.startswith(_NO_OBJECT):
@@ -192,7 +198,7 @@ def _parse_lines(
     return batch
 
 
-def _json_texts(line: bytes, keys: tuple[str, ...]) -> list[str]:
+def _json_texts(line: bytes, keys: tuple[str, ...]) -> list[Text]:
     try:
         record = _decode_json(line.decode())
     except UnicodeDecodeError as error:
@@ -210,9 +216,15 @@ def _missing(key: str) -> str:
     raise _NotADocument(f'missing key "{key}"')
 
 
-def _checked_text(value: object, key: str) -> str:
+def _checked_text(value: object, key: str) -> Text:
+    if isinstance(value, list):
+        return [_checked_string(sentence, key, "a list with ", "of strings") for sentence in value]
+    return _checked_string(value, key, "", "a string")
+
+
+def _checked_string(value: object, key: str, where: str, wanted: str) -> str:
     if not isinstance(value, str):
-        raise _NotADocument(f'key "{key}" holds {_type_name(value)}, not a string')
+        raise _NotADocument(f'key "{key}" holds {where}{_type_name(value)}, not {wanted}')
     if not value.isascii():
         try:
             value.encode()

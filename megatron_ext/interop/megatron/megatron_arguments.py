@@ -9,11 +9,13 @@ Every argument that changes what the model computes is in one of these tables:
 Names are those of the command line or, for arguments that Megatron-LM passes on, of megatron-core's configuration.
 """
 
+import ast
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.command_line.layer_windows import skip_frequency, window_tokens
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.megatron.inert_pickle import Inert
 
@@ -24,12 +26,11 @@ TAKEN = {
     "normalization", "layernorm_epsilon", "norm_epsilon", "swiglu", "add_bias_linear", "disable_bias_linear",
     "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout",
     "init_method_std", "gated_linear_unit", "activation_func", "bias_gelu_fusion", "squared_relu",
+    "apply_layernorm_1p", "layernorm_zero_centered_gamma", "window_size", "window_attn_skip_freq",
 }  # fmt: skip
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     # Norms and residuals
-    "layernorm_zero_centered_gamma": (False, None),
-    "apply_layernorm_1p": (False, None),
     "apply_residual_connection_post_layernorm": (False, None),
     "fused_residual_rmsnorm": (False, None),
     # Positions
@@ -46,8 +47,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "softmax_scale": (None,),
     "softmax_type": (None, "vanilla"),
     "attention_output_gate": (False, None),
-    "window_size": (None,),
-    "window_attn_skip_freq": (None,),
     "qk_l2_norm": (False, None),
     "qk_clip": (False, None),
     # MLP
@@ -70,8 +69,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "spec": (None,),
     "use_legacy_models": (False, None),
     "yaml_cfg": (None,),
-    "fp8_param": (False, None),
-    "fp8_param_gather": (False, None),
     "fp4_param": (False, None),
     "fp4_param_gather": (False, None),
 }
@@ -106,15 +103,14 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 WITHOUT_EFFECT_BEGINNINGS = (
-    "fp8_", "fp4_", "use_kitchen", "kitchen_", "recompute_", "cuda_graph_", "inference_",
+    "fp8_",  # weights that are kept in FP8 are stored in the type of the others
+    "fp4_", "use_kitchen", "kitchen_", "recompute_", "cuda_graph_", "inference_",
     "moe_", "mamba_", "dsa_", "mup_", "mtp_",  # of other models, which are refused
 )  # fmt: skip
 """Beginnings of further names that belong to `WITHOUT_EFFECT`; `HARMLESS` comes first."""
 
 ADVICE = {
     "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores it and other programs do not",
-    "fp8_param": "weights in FP8 are not read; save them in bf16",
-    "fp8_param_gather": "weights in FP8 are not read; save them in bf16",
     "fp4_param": "weights in FP4 are not read; save them in bf16",
     "fp4_param_gather": "weights in FP4 are not read; save them in bf16",
 }
@@ -128,13 +124,13 @@ _EXPORTED_AS = {
             "num_layers", "hidden_size", "num_attention_heads", "seq_length", "position_embedding_type", "rotary_base",
             "rotary_percent", "use_rope_scaling", "normalization", "swiglu", "add_qkv_bias", "qk_layernorm",
             "untie_embeddings_and_output_weights", "hidden_dropout", "attention_dropout", "init_method_std",
-            "bias_gelu_fusion", "squared_relu",
+            "bias_gelu_fusion", "squared_relu", "apply_layernorm_1p",
         )
     },
 }  # fmt: skip
 _EXPORTED_OTHERWISE = {
     "ffn_hidden_size", "group_query_attention", "kv_channels", "max_position_embeddings", "disable_bias_linear",
-    "make_vocab_size_divisible_by",
+    "make_vocab_size_divisible_by", "window_size", "window_attn_skip_freq",
 }  # fmt: skip
 _OF_THE_RUN = {
     "attention_backend", "transformer_impl", "fp8_format", "fp8_recipe", "fp8_amax_history_len",
@@ -226,6 +222,8 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         "kv_channels": given("kv_channels", given("hidden_size") // heads),
         "normalization": given("normalization", "LayerNorm"),
         "norm_epsilon": given("layernorm_epsilon", given("norm_epsilon", 1e-5)),
+        # Versions that have the first compute with it, whatever the second says.
+        "apply_layernorm_1p": given("layernorm_zero_centered_gamma", given("apply_layernorm_1p", False)),
         "swiglu": given("swiglu", False),
         "squared_relu": given("squared_relu", False),
         "disable_bias_linear": not given("add_bias_linear", not given("disable_bias_linear", False)),
@@ -239,6 +237,9 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
     if not fields["swiglu"] and not fields["squared_relu"] and not fields["disable_bias_linear"]:
         # The fused kernel, Megatron-LM's default, computes GELU's tanh approximation.
         fields["bias_gelu_fusion"] = given("bias_gelu_fusion", True)
+    if given("window_size", False):
+        fields["window_size"] = _spelled(given("window_size"))
+        fields["window_attn_skip_freq"] = _spelled(given("window_attn_skip_freq", "")) or None
     rotates = given("use_rotary_position_embeddings", False)
     kind = "rope" if rotates else given("position_embedding_type", "learned_absolute")
     fields["position_embedding_type"] = kind
@@ -253,6 +254,11 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
                 "whatever this argument says, and so does the imported model"
             )
     return fields, messages
+
+
+def _spelled(value: Any) -> str:
+    """Returns a number, tuple or list as a flag's value; a tuple without parentheses."""
+    return str(value).strip("()").replace(" ", "")
 
 
 def _divisor(given: _Arguments, vocab_size: int, rows: int) -> int:
@@ -289,13 +295,32 @@ def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str
         "rotary_interleaved": False,
         "rope_scaling_factor": _ENGINE_ROPE_FACTOR,
         "add_bias_linear": not model.disable_bias_linear,
-        "apply_layernorm_1p": False,
-        "layernorm_zero_centered_gamma": False,
+        "layernorm_zero_centered_gamma": model.apply_layernorm_1p,
+        **_window_arguments(model),
         "apply_query_key_layer_scaling": False,
         "num_experts": None,
         "vocab_size": vocab_size,
         "padded_vocab_size": rows,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+    }
+
+
+def flags_beside_checkpoint(model: ModelConfig) -> str:
+    """Returns the model's flags that Megatron-LM (0.17 to 0.19) does not read from a checkpoint."""
+    flags = ["--apply-layernorm-1p"] if model.apply_layernorm_1p else []
+    for name, value in _window_arguments(model).items():
+        if value is not None:
+            flags.append(f"{flag_name(name)} {_spelled(value)}")
+    return " ".join(flags)
+
+
+def _window_arguments(model: ModelConfig) -> dict[str, Any]:
+    if model.window_size is None:
+        return {"window_size": None, "window_attn_skip_freq": None}
+    frequency = skip_frequency(tuple(window is not None for window in model.windows))
+    return {
+        "window_size": (window_tokens(model.window_size) - 1, 0),
+        "window_attn_skip_freq": None if frequency is None else ast.literal_eval(frequency),
     }
 
 

@@ -1,7 +1,8 @@
 """Exports a base model as a checkpoint that Megatron-LM's `pretrain_gpt.py --load` reads.
 
-The checkpoint is a `release`: it has a model and no step, so Megatron-LM starts from it at step 0 with a new optimizer,
-without further flags. Its tensors are in one process's file; Megatron-LM reads them at any parallel layout.
+Without its optimizer the checkpoint is a `release`: it has a model and no step, so Megatron-LM starts from it at step 0
+with a new optimizer, without further flags. Its tensors are in one process's file; Megatron-LM reads them at any
+parallel layout.
 """
 
 from pathlib import Path
@@ -17,13 +18,25 @@ from megatron_ext.config.serialize import group_in
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.hf_export import check_families
 from megatron_ext.interop.hf_import import require_one_process
-from megatron_ext.interop.megatron.megatron_arguments import export_arguments
+from megatron_ext.interop.megatron.megatron_arguments import export_arguments, flags_beside_checkpoint
 from megatron_ext.interop.megatron.megatron_directory import make_arguments
 from megatron_ext.interop.megatron.megatron_names import LINEARS, Named, export_tensors
+from megatron_ext.interop.megatron.megatron_optimizer import (
+    OPTIMIZER_FORMAT,
+    OptimizerExport,
+    optimizer_tensors,
+    read_optimizer,
+)
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint.checkpoint_files import TRACKER, find_checkpoint, fsync_path, write_text
+from megatron_ext.training.checkpoint.checkpoint_files import (
+    TRACKER,
+    checkpoint_name,
+    find_checkpoint,
+    fsync_path,
+    write_text,
+)
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.checkpoint.incomplete_checkpoints import RELEASE
 from megatron_ext.training.checkpoint.saving import tensor_writer
@@ -38,6 +51,7 @@ def export_megatron(
     *,
     ckpt_step: int | None = None,
     base_only: bool = False,
+    with_optimizer: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> list[str]:
@@ -48,6 +62,7 @@ def export_megatron(
         model_dir: output directory, for Megatron-LM's `--load`.
         ckpt_step: step to export; the default is the newest.
         base_only: export the frozen base model without the parameters that model families added to it.
+        with_optimizer: export Adam's state, the schedule and the progress too; excludes `base_only` and `dtype`.
         dtype: dtype of the exported tensors; the default is the checkpoint's.
         overwrite: replace the content of `model_dir`.
 
@@ -70,9 +85,11 @@ def export_megatron(
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         base = BaseCheckpoint.of_run(run_config)
-        state = CheckpointState(*((folder,) if base is None else (folder, base.folder)))
+        folders = (folder,) if base is None else (folder, base.folder)
+        state = CheckpointState(*folders, with_optimizer=with_optimizer)
+        optimizer = read_optimizer(folder, run_config) if with_optimizer else None
         with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as target:
-            return _write(target, state, model, run_config, dtype)
+            return _write(target, state, model, run_config, dtype, optimizer)
     finally:
         process_groups.shutdown()
 
@@ -83,29 +100,46 @@ def _write(
     model: ModelConfig,
     run_config: dict[str, Any],
     dtype: torch.dtype | None,
+    optimizer: OptimizerExport | None,
 ) -> list[str]:
     rows = state.shape("embedding.word_embeddings.weight")[0]
     tensors = export_tensors(model, rows)
-    _check_complete(tensors, state)
     first = dtype or state.dtype(tensors[0].name)
+    arguments = {
+        **export_arguments(model, run_config["vocab_size"], rows),
+        **_tokenizer_arguments(group_in(TokenizerConfig, run_config, "tokenizer")),
+        **_RUN_ARGUMENTS,
+        "params_dtype": first,
+        "bf16": first == torch.bfloat16,
+        "fp16": first == torch.float16,
+    }
+    name, rest, metadata = RELEASE, {}, dict(_METADATA)
+    if optimizer is not None:
+        tensors = [*tensors, *optimizer_tensors(tensors, state)]
+        arguments |= optimizer.arguments()
+        name, rest = checkpoint_name(optimizer.progress.iteration), optimizer.content()
+        metadata |= OPTIMIZER_FORMAT
+    _check_complete(tensors, state)
     content = {
         **_shards(tensors, state, model.num_layers, dtype),
         **_extra_states(model),
-        "args": make_arguments(
-            {
-                **export_arguments(model, run_config["vocab_size"], rows),
-                **_tokenizer_arguments(group_in(TokenizerConfig, run_config, "tokenizer")),
-                **_RUN_ARGUMENTS,
-                "params_dtype": first,
-                "bf16": first == torch.bfloat16,
-                "fp16": first == torch.float16,
-            }
-        ),
+        **rest,
+        "args": make_arguments(arguments),
         "checkpoint_version": _CHECKPOINT_VERSION,
-        "iteration": 0,
+        "iteration": 0 if optimizer is None else optimizer.progress.iteration,
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        "content_metadata": metadata,
     }
+    folder = target / name
+    folder.mkdir()
+    tensor_writer.write(content, folder, _reader(tensors, state, dtype))
+    write_text(target / TRACKER, RELEASE if optimizer is None else str(optimizer.progress.iteration))
+    fsync_path(folder)
+    return _messages(model, rows, str(first).removeprefix("torch."), optimizer)
+
+
+def _reader(tensors: list[Named], state: CheckpointState, dtype: torch.dtype | None) -> tensor_writer.Read:
+    """Returns a function that reads the tensor, or the layer of one, that is written next."""
     ours = {(tensor.theirs, tensor.layer): tensor.name for tensor in tensors}
 
     def read(name: str, offset: tuple[int, ...]) -> torch.Tensor:
@@ -114,14 +148,28 @@ def _write(
         whole = whole.to(dtype or whole.dtype)
         return (whole if layer is None else whole.unsqueeze(0)).contiguous()
 
-    folder = target / RELEASE
-    folder.mkdir()
-    tensor_writer.write(content, folder, read)
-    write_text(target / TRACKER, RELEASE)
-    fsync_path(folder)
-    kind = str(first).removeprefix("torch.")
-    return [f"a release checkpoint for pretrain_gpt.py --load, {kind}, {rows:,} rows of the vocabulary"]
+    return read
 
+
+def _messages(model: ModelConfig, rows: int, kind: str, optimizer: OptimizerExport | None) -> list[str]:
+    what = (
+        "a release checkpoint"
+        if optimizer is None
+        else f"the checkpoint of step {optimizer.progress.iteration}"
+    )
+    messages = [f"{what} for pretrain_gpt.py --load, {kind}, {rows:,} rows of the vocabulary"]
+    if optimizer is not None:
+        messages.append(
+            "pretrain_gpt.py continues it with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and the "
+            "run's own flags"
+        )
+    flags = flags_beside_checkpoint(model)
+    if flags:
+        messages.append(f"--use-checkpoint-args does not read {flags}: give this to pretrain_gpt.py")
+    return messages
+
+
+_METADATA: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 _RUN_ARGUMENTS: dict[str, Any] = {
     "ckpt_format": "torch_dist",
@@ -147,7 +195,9 @@ _RUN_ARGUMENTS: dict[str, Any] = {
 
 
 def _tokenizer_arguments(config: TokenizerConfig) -> dict[str, Any]:
-    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern")
+    names = ["tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern"]
+    if config.vocab_size is not None:  # the flag's value, which for a NullTokenizer is not the number of ids
+        names.append("vocab_size")
     return {name: getattr(config, name) for name in names}
 
 
@@ -169,7 +219,7 @@ def _shards(
     shards = {}
     for tensor in tensors:
         empty = torch.empty(tensor.shape, dtype=dtype or state.dtype(tensor.name), device="meta")
-        shards[tensor.name] = (
+        shards[f"{tensor.theirs}/{tensor.layer}"] = (
             ShardedTensor.from_rank_offsets(tensor.theirs, empty)
             if tensor.layer is None
             else ShardedTensor.from_rank_offsets(

@@ -22,9 +22,10 @@ from megatron_ext.interop.megatron.megatron_state import MegatronState, check_op
 from megatron_ext.interop.megatron.torch_dist_files import TorchDistFiles
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.platform import process_groups
+from megatron_ext.training.engine.loss_scale import LOSS_SCALE
 
 SECTION = "megatron_lm"
-"""Section of `run_config` with the arguments of a Megatron-LM run on which its schedule depends."""
+"""Section of `run_config` with the arguments of a Megatron-LM run on which its schedule depends, and Adam's."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _TOKENIZER_FIELDS = (
@@ -100,9 +101,9 @@ def load_megatron(
     progress = None
     if with_optimizer:
         check_optimizer_format(files, folder)
-        progress = read_progress({**common, "optimizer": _optimizer_groups(files, common)}, arguments, source)
-        if arguments.get("fp16"):
-            messages.append("the run's loss scale is not imported; it begins anew")
+        progress = read_progress(
+            {**common, "optimizer": _optimizer_objects(files, common)}, arguments, source
+        )
     return MegatronModel(
         folder=folder,
         model=model,
@@ -152,6 +153,8 @@ def import_megatron(model_dir: str | Path, save: str | Path, **options: Any) -> 
             "optimizer_step": found.progress.optimizer_step,
             "scheduler": found.progress.scheduler,
         }
+        if found.progress.loss_scale is not None:
+            run_state[LOSS_SCALE] = found.progress.loss_scale
     # mcore's checkpoint writer needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
@@ -165,13 +168,17 @@ def import_megatron(model_dir: str | Path, save: str | Path, **options: Any) -> 
     return found
 
 
-def _optimizer_groups(files: TorchDistFiles, common: Mapping[str, Any]) -> Any:
-    """Returns the part of the optimizer's state with its parameter groups."""
-    # With flat buffers every group of ranks has its own, which are equal.
-    groups = [name for name in files.objects if re.match(r"optimizer\.distributed\.[^.]*\.optimizer/", name)]
-    if not has_buffers(files) or not groups:
+def _optimizer_objects(files: TorchDistFiles, common: Mapping[str, Any]) -> Any:
+    """Returns the optimizer's state without its tensors: parameter groups and loss scaler."""
+    if not has_buffers(files):
         return common.get("optimizer")
-    return {"optimizer": files.read_object(min(groups))[0]}
+    # With flat buffers every group of ranks has its own, which are equal.
+    found: dict[str, Any] = {}
+    for name in sorted(files.objects):
+        match = re.match(r"optimizer\.distributed\.[^.]*\.(optimizer|grad_scaler)/", name)
+        if match and match[1] not in found:
+            found[match[1]] = files.read_object(name)[0]
+    return found or common.get("optimizer")
 
 
 def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TokenizerConfig:
@@ -184,6 +191,8 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
     stored = {name: arguments.get(name) for name in _TOKENIZER_FIELDS}
     if kind in ("NullTokenizer", "TikTokenizer"):
         stored["vocab_size"] = arguments.get("vocab_size")
+    if chosen is None and kind == "NullTokenizer" and "null_tokenizer_eod_id" in arguments:
+        stored["vocab_size"] = _null_end(arguments, source)
     values = {name: value for name, value in stored.items() if value is not None} if chosen is None else {}
     values |= {name: value for name, value in given.items() if value is not None}
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -192,6 +201,17 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
     if values.get("tokenizer_special_tokens") is not None:
         values["tokenizer_special_tokens"] = tuple(values["tokenizer_special_tokens"])
     return TokenizerConfig(**{**values, "tokenizer_type": kind})
+
+
+def _null_end(arguments: Mapping[str, Any], source: str) -> int:
+    """Returns the id that ends a document, since Megatron-LM 0.18 the last one of --vocab-size."""
+    last = int(arguments["vocab_size"]) - 1
+    end = arguments["null_tokenizer_eod_id"]
+    if end not in (None, last):
+        raise ValueError(
+            f"{source}: --null-tokenizer-eod-id {end}: must be the last id, {last}; give --tokenizer-type and its files"
+        )
+    return last
 
 
 def _build_tokenizer(config: TokenizerConfig, rows: int, folder: Path) -> Tokenizer:

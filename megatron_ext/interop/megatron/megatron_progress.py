@@ -14,6 +14,11 @@ SCHEDULE_ARGUMENTS = (
 )  # fmt: skip
 """Arguments on which the schedule depends; a resumed run's error names them with both values."""
 
+ADAM_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_eps")
+"""Arguments that an export of the optimizer needs."""
+
+_ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronProgress:
@@ -27,7 +32,10 @@ class MegatronProgress:
     """State of the schedule, as `scheduler_state.scheduler_state_of` returns it."""
 
     arguments: dict[str, Any]
-    """`SCHEDULE_ARGUMENTS` of the run."""
+    """`SCHEDULE_ARGUMENTS` and `ADAM_ARGUMENTS` of the run."""
+
+    loss_scale: dict[str, Any] | None
+    """As `loss_scale.loss_scale_state` returns it; None without fp16."""
 
 
 def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], source: str) -> MegatronProgress:
@@ -61,8 +69,25 @@ def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], sourc
         progress=progress,
         optimizer_step=steps.pop(),
         scheduler=_scheduler(schedule, common.get("optimizer"), arguments),
-        arguments={name: arguments.get(name) for name in SCHEDULE_ARGUMENTS},
+        arguments={
+            **{name: arguments.get(name) for name in SCHEDULE_ARGUMENTS},
+            **{
+                name: arguments.get(name, default)
+                for name, default in zip(ADAM_ARGUMENTS, _ADAM_DEFAULTS, strict=True)
+            },
+        },
+        loss_scale=_loss_scale(common.get("optimizer")),
     )
+
+
+def _loss_scale(state: Any) -> dict[str, Any] | None:
+    """Returns the state of the loss scaler in an optimizer's state; None if there is none."""
+    if not isinstance(state, dict):
+        return None
+    if isinstance(state.get("grad_scaler"), dict):
+        scaler = state["grad_scaler"]
+        return {**scaler, "scale": float(scaler["scale"])}
+    return next(filter(None, map(_loss_scale, state.values())), None)
 
 
 def _groups(state: Any) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.build_model import padded_vocab_size
 from megatron_ext.models.costs.gemma3n_cost import end_activations, layer_activations
 from megatron_ext.models.costs.model_cost import (
@@ -38,8 +39,7 @@ class ParallelLayout:
     """Micro-batches per step on one data-parallel rank."""
 
     data_parallel_size: int
-    bf16: bool = False
-    fp16: bool = False
+    precision: Precision = "fp32"
 
     work: StepWork | None = None
     """Which parts of the base model a step runs and trains; None if everything trains."""
@@ -57,12 +57,12 @@ class ParallelLayout:
     @property
     def is_half(self) -> bool:
         """Whether weights and activations are in bfloat16 or fp16."""
-        return self.bf16 or self.fp16
+        return self.precision != "fp32"
 
     @property
     def gradient_bytes(self) -> int:
         """Bytes of one gradient."""
-        return 4 if self.parallel.reduces_in_fp32(bf16=self.bf16) else self.element_bytes
+        return 4 if self.parallel.reduces_in_fp32(self.precision) else self.element_bytes
 
     @property
     def padded_vocab(self) -> int:

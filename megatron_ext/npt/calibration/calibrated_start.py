@@ -113,7 +113,7 @@ def _base_model(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer
         _without_recomputation(config.parallel),
         vocab_size=run_config["vocab_size"],
         seed=config.training.seed,
-        bf16=config.training.bf16,
+        precision=config.training.precision,
     )
     base.load(chunks, run_config, [])
     return chunks

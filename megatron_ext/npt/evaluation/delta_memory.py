@@ -79,7 +79,14 @@ def measure_memory(
         attention_dropout=0.0,
     )
     extension = NPTExtension(replace(settings, npt_layers="all"))
-    chunks = build_model(model, ParallelConfig(), vocab_size=64, seed=1, bf16=bf16, extensions=[extension])
+    chunks = build_model(
+        model,
+        ParallelConfig(),
+        vocab_size=64,
+        seed=1,
+        precision="bf16" if bf16 else "fp32",
+        extensions=[extension],
+    )
     layer: Any = chunks[0].decoder.layers[0]
     layer.mlp.requires_grad_(False)
     layer.pre_mlp_layernorm = torch.nn.Identity()  # the norm's own memory is the base layer's

@@ -145,7 +145,9 @@ class NPTModel:
         parallel = ParallelConfig()
         process_groups.initialize(parallel, seed=1234)
         config = replace(found.model, hidden_dropout=0.0, attention_dropout=0.0)
-        chunks = build_model(config, parallel, vocab_size=found.vocab_size, seed=1234, bf16=bf16)
+        chunks = build_model(
+            config, parallel, vocab_size=found.vocab_size, seed=1234, precision="bf16" if bf16 else "fp32"
+        )
         load_into(chunks, found.state)
         return cls(chunks[0], config, found.tokenizer, found.vocab_size)
 

@@ -15,18 +15,12 @@ from types import FrameType
 from typing import Any
 
 from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
-from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
+from megatron_ext.platform.hosts.endpoint_port import HeldPort, await_endpoint, hold_port
+from megatron_ext.platform.hosts.host_addresses import Endpoint
+from megatron_ext.platform.hosts.interfaces import take_interface
 from megatron_ext.platform.hosts.launch_settings import LaunchSettings, read_settings
-from megatron_ext.platform.hosts.rendezvous import (
-    JoinedHosts,
-    Place,
-    await_endpoint,
-    find_place,
-    hold_port,
-    print_line,
-)
+from megatron_ext.platform.hosts.rendezvous import JoinedHosts, Place, print_line
 
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _LATER_SECONDS = 15
 """Seconds that the other hosts wait longer than the host of the store for those that are missing."""
 
@@ -59,18 +53,15 @@ def _has_option(name: str) -> bool:
     return name in given
 
 
-def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, socket.socket | None]:
+def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, HeldPort | None]:
     """Finds this host's place in the rendezvous; waits for the endpoint, or takes its port and returns that."""
-    held = interfaces_by_address()
-    check_interfaces(set(held.values()))
-    place = find_place(endpoint, held)
+    place = take_interface(endpoint)
     chosen = _given_configuration().get("is_host")
     if chosen is not None:
         place = replace(place, is_host=chosen.lower() in ("1", "true", "t", "yes", "y"))
     port = None if place.is_host is False else hold_port(endpoint)
     if place.is_host and port is None:
         place = replace(place, is_host=False)  # another launcher on this host has it
-    set_interfaces(place)
     _report(settings, place)
     if port is None:
         await_endpoint(endpoint, settings.wait, print_line)
@@ -105,24 +96,6 @@ def _given_configuration() -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def check_interfaces(known: set[str]) -> None:
-    """Refuses a GLOO_SOCKET_IFNAME that this host does not have: gloo would fail late and not name it."""
-    given = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    for name in filter(None, given.split(",")):
-        if name not in known:
-            raise ValueError(
-                f"GLOO_SOCKET_IFNAME={given}: host {socket.gethostname()} has no interface {name} with an address; "
-                f"it has {', '.join(sorted(known))}"
-            )
-
-
-def set_interfaces(place: Place) -> None:
-    """Makes gloo and NCCL use the interface that leads to the endpoint, unless the user has chosen one."""
-    if place.interface is not None:
-        for name in _INTERFACE_VARIABLES:
-            os.environ.setdefault(name, place.interface)
-
-
 def _report(settings: LaunchSettings, place: Place) -> None:
     does = {True: "hosts", False: "joins", None: "meets at"}[place.is_host]
     host = f"host {socket.gethostname()}"
@@ -132,7 +105,7 @@ def _report(settings: LaunchSettings, place: Place) -> None:
 
 
 def _run_torchrun(
-    arguments: Sequence[str], settings: LaunchSettings | None = None, port: socket.socket | None = None
+    arguments: Sequence[str], settings: LaunchSettings | None = None, port: HeldPort | None = None
 ) -> int:
     """Runs `torchrun` in this process, so that the port is given up only in the moment in which it takes it.
 

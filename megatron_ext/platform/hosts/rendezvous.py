@@ -7,33 +7,15 @@ several interfaces has a name for one of them at most. So the addresses of the i
 import contextlib
 import os
 import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
 
 from megatron_ext.platform.hosts.host_addresses import Endpoint, source_address
 from megatron_ext.platform.hosts.launch_settings import LaunchSettings
-
-_ATTEMPT_SECONDS = 5.0
-"""Seconds of one attempt to connect, where a packet is dropped without an answer."""
-
-_PATIENCE_SECONDS = 2.0
-"""Seconds without a word: hosts of one run start a moment apart."""
-
-_PROBE_SECONDS = 1.0
-"""Seconds for an answer to `_PING`. Until `torchrun` runs, the host of the store only listens and gives none."""
-
-_NONCE = struct.pack("=I", 0x6D78706C)
-_PING = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _NONCE
-"""What a client of torch's TCPStore sends first, VALIDATE and PING; the store answers with the nonce."""
-
-_BACKLOG = 4096
-"""Connections that wait on the listening socket: every host connects once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,78 +59,6 @@ def find_place(endpoint: Endpoint, held: dict[str, str]) -> Place:
             f"{', '.join(sorted(held)) or 'none'}"
         )
     return Place(is_host=False, address=address, interface=held.get(address))
-
-
-def hold_port(endpoint: Endpoint) -> socket.socket | None:
-    """Listens at the endpoint's port until `torchrun` does, so that other hosts see at once that this one is there.
-
-    Returns:
-        The listening socket; None if the port is in use: by another launcher on this host, which then hosts the store.
-    """
-    family = endpoint.addresses()[0].family
-    try:
-        return socket.create_server(("", endpoint.port), family=family, backlog=_BACKLOG)
-    except OSError:
-        return None
-
-
-def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], None]) -> None:
-    """Waits until a launcher or its store listens at the endpoint.
-
-    Args:
-        endpoint: where to connect.
-        seconds: how long to wait.
-        tell: prints a line; called once if nothing answers soon.
-
-    Raises:
-        OSError: nothing has answered in that time, or another service has answered.
-    """
-    started, told = time.monotonic(), False
-    deadline = started + seconds
-    while True:
-        reason = _try_connecting(endpoint, deadline)
-        if reason is None:
-            return
-        if time.monotonic() >= deadline:
-            raise OSError(
-                f"{endpoint}: cannot be reached from host {socket.gethostname()} within {seconds:g} s (RDZV_WAIT): "
-                f"{reason}; start the launcher on the host that has this address, with the same variable"
-            )
-        if not told and time.monotonic() > started + _PATIENCE_SECONDS:
-            tell(f"waiting up to {seconds:g} s for {endpoint}: {reason}")
-            told = True
-        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
-
-
-def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
-    """Connects to the first address that answers; returns None, or why none has answered."""
-    reasons = []
-    for address in endpoint.addresses():
-        remaining = max(0.1, min(_ATTEMPT_SECONDS, deadline - time.monotonic()))
-        try:
-            connection = socket.create_connection((address.text, endpoint.port), timeout=remaining)
-        except OSError as error:
-            reasons.append(f"{address.text} port {endpoint.port}: {(error.strerror or str(error)).lower()}")
-            continue
-        with connection:
-            answer = _probe(connection)
-        if not _NONCE.startswith(answer):
-            raise OSError(
-                f"{endpoint}: another service answers there (with {answer!r}), not a launcher; "
-                "give the port at which the first host's launcher listens"
-            )
-        return None
-    return "; ".join(reasons)
-
-
-def _probe(connection: socket.socket) -> bytes:
-    """Returns the first bytes of the answer to a ping of torch's store; none if no answer comes soon."""
-    connection.settimeout(_PROBE_SECONDS)
-    try:
-        connection.sendall(_PING)
-        return connection.recv(len(_NONCE))
-    except OSError:
-        return b""  # the launcher gives up the port for its store in this moment, or is still importing torch
 
 
 class JoinedHosts:

@@ -10,9 +10,8 @@ import os
 import sys
 
 from megatron_ext.config.command_line.error_lines import run_main
-from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
-from megatron_ext.platform.hosts.launch import check_interfaces, set_interfaces
-from megatron_ext.platform.hosts.rendezvous import find_place
+from megatron_ext.platform.hosts.host_addresses import Endpoint
+from megatron_ext.platform.hosts.interfaces import take_interface
 
 
 def main() -> None:
@@ -23,9 +22,7 @@ def main() -> None:
     """
     os.environ["RANK"], os.environ["LOCAL_RANK"] = os.environ["SLURM_PROCID"], os.environ["SLURM_LOCALID"]
     endpoint = Endpoint("MASTER_ADDR:MASTER_PORT", f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-    held = interfaces_by_address()
-    check_interfaces(set(held.values()))
-    set_interfaces(find_place(endpoint, held))
+    take_interface(endpoint)
     # The process keeps its id: srun's signals reach the script, and srun sees its exit code.
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 

@@ -166,8 +166,7 @@ class ProgressiveRackBuilder:
             parallel,
             vocab_size=self.vocab_size,
             seed=training.seed,
-            bf16=training.bf16,
-            fp16=training.fp16,
+            precision=training.precision,
             extensions=[family.extension()],
         )
         family.prepare_model(self.chunks)

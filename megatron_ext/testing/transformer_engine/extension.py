@@ -149,17 +149,24 @@ class Extension(ModuleType):
         out: Any,
         quantizer: Any,
         dtype: DTypeNumber,
-        *_: Any,
+        sm_margin: int,
+        zero_centered: bool,
     ) -> tuple[torch.Tensor, None, torch.Tensor]:
         inverse = torch.rsqrt(x.float().pow(2).mean(-1) + epsilon)
-        return (x.float() * inverse[:, None] * weight.float()).to(_TORCH[dtype]), None, inverse
+        normed = x.float() * inverse[:, None] * _factor(weight, zero_centered)
+        return normed.to(_TORCH[dtype]), None, inverse
 
     @staticmethod
     def rmsnorm_bwd(
-        gradient: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, *_: Any
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        inverse: torch.Tensor,
+        weight: torch.Tensor,
+        sm_margin: int,
+        zero_centered: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = x.float() * inverse[:, None]
-        scaled = gradient.float() * weight.float()
+        scaled = gradient.float() * _factor(weight, zero_centered)
         back = inverse[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
         return back.to(x.dtype), (gradient.float() * normed).sum(0).to(weight.dtype)
 
@@ -172,11 +179,13 @@ class Extension(ModuleType):
         out: Any,
         quantizer: Any,
         dtype: DTypeNumber,
-        *_: Any,
+        sm_margin: int,
+        zero_centered: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean = x.float().mean(-1)
         inverse = torch.rsqrt(x.float().var(-1, unbiased=False) + epsilon)
-        normed = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), epsilon)
+        factor = _factor(weight, zero_centered)
+        normed = F.layer_norm(x.float(), weight.shape, factor, bias.float(), epsilon)
         return normed.to(_TORCH[dtype]), mean, inverse
 
     @staticmethod
@@ -186,10 +195,11 @@ class Extension(ModuleType):
         mean: torch.Tensor,
         inverse: torch.Tensor,
         weight: torch.Tensor,
-        *_: Any,
+        sm_margin: int,
+        zero_centered: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         normed = (x.float() - mean[:, None]) * inverse[:, None]
-        scaled = gradient.float() * weight.float()
+        scaled = gradient.float() * _factor(weight, zero_centered)
         centred = scaled - scaled.mean(-1, keepdim=True) - normed * (scaled * normed).mean(-1, keepdim=True)
         of_weight = (gradient.float() * normed).sum(0)
         return (
@@ -232,6 +242,11 @@ class Extension(ModuleType):
             denominator = (second / (1 - beta2**step)).sqrt().add_(epsilon)
             update = first / (1 - beta1**step) / denominator + weight_decay * parameter
             parameter.sub_(rate * update)
+
+
+def _factor(weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
+    """Returns the factor of a norm, whose weight may be stored as its difference from 1."""
+    return weight.float() + float(zero_centered)
 
 
 def _turned(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:

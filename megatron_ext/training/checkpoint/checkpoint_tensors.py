@@ -32,12 +32,15 @@ Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
 """Decides whether to read a tensor. Arguments: the tensor's name in the checkpoint, the model's tensor, and the names
 of all tensors in the checkpoint."""
 
+Keeps = Callable[[str, torch.Tensor], bool]
+"""Decides whether to save a tensor. Arguments: the tensor's name in the checkpoint, and the model's tensor."""
+
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def model_state(
     models: list[GPTModel],
-    keeps: Callable[[str, torch.Tensor], bool] | None = None,
+    keeps: Keeps | None = None,
     rename: Callable[[str], str] | None = None,
 ) -> ShardedStateDict:
     """Returns the sharded state dict of this rank's chunks; its names do not depend on the parallel layout.

@@ -5,7 +5,7 @@ changed, model, optimizer and schedule are restored as well, but the random gene
 described in `checkpoint_files`, the guarantees in docs/checkpoints.md.
 """
 
-import json
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import (
-    gather_or_raise,
-    is_first_rank,
-    on_every_rank,
-    on_first_rank,
-    print_on_first_rank,
-)
+from megatron_ext.platform.collectives import on_every_rank, on_first_rank, print_on_first_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint import random_state, scheduler_state
@@ -33,12 +27,12 @@ from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
+from megatron_ext.training.checkpoint.saving.run_saver import RunSaver
 from megatron_ext.training.checkpoint.saving.running_save import Parts, RunningSave, run_parts
-from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostCopies, TensorWriter
-from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
+from megatron_ext.training.checkpoint.saving.tensor_writer import HostCopies
+from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.engine.loss_scale import loss_scale_state, restore_loss_scale
 from megatron_ext.training.interface.family_interface import Family
-from megatron_ext.training.interface.own_optimizer import bring_up_to_date
 
 IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
@@ -93,7 +87,6 @@ class Checkpointer:
         message: prints a line for the user; called on every rank.
         """
         self.config = config
-        self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -107,10 +100,15 @@ class Checkpointer:
         self.name = name
         self.loads_what_fits = loads_what_fits
         self.message = message
-        self._goes_on_from: int | None = None
-        """The step from which the run resumed, if that checkpoint is in --save; None if the run is new there."""
-
-        self._has_saved = False
+        self._saver = RunSaver(
+            config,
+            chunks=chunks,
+            optimizer=optimizer,
+            run_config=self.run_config,
+            families=families,
+            keeps=self._keeps,
+            message=message,
+        )
         self._copies = HostCopies()
         self._running: RunningSave | None = None
         if base is not None:
@@ -134,13 +132,18 @@ class Checkpointer:
         run_parts(self._saving(progress, copies=None))
         return self.path(progress)
 
+    def _saving(self, progress: TrainingProgress, *, copies: HostCopies | None) -> Parts:
+        return self._saver.parts(
+            self.path(progress), progress.iteration, functools.partial(self._state, progress), copies
+        )
+
     def begin_save(self, progress: TrainingProgress) -> None:
         """Copies what a save needs, and writes it while training continues; otherwise as `save`. Collective.
 
         Call `proceed_with_save` between steps, and `give_up_save` if training fails.
         """
         assert self._running is None, "a save is still running"
-        self._running = RunningSave(self._saving(progress, self._copies))
+        self._running = RunningSave(self._saving(progress, copies=self._copies))
 
     def proceed_with_save(self, *, wait: bool) -> bool:
         """Takes a save that `begin_save` has begun as far as it has come. Collective.
@@ -209,9 +212,9 @@ class Checkpointer:
             family.load_state_dict(state["families"][family.name])
         progress = TrainingProgress(**state["progress"])
         self._load_random_state(folder, state, progress)
-        self._goes_on_from = step_to_go_on_from(self.config, folder)
+        self._saver.goes_on_from = step_to_go_on_from(self.config, folder)
         self.message(f"loaded {folder}; the run continues after step {progress.iteration}")
-        later = on_first_rank(lambda: later_steps(self.config, self._goes_on_from))
+        later = on_first_rank(lambda: later_steps(self.config, self._saver.goes_on_from))
         if later and not self.config.overwrite_checkpoints:
             self.message(f"warning: --save also contains later {later}; the run will overwrite them")
         return progress
@@ -231,7 +234,7 @@ class Checkpointer:
                 "configuration and additional files"
             )
 
-    def _keeps(self) -> Callable[[str, torch.Tensor], bool] | None:
+    def _keeps(self) -> tensors.Keeps | None:
         """Returns a function that selects the model's tensors to save in the run's checkpoints; None for all.
 
         With a base checkpoint these are the trained tensors and all tensors that the base checkpoint lacks.
@@ -259,79 +262,8 @@ class Checkpointer:
                 "resume with the same base checkpoint"
             )
 
-    def _saving(self, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
-        """Yields the parts of a save; with `copies` they may run while training changes the model."""
-        path = self.path(progress)
-        root, name = path.parent, path.name
-        try:
-            yield from self._writing(path, progress, copies)
-        except GeneratorExit:
-            raise  # the save is given up: other ranks may still write, so that nothing is removed
-        except BaseException as error:
-            if is_first_rank():
-                files.discard(root, name)
-            if isinstance(error, OSError):
-                dist.barrier()  # no rank may end the run while rank 0 still removes files
-                left = "its files were removed"
-                if path.is_dir():
-                    step = progress.iteration
-                    left = (
-                        f"it is complete, but {files.TRACKER} does not name it: --ckpt-step {step} loads it"
-                    )
-                raise OSError(
-                    f"--save {root}: the checkpoint of step {progress.iteration} could not be written ({error}); "
-                    f"{left}; earlier checkpoints are intact"
-                ) from error
-            raise
-        line, *_ = yield lambda: self._remove_older(root, name) if is_first_rank() else None
-        if line is not None:
-            self.message(line)
-
-    def _writing(self, path: Path, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
-        """Yields the parts in which a checkpoint is written and published."""
-        gather_parameters(self.chunks)
-        bring_up_to_date(self.optimizer)
-        folder = on_first_rank(lambda: files.begin(path.parent, path.name))
-        writer = self._prepare(folder, progress, copies)
-
-        def publish(written: list[Digests]) -> None:
-            digests = {name: digest for part in written for name, digest in part.items()}
-            files.write_checksums(folder, {**digests, **writer.write_metadata()})
-            files.publish(path.parent, path.name)
-
-        try:
-            written = yield lambda: {**writer.write(), **files.digests(folder, _small_files(folder))}
-            writer.gather()
-            yield lambda: publish(written) if is_first_rank() else None
-        finally:
-            writer.cancelled.set()  # if the save is given up, this ends `write` in its thread
-
-    def _prepare(self, folder: Path, progress: TrainingProgress, copies: HostCopies | None) -> TensorWriter:
-        """Writes everything but this rank's tensors, and prepares to write those. Collective."""
-        state = tensors.model_state(self.models, self._keeps())
-        step = None
-        if not self.config.no_save_optim:
-            optimizer = OptimizerState(self.optimizer, state)
-            step = max(gather_or_raise(optimizer.step))
-            held = optimizer.sharded(is_loading=False)
-            # A rank that saves no optimizer state needs no entry: megatron-core does not accept an empty one.
-            state |= {"optimizer": held} if held else {}
-        writer = TensorWriter(state, folder, copies)
-        told = self._state(progress, step)
-
-        def write_rest() -> None:
-            if not self.config.no_save_rng:
-                random_state.save(folder / random_state.file_name(dist.get_rank()))
-            if is_first_rank():
-                files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
-                files.write_text(folder / files.STATE, json.dumps(told, indent=1))
-
-        on_every_rank(write_rest)
-        for family in self.families:
-            family.write_files(self.models, folder, {**told, "run_config": self.run_config})
-        return writer
-
     def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
+        """Returns the content of state.json."""
         return {
             "progress": asdict(progress),
             "optimizer_step": optimizer_step,
@@ -368,27 +300,6 @@ class Checkpointer:
         if why is not None:
             random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
             self.message(f"random generators are re-seeded at step {progress.iteration}: {why}")
-
-    def _remove_older(self, root: Path, name: str) -> str | None:
-        """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require.
-
-        Returns:
-            A line for the user: what --keep-last has removed, or why a checkpoint could not be removed (the run
-            continues); None if nothing was to be removed.
-        """
-        keep, iteration = self.config.keep_last, files.step_of(name) or 0
-        overwrites = self.config.overwrite_checkpoints and not self._has_saved
-        self._has_saved = True
-        try:
-            if overwrites:
-                files.remove_overwritten(root, name, self._goes_on_from)
-            if keep is not None:
-                removed = files.prune(root, keep, iteration)
-                return f"--keep-last {keep}: removed {', '.join(removed)}" if removed else None
-        except OSError as error:
-            flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
-            return f"{flag}: an old checkpoint could not be removed: {error}"
-        return None
 
 
 def load_weights(
@@ -472,18 +383,6 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return on_every_rank(
         lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
     )
-
-
-def _small_files(folder: Path) -> list[str]:
-    """Returns the relative paths of the files that this rank has written, except for its tensors.
-
-    On rank 0 they include the files shared by all ranks.
-    """
-    own = random_state.file_name(dist.get_rank())
-    names = [own] if (folder / own).is_file() else []
-    if is_first_rank():
-        names += [p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(".distcp")]
-    return names
 
 
 def _cut(models: list[GPTModel]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.run_phases import GRADIENTS, in_phase
 from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
@@ -22,25 +23,24 @@ from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 
 @in_phase(GRADIENTS)
 def wrap_model(
-    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool, fp16: bool = False
+    chunks: list[GPTModel], parallel: ParallelConfig, *, precision: Precision = "fp32"
 ) -> list[DistributedDataParallel]:
     """Converts the chunks to bf16 or fp16 if that is set, and wraps them for data parallelism.
 
     Args:
         chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: the parallel layout, which specifies how gradients are reduced.
-        bf16: whether parameters and activations are in bfloat16.
-        fp16: whether they are in fp16.
+        precision: precision of parameters and activations.
     """
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=parallel.reduces_in_fp32(bf16=bf16),
+        grad_reduce_in_fp32=parallel.reduces_in_fp32(precision),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # it would abort the run; `Stepper` skips a non-finite step instead
     )
-    modules = [Float16Module(config, chunk) if bf16 or fp16 else chunk for chunk in chunks]
+    modules = [Float16Module(config, chunk) if precision != "fp32" else chunk for chunk in chunks]
     wrapped = [
         # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
         # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.

@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.run_phases import OPTIMIZER, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
@@ -30,8 +31,7 @@ def build_optimizer(
     chunks: list[DistributedDataParallel],
     families: list[Family],
     *,
-    bf16: bool,
-    fp16: bool = False,
+    precision: Precision = "fp32",
 ) -> MegatronOptimizer:
     """Builds megatron-core's optimizer for the wrapped chunks.
 
@@ -41,8 +41,7 @@ def build_optimizer(
         chunks: this rank's chunks, wrapped by `wrap_model`.
         families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters,
             and optimizers for those that the engine does not train.
-        bf16: whether parameters are in bfloat16.
-        fp16: whether parameters are in fp16; the optimizer then scales the loss.
+        precision: precision of the parameters; in fp16 the optimizer scales the loss.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -55,8 +54,8 @@ def build_optimizer(
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
-        bf16=bf16,
-        fp16=fp16,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         params_dtype=get_model_config(chunks[0]).params_dtype,
         loss_scale=settings.loss_scale,
         initial_loss_scale=settings.initial_loss_scale,

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from weakref import WeakSet
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.platform.peak_rate import DevicePeak, device_peak
@@ -53,8 +54,7 @@ class Reporter:
         *,
         total_iterations: int,
         charts: Sequence[ScalarChart] = (),
-        bf16: bool = False,
-        fp16: bool = False,
+        precision: Precision = "fp32",
         shows_batch_size: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
@@ -69,8 +69,7 @@ class Reporter:
             logging: what to write, and where.
             total_iterations: optimizer steps of the whole run.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
-            bf16: whether the run uses bfloat16; the device's peak rate depends on the precision.
-            fp16: whether it uses fp16.
+            precision: the run's precision, on which the device's peak rate depends.
             shows_batch_size: whether the progress line names the step's batch size, because it changes.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
@@ -88,7 +87,7 @@ class Reporter:
         self._devices = process_groups.world_size() if world_size is None else world_size
         self._peak: DevicePeak | None = None
         if logging.log_throughput:
-            self._peak = device_peak(bf16, logging.device_peak_tflops, fp16=fp16)
+            self._peak = device_peak(precision, logging.device_peak_tflops)
         self._shows_batch_size = shows_batch_size
         self._interval = Interval()
         self._skipped = self._nan = 0

@@ -24,16 +24,21 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, synthetic_batches
 from megatron_ext.training.interface.family_interface import Batch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # the engine imports a deprecated module of its own
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
 
 LENGTH = 16
 VOCABULARY = 97  # 96 numbers, and the end of a document
@@ -60,7 +65,15 @@ class Case:
     """Whether every layer's tensors have names of their own, instead of one tensor for all layers."""
 
     release: bool = False
-    bf16: bool = False
+    precision: Precision = "fp32"
+
+    needs_te: bool = False
+    """Whether the engine computes it with Transformer Engine only; its processes must be able to import it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def all_arguments(self) -> dict[str, Any]:
         """Returns the arguments, with Megatron-LM's names and defaults."""
@@ -87,6 +100,8 @@ DEFAULTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_epsilon": 1e-5,
     "layernorm_zero_centered_gamma": False,
+    "window_size": None,
+    "window_attn_skip_freq": None,
     "swiglu": True,
     "squared_relu": False,
     "bias_gelu_fusion": False,
@@ -116,6 +131,7 @@ _GPT3 = {
     "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": False,
 }
+_CENTERED = {"layernorm_zero_centered_gamma": True}
 _GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 
 CASES = {
@@ -129,7 +145,11 @@ CASES = {
     "rope scaling": Case(arguments={"use_rope_scaling": True, "rotary_base": 500000, "rotary_percent": 0.5}),
     "query and key norms": Case(arguments={**_GROUPED, "qk_layernorm": True, "add_qkv_bias": True}),
     "LayerNorm without biases": Case(arguments={**_GROUPED, "normalization": "LayerNorm", "rotary_percent": 0.25}),
-    "bf16": Case(arguments=_GROUPED, bf16=True),
+    "bf16": Case(arguments=_GROUPED, precision="bf16"),
+    "fp16": Case(arguments=_GROUPED, precision="fp16"),
+    "windows": Case(arguments={"window_size": (4, 0), "window_attn_skip_freq": [1, 0, 0, 1]}),
+    "norms around 0": Case(arguments={**_GROUPED, **_CENTERED, "qk_layernorm": True}, needs_te=True),
+    "LayerNorm around 0": Case(arguments={**_GPT3, **_CENTERED}, needs_te=True),
 }  # fmt: skip
 
 
@@ -152,8 +172,9 @@ class Run:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
         self.chunks = [DistributedDataParallel(self.config, ddp, model)]
         config = OptimizerConfig(
-            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16, clip_grad=1.0,
-            params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
+            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, clip_grad=1.0, bf16=self.config.bf16,
+            fp16=self.config.fp16, params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
+            initial_loss_scale=2.0**6, loss_scale_window=2,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(
             config,
@@ -161,6 +182,7 @@ class Run:
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=False,
         )
+        self.config.grad_scale_func = self.optimizer.scale_loss
         self._batches = synthetic_batches(LENGTH)
         steps = RATES["train_iters"] * GLOBAL_BATCH_SIZE
         self.scheduler = OptimizerParamScheduler(
@@ -213,8 +235,8 @@ class Run:
                 consumed_train_samples=iteration * GLOBAL_BATCH_SIZE,
                 global_batch_size=GLOBAL_BATCH_SIZE,
                 micro_batch_size=1,
-                bf16=self.case.bf16,
-                fp16=False,
+                bf16=self.config.bf16,
+                fp16=self.config.fp16,
                 optimizer="adam",
                 tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
@@ -248,6 +270,23 @@ class Run:
             warnings.simplefilter("ignore")
             model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
 
+    def resume(self, folder: Path) -> None:
+        """Loads model, optimizer and schedule with the engine's reader, as Megatron-LM does, and skips the data."""
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        metadata = {**dist_checkpointing.load_content_metadata(str(folder)), **groups}
+        model = self.chunks[0].module
+        state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = dist_checkpointing.load(state, str(folder))
+        model.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        size = parallel_state.get_data_parallel_world_size()
+        for _ in range(loaded["args"].consumed_train_samples // size):
+            next(self._batches)
+
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """Returns the logits [2, LENGTH, ROWS] of a model in one process."""
@@ -280,17 +319,18 @@ def randomize(model: GPTModel) -> None:
         # The engine's own stream differs between data-parallel ranks.
         generator = torch.Generator().manual_seed(zlib.crc32(source.encode()))
         parameter.normal_(0.0, 0.1, generator=generator)
-        parameter.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        # In Transformer Engine's layers: layer_norm_weight.
+        is_norm = "norm" in name and name.endswith("weight")
+        parameter.add_(float(is_norm and not model.config.layernorm_zero_centered_gamma))
 
 
 def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
     """Returns the engine's configuration of a case, as Megatron-LM builds it."""
     given = case.all_arguments()
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
         "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "hidden_dropout", "attention_dropout",
-        "init_method_std",
+        "init_method_std", "layernorm_zero_centered_gamma", "window_size", "window_attn_skip_freq",
     )  # fmt: skip
     return TransformerConfig(
         **{name: given[name] for name in names},
@@ -301,16 +341,29 @@ def engine_config(case: Case, parallel: ParallelConfig) -> TransformerConfig:
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=case.bf16,
+        params_dtype=case.dtype,
+        pipeline_dtype=case.dtype,
+        bf16=case.precision == "bf16",
+        fp16=case.precision == "fp16",
         batch_p2p_comm=False,
         cuda_graph_scope=[],
     )
 
 
+def _spec(case: Case) -> ModuleSpec:
+    given = case.all_arguments()
+    local = get_gpt_layer_local_spec(qk_layernorm=given["qk_layernorm"], normalization=given["normalization"])
+    if not case.needs_te:
+        return local
+    spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=given["qk_layernorm"])
+    attention = spec.submodules.self_attention.submodules
+    # Transformer Engine's attention needs a GPU.
+    attention.core_attention = local.submodules.self_attention.submodules.core_attention
+    return spec
+
+
 def _model(config: TransformerConfig, given: dict[str, Any], case: Case) -> GPTModel:
-    spec = get_gpt_layer_local_spec(qk_layernorm=given["qk_layernorm"], normalization=given["normalization"])
+    spec = _spec(case)
     if case.local_names:
         spec.submodules.sharded_state_dict_keys_map = {}
     return GPTModel(

@@ -33,7 +33,9 @@ LAYOUTS = {
 
 def _run(parallel: ParallelConfig | None = None, bf16: bool = False, **checkpoint: Any) -> TinyRun:
     settings = RunSettings(
-        parallel=parallel or ParallelConfig(), checkpoint=CheckpointConfig(**checkpoint), bf16=bf16
+        parallel=parallel or ParallelConfig(),
+        checkpoint=CheckpointConfig(**checkpoint),
+        precision="bf16" if bf16 else "fp32",
     )
     return TinyRun(replace(settings, model=TINY_WITH_DROPOUT))
 

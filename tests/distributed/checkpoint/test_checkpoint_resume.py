@@ -9,6 +9,7 @@ import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.testing.checkpoint_runs import SCHEDULE, TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
@@ -27,7 +28,7 @@ _SIZES = {
     "DP2xPP2 distributed optimizer": 4,
     **{name: size for name, (_, size) in _DIVIDED.items()},
 }
-_RESUMED = {
+_RESUMED: dict[str, tuple[ParallelConfig, int, Precision]] = {
     "TP1": (LAYOUTS["TP1"], 1, "fp32"),
     "TP2": (LAYOUTS["TP2"], 2, "fp32"),
     "PP2": (LAYOUTS["PP2"], 2, "fp32"),
@@ -88,8 +89,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(layout: str, tm
         parallel=parallel,
         checkpoint=CheckpointConfig(),
         model=TINY_WITH_DROPOUT,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        precision=precision,
         optimizer=replace(SCHEDULE, initial_loss_scale=2.0**12, loss_scale_window=3),
     )
     for result in run_distributed(_straight_and_resumed, world_size, str(tmp_path), settings):
@@ -177,7 +177,9 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
 def test_a_checkpoint_of_a_layout_goes_on_in_a_single_process(
     layout: str, bf16: bool, tmp_path: Path
 ) -> None:
-    settings = RunSettings(parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig(), bf16=bf16)
+    settings = RunSettings(
+        parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig(), precision="bf16" if bf16 else "fp32"
+    )
     source, target = f"{tmp_path}/layout", f"{tmp_path}/single"
     losses = run_distributed(_train_and_save, _SIZES[layout], source, settings, 2)[0]
     alone = replace(settings, parallel=ParallelConfig())

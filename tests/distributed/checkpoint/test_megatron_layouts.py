@@ -16,7 +16,7 @@ from megatron_ext.interop.megatron.megatron_buffers import BufferedOptimizer
 from megatron_ext.interop.megatron.torch_dist_files import TorchDistFiles
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import LAYOUTS
-from tests.distributed.checkpoint.megatron_checkpoints import CASES, STEPS, Run
+from tests.distributed.checkpoint.megatron_checkpoints import CASES, STEPS, Case, Run
 from tests.distributed.checkpoint.megatron_imports import imported, our_losses
 
 LAYOUTS_AND_FORMATS: dict[str, tuple[str, ParallelConfig, str | None]] = {
@@ -53,8 +53,8 @@ def test_a_run_of_two_ranks_continues_in_one_process(layout: str, tmp_path: Path
     name, parallel, sharding = LAYOUTS_AND_FORMATS[layout]
     losses, _ = run_distributed(_write, 2, name, parallel, sharding, str(tmp_path / "theirs"))
     imported(tmp_path / "theirs", tmp_path / "ours", with_optimizer=True)
-    tolerance = 2e-2 if CASES[name].bf16 else 1e-6
-    assert our_losses(tmp_path / "ours", CASES[name].bf16) == pytest.approx(losses, rel=tolerance)
+    tolerance = 2e-2 if CASES[name].precision == "bf16" else 1e-6
+    assert our_losses(tmp_path / "ours", CASES[name]) == pytest.approx(losses, rel=tolerance)
 
 
 LOSSES = {
@@ -67,7 +67,7 @@ LOSSES = {
 @pytest.mark.parametrize("version", LOSSES)
 def test_a_checkpoint_of_another_version_continues(version: str, tmp_path: Path) -> None:
     imported(Path(__file__).with_name("kept_megatron") / version, tmp_path / "ours", with_optimizer=True)
-    assert our_losses(tmp_path / "ours", bf16=False) == pytest.approx(LOSSES[version], rel=1e-6)
+    assert our_losses(tmp_path / "ours", Case()) == pytest.approx(LOSSES[version], rel=1e-6)
 
 
 def test_buffers_of_another_model_are_refused(tmp_path: Path) -> None:

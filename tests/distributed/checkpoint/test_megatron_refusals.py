@@ -107,6 +107,16 @@ def test_another_tokenizer_can_be_given(copy: Path) -> None:
     )
 
 
+def test_a_null_tokenizer_ends_documents_where_the_writing_version_does(copy: Path) -> None:
+    since_18 = {"vocab_size": 97, "null_tokenizer_eod_id": None}
+    change_common(copy, lambda common: vars(common["args"]).update(since_18))
+    found = imported(copy, copy.parent / "ours")
+    assert (found.tokenizer.vocab_size, found.tokenizer.eod) == (97, 96)
+    shutil.rmtree(copy.parent / "ours")
+    change_common(copy, lambda common: vars(common["args"]).update(null_tokenizer_eod_id=5))
+    assert "--null-tokenizer-eod-id 5: must be the last id, 96" in refusal(copy)
+
+
 def test_missing_and_truncated_files_are_named(copy: Path) -> None:
     folder = copy / NAME
     # megatron-core 0.19 writes the arguments among the tensors, where no common.pt is needed.

@@ -38,9 +38,11 @@ def _stepper(parallel: ParallelConfig) -> Stepper:
     initialize(parallel, seed=1)
     settings = OptimizerSettings(lr=1e-2, lr_decay_style="cosine", min_lr=1e-4)
     chunks = wrap_model(
-        build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=True), parallel, bf16=True
+        build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, precision="bf16"),
+        parallel,
+        precision="bf16",
     )
-    optimizer = build_optimizer(settings, parallel, chunks, [], bf16=True)
+    optimizer = build_optimizer(settings, parallel, chunks, [], precision="bf16")
     return Stepper(
         chunks,
         [],

@@ -51,7 +51,11 @@ def _run(
     config = CheckpointConfig(**checkpoint)
     return TinyRun(
         RunSettings(
-            parallel=parallel, checkpoint=config, make_families=_Make(settings), bf16=bf16, model=model
+            parallel=parallel,
+            checkpoint=config,
+            make_families=_Make(settings),
+            precision="bf16" if bf16 else "fp32",
+            model=model,
         )
     )
 

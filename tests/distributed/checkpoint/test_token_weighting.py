@@ -130,9 +130,9 @@ def make_stepper(parallel: ParallelConfig, micro_batch_size: int, objective: str
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
     for family in of_run:
         family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel)
     settings = OptimizerSettings(lr=1e-3, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, of_run, bf16=False)
+    optimizer = build_optimizer(settings, parallel, wrapped, of_run)
     return Stepper(
         wrapped,
         of_run,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.progressive.cache import activation_cache
 from megatron_ext.progressive.cache.activation_cache import ActivationCache, check_cache_directory
 from megatron_ext.progressive.cache.frozen_trunk import trunk_fingerprint
@@ -45,7 +46,7 @@ class Case:
     trunk: int = 2
     config: Any = MLM
     model: Any = MODEL
-    bf16: bool = False
+    precision: Precision = "fp32"
 
 
 CASES = {
@@ -56,7 +57,7 @@ CASES = {
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),
     "dropout above the trunk": Case(ParallelConfig(), 1, model=DROPOUT),
-    "bf16": Case(LAYOUTS["TP2+SP"], 2, bf16=True),
+    "bf16": Case(LAYOUTS["TP2+SP"], 2, precision="bf16"),
     "recomputed": Case(with_full_recompute(ParallelConfig()), 1, trunk=1),
     "PP2, trunk ends on the second stage": Case(LAYOUTS["PP2"], 2, trunk=3),
     "PP2 recomputed, trunk ends on the first stage": Case(with_full_recompute(LAYOUTS["PP2"]), 2, trunk=1),
@@ -81,7 +82,7 @@ def _both(cases: dict[str, Case], folder: str) -> dict[str, dict[str, Trained]]:
                 STEPS,
                 num_samples=SAMPLES,
                 model=case.model,
-                bf16=case.bf16,
+                precision=case.precision,
             )
             for way, (config, cached) in ways.items()
         }
@@ -118,7 +119,13 @@ def test_the_second_epoch_hits_and_on_disk_the_second_run_from_its_first_step(
     rates = {way: [v["cache/hit_rate"] for v in found[way].values] for way in found if way != "uncached"}
     assert rates == {"memory": [0, 1], "disk": [0, 1], "disk again": [1, 1]}
     holders = 2 if name == "TP2" else 1
-    size = SAMPLES * MODEL.seq_length * MODEL.hidden_size * (2 if CASES[name].bf16 else 4) * holders
+    size = (
+        SAMPLES
+        * MODEL.seq_length
+        * MODEL.hidden_size
+        * (2 if CASES[name].precision == "bf16" else 4)
+        * holders
+    )
     assert {found[way].values[-1]["cache/bytes"] for way in rates} == {size}
 
 

@@ -181,8 +181,8 @@ def head_and_new_layer(data: str, folder: str) -> tuple[str, torch.Tensor, torch
     """Two stacks, and what the second one's optimizer began with."""
     _, output = train(data, folder, *STEPS, "--target-stacks", "2")
     chunks, families = grown_model(folder, growth_init="random")
-    wrapped = wrap_model(chunks, ParallelConfig(), bf16=False)
-    optimizer = build_optimizer(OptimizerSettings(lr=1e-3), ParallelConfig(), wrapped, families, bf16=False)
+    wrapped = wrap_model(chunks, ParallelConfig())
+    optimizer = build_optimizer(OptimizerSettings(lr=1e-3), ParallelConfig(), wrapped, families)
     families[0].carry_optimizer_state(chunks, optimizer)
     state = optimizer.chained_optimizers[0].optimizer.state
     head, new = chunks[0].output_layer.weight, chunks[0].decoder.layers[3].mlp.linear_fc2.weight

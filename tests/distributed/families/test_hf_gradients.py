@@ -76,9 +76,9 @@ def _trace(folder: str, parallel: ParallelConfig) -> TrainingTrace:
     extensions = [family.extension() for family in families]
     chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7, extensions=extensions)
     load_into(chunks, source.state)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel)
     settings = OptimizerSettings(lr=1e-9, lr_decay_style="constant")
-    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=False)
+    optimizer = build_optimizer(settings, parallel, wrapped, families)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=1), optimizer, 4)
     stepper = Stepper(
         wrapped,

@@ -55,7 +55,12 @@ def _build(name: str, parallel: ParallelConfig, bf16: bool = False) -> tuple[lis
     initialize(parallel, seed=1)
     family = NPTFamily(SETTINGS[name])
     chunks = build_model(
-        MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
+        MODEL,
+        parallel,
+        vocab_size=VOCAB_SIZE,
+        seed=1,
+        precision="bf16" if bf16 else "fp32",
+        extensions=[family.extension()],
     )
     return [chunk.eval() for chunk in chunks], family
 

@@ -81,7 +81,7 @@ RUNS = LayoutRuns(
     {layout: ["outer", "key_value", "with PLE"] for layout in ("TP2+SPxCP2", "PP2xCP2", "DP2xCP2")},
 )
 BF16 = LayoutRuns(
-    {name: Variant(make_families=_Make(name), model=MODEL, bf16=True) for name in VARIANTS},
+    {name: Variant(make_families=_Make(name), model=MODEL, precision="bf16") for name in VARIANTS},
     ["TP2+SP"],
 )
 

@@ -48,7 +48,9 @@ RUNS = LayoutRuns(
         *("CP2", "TP2+SPxCP2", "PP2xCP2 recomputed", "DP2xCP2 distributed optimizer"),
     ],
 )
-BF16 = LayoutRuns({name: Variant(make_families=_Make(name), bf16=True) for name in VARIANTS}, ["TP2+SP"])
+BF16 = LayoutRuns(
+    {name: Variant(make_families=_Make(name), precision="bf16") for name in VARIANTS}, ["TP2+SP"]
+)
 
 
 @pytest.mark.parametrize(("layout", "variant"), RUNS.cases())

@@ -57,7 +57,7 @@ def _train_save_resume(folder: str, parallel: ParallelConfig, bf16: bool) -> Out
         checkpoint=CheckpointConfig(save=folder),
         model=WIDE,
         make_families=MakeAdapted(PLAN),
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
     )
     run = TinyRun(settings)
     before = _values(run)

@@ -70,8 +70,8 @@ _RUNS = LayoutRuns(
         "adam": _variant(SPARSE, 50),
         "whole, scaled": _variant(replace(SCALED, per_layer_sparse=False), 10),
         "adam, scaled": _variant(SCALED, 10),
-        "whole, bf16": _variant(DENSE, 50, bf16=True),
-        "adam, bf16": _variant(SPARSE, 50, bf16=True),
+        "whole, bf16": _variant(DENSE, 50, precision="bf16"),
+        "adam, bf16": _variant(SPARSE, 50, precision="bf16"),
         # At a small learning rate: training makes rounding errors grow, by 1e5 in 50 steps at 5e-3.
         "sgd": _variant(SGD, 50, settings=replace(CONSTANT, lr=1e-3)),
         "short adam": _variant(_by("adam"), 4, model=TINY, micro_batch_size=1),
@@ -155,7 +155,7 @@ def _run_settings(settings: PerLayerConfig, **fields: Any) -> RunSettings:
 
 def _table_gradients(settings: PerLayerConfig, bf16: bool) -> list[torch.Tensor]:
     """The tables' gradients of one step before clipping, whose factor depends on the order of a sum."""
-    run = TinyRun(_run_settings(settings, bf16=bf16))
+    run = TinyRun(_run_settings(settings, precision="bf16" if bf16 else "fp32"))
     run.stepper.forward_backward(run._batches)
     run.stepper.optimizer.prepare_grads()
     found = []

@@ -291,7 +291,7 @@ def _fp8_context(recipe: Any) -> tuple[str, Any, str]:
     initialize(ParallelConfig(), seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_fp8_context(build_transformer_config(model, ParallelConfig(), bf16=True))
+        get_fp8_context(build_transformer_config(model, ParallelConfig(), precision="bf16"))
     with pytest.raises(ValueError, match="--fp8-format hybrid: ") as refused:
         check_te(model, ParallelConfig())
     found = given["fp8_recipe"]

@@ -3,16 +3,18 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
+from megatron_ext.platform.hosts.endpoint_port import await_endpoint, hold_port
 from megatron_ext.platform.hosts.host_addresses import Endpoint
 from megatron_ext.platform.hosts.launch import rendezvous_options
 from megatron_ext.platform.hosts.launch_settings import read_settings
-from megatron_ext.platform.hosts.rendezvous import Place, await_endpoint
+from megatron_ext.platform.hosts.rendezvous import Place
 
 STEP = {
     "SLURM_JOB_ID": "712345",
@@ -129,15 +131,42 @@ def test_another_service_at_the_endpoint_is_refused_at_once() -> None:
         service.join()
 
 
-def test_a_launcher_that_only_listens_and_the_store_of_torch_are_accepted(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_service_that_accepts_connections_and_never_answers_is_refused_in_time() -> None:
+    lines: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        await_endpoint(Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{server.getsockname()[1]}"), 30, print)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+        port = server.getsockname()[1]
+        started = time.monotonic()
+        error = rf"RDZV_ENDPOINT=127.0.0.1:{port}: cannot be reached .* within 4 s \(RDZV_WAIT\): 127.0.0.1 port {port}"
+        with pytest.raises(OSError, match=error + " accepts connections, but does not answer"):
+            await_endpoint(Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{port}"), 4, lines.append)
+        assert time.monotonic() - started < 8
+    assert len(lines) == 1
+    assert lines[0].startswith("waiting up to 4 s")
+
+
+def test_a_launcher_that_holds_the_port_answers_and_then_gives_it_to_the_store_of_torch() -> None:
+    lines: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{free.getsockname()[1]}")
+    held = hold_port(endpoint)
+    assert held is not None
+    assert hold_port(endpoint) is None
     started = time.monotonic()
-    await_endpoint(Endpoint("RDZV_ENDPOINT", f"127.0.0.1:{store.port}"), 30, print)
-    assert time.monotonic() - started < 0.9, "the store answers the ping"
-    store.set("key", "value")
-    assert store.get("key") == b"value"
-    assert capfd.readouterr() == ("", "")
+    await_endpoint(endpoint, 30, lines.append)
+    # A client of the store that comes before the store is there, as on a host whose torch starts sooner.
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(_store, endpoint.port, is_master=False)
+        time.sleep(0.2)
+        held.close()
+        store = _store(endpoint.port, is_master=True)
+        await_endpoint(endpoint, 30, lines.append)
+        assert time.monotonic() - started < 10, "both answer the ping"
+        store.set("key", "value")
+        assert early.result(timeout=20).get("key") == b"value"
+    assert lines == []
+
+
+def _store(port: int, *, is_master: bool) -> TCPStore:
+    return TCPStore(
+        "127.0.0.1", port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=30)
+    )

@@ -49,6 +49,11 @@ CASES = {
     "documents": (GPT, (0,), PLAIN + TP + SP + "--reset-attention-mask "),
     "adapters": (GPT, (0, 7), PLAIN + TP + PP + SP + SHARDED + "--lora-rank 16 "),
     "PLE, frozen tables": (GPT, (0,), PLE + TP + SP + "--freeze-per-layer-embedding "),
+    "base model, learned positions": (
+        GPT,
+        (0, 7),
+        PLAIN + TP + PP + SP + SHARDED + "--position-embedding-type learned_absolute ",
+    ),
     "PLE, one stage": (GPT, (0,), PLE + SHARDED),
     "PLE, gemma4": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-preset gemma4 "),
     "PLE, gemma3n, AltUp, Laurel and sparse gates": (

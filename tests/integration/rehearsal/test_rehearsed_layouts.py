@@ -29,6 +29,7 @@ GPT, NPT, PROGRESSIVE = "pretrain_gpt_per_layer.py", "pretrain_npt.py", "pretrai
 BF16 = "--bf16 "
 FROM_SCRATCH = "--no-freeze-base --np-rank 4 "
 FROZEN = "--np-rank 4 "
+LEARNED = PLAIN.replace("--position-embedding-type rope", "--position-embedding-type learned_absolute")
 
 # The script, the rehearsed rank, how often the host may wait for the device in a step, and the flags. One wait reads
 # the step's values; in a step that is not logged, the device computes the next step meanwhile.
@@ -49,6 +50,9 @@ CASES = {
         1,
         PLAIN + BF16 + TP + "--attention-backend local --hidden-dropout 0.1 --attention-dropout 0.1 ",
     ),
+    "learned positions": (GPT, 0, 1, LEARNED + BF16 + TP + PP + SP + SHARDED),
+    "learned positions, PLE": (GPT, 0, 1, LEARNED + TP + PLE),
+    "learned positions, NPT": (NPT, 0, 1, LEARNED + BF16 + TP + FROZEN),
     "masks of documents": (GPT, 0, 1, PLAIN + TP + "--reset-attention-mask "),
     "documents in one kernel, windows": (
         GPT,

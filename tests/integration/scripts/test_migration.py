@@ -171,7 +171,7 @@ def _statistics_tags() -> set[str]:
             log_per_layer_gradients=True,
             per_layer_stats_interval=1,
         )
-        trace = train_tiny(ParallelConfig(), 1, functools.partial(_family, settings), TINY, False)
+        trace = train_tiny(ParallelConfig(), 1, functools.partial(_family, settings), TINY)
         tags |= set(trace.statistics)
     return tags
 

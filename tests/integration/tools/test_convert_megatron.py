@@ -103,6 +103,12 @@ def test_a_killed_import_leaves_nothing_under_its_name_and_the_next_one_succeeds
             {"load": "x", "format": "megatron", "merge_adapters": True},
             "--merge-adapters: requires --format huggingface",
         ),
+        (ExportConfig, {"load": "x", "with_optimizer": True}, "--with-optimizer: requires --format megatron"),
+        (
+            ExportConfig,
+            {"load": "x", "format": "megatron", "with_optimizer": True, "base_only": True},
+            "--base-only: cannot be given together with --with-optimizer",
+        ),
     ],
 )
 def test_flags_of_the_other_format_are_refused(config: type, fields: dict[str, object], error: str) -> None:

@@ -47,7 +47,7 @@ DOCUMENTS = [
     "<|endoftext|> e.g. one. Two\n\nThree. ",
     *PROSE[20:40],
 ]
-Split = Callable[[str], list[str]]
+Split = Callable[[Any], list[str]]
 
 
 def write_corpus(path: Path) -> Path:
@@ -90,7 +90,7 @@ class KeepingNewlines(punkt.PunktLanguageVars):
 
 def reference(
     prefix: Path,
-    texts: list[str],
+    texts: list[Any],
     encode: Callable[[str], list[int]],
     eod: int,
     split: Split,
@@ -118,7 +118,7 @@ def by_pieces(split: Split) -> Split:
     return split_pieces
 
 
-def expected(prefix: Path, directory: Path, split: Split, texts: list[str]) -> tuple[bytes, bytes]:
+def expected(prefix: Path, directory: Path, split: Split, texts: list[Any]) -> tuple[bytes, bytes]:
     theirs = mcore.HuggingFaceTokenizer(str(directory), use_fast=True)
     return reference(prefix, texts, theirs.text_to_ids, theirs.eod, split, theirs.vocab_size)
 
@@ -154,6 +154,25 @@ def test_sentences_with_a_model_of_the_users_nltk_data(
     dataset = IndexedDataset(str(tmp_path / "c_text_sentence"))
     assert len(dataset.document_indices) == len(DOCUMENTS) + 1
     assert len(dataset) > 10 * len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("flags", [(), ("--split-sentences",)], ids=["", "others are split"])
+def test_a_list_of_sentences_is_a_document_of_these_sequences(
+    tmp_path: Path, own_model: Path, bpe_dir: Path, monkeypatch: pytest.MonkeyPatch, flags: Any
+) -> None:
+    monkeypatch.setattr(nltk.data, "path", [str(own_model)])
+    monkeypatch.setenv("NLTK_DATA", str(own_model))
+    split = by_pieces(punkt.PunktTokenizer("english").tokenize)
+    documents = [["One. Two.", "", " three "], DOCUMENTS[1], [], [""], *map(split, DOCUMENTS[2:5]), "End."]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    run(corpus, tmp_path / "c", bpe_dir, *flags)
+    sequences = [
+        document if isinstance(document, list) else split(document) if flags else [document]
+        for document in documents
+    ]
+    name = "text_sentence" if flags else "text_document"
+    assert written(tmp_path / "c", name) == expected(tmp_path / "ref", bpe_dir, list, sequences)
 
 
 def packaged(language: str) -> Any:

@@ -132,7 +132,7 @@ def _layers(bf16: bool) -> tuple[dict[int, int], list[tuple[str, float, float, b
     """Bytes by layer, and each linear layer's error of output and input gradient against its own weights."""
     names: list[Any] = ["qlora", "nvfp4", "half", "bfloat16"]
     plan = {i: LayerSettings(precision=name, trains_base=False) for i, name in enumerate(names)}
-    chunks = build(plan, model=WIDE, bf16=bf16)
+    chunks = build(plan, model=WIDE, precision="bf16" if bf16 else "fp32")
     found = []
     for number, _, linear in adapted_linears(chunks):
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -180,7 +180,7 @@ def test_a_layer_in_full_precision_keeps_fp32_weights_in_a_bf16_run_frozen_or_tr
 def _full_in_bf16() -> tuple[set[torch.dtype], bool, set[torch.dtype | None]]:
     """The weights' dtypes, whether those of the trained layer are bf16 values, and the dtypes of its gradients."""
     trained = LayerSettings(precision="full")
-    chunk = build({0: replace(DUAL, precision="full"), 1: trained}, bf16=True)[0]
+    chunk = build({0: replace(DUAL, precision="full"), 1: trained}, precision="bf16")[0]
     chunk.bfloat16()
     weights = [(number, linear.weight) for number, _, linear in adapted_linears([chunk])]
     tokens = some_tokens()

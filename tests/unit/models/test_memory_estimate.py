@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.activation_memory import (
     ParallelLayout,
@@ -88,7 +89,7 @@ def layout_of(
     *,
     micro_batches: int = 8,
     copies: int = 1,
-    bf16: bool = False,
+    precision: Precision = "fp32",
 ) -> ParallelLayout:
     return ParallelLayout(
         model=model,
@@ -97,7 +98,7 @@ def layout_of(
         micro_batch_size=BATCH,
         num_microbatches=micro_batches,
         data_parallel_size=copies,
-        bf16=bf16,
+        precision=precision,
     )
 
 
@@ -117,7 +118,7 @@ def saved_bytes_of_all() -> dict[str, tuple[float, float]]:
 def saved_bytes(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> float:
     """Bytes that autograd keeps for a micro-batch."""
     length = SEQUENCE // parallel.context_parallel_size
-    (chunk,) = build_model(model, parallel, vocab_size=VOCAB, seed=1, bf16=bf16)
+    (chunk,) = build_model(model, parallel, vocab_size=VOCAB, seed=1, precision="bf16" if bf16 else "fp32")
     chunk.train()
     owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -147,7 +148,7 @@ def saved() -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("name", SAVED)
 def test_activations_of_a_layer_are_what_autograd_keeps(name: str) -> None:
     model, parallel, bf16 = SAVED[name]
-    estimate = layer_activation_bytes(layout_of(model, parallel, bf16=bf16))
+    estimate = layer_activation_bytes(layout_of(model, parallel, precision="bf16" if bf16 else "fp32"))
     # The estimate leaves out what is small in a real model: rotary tables, one value a row of norms and softmax.
     assert estimate == pytest.approx(saved()[name][0], rel=0.07)
 
@@ -177,7 +178,11 @@ def test_a_layer_that_uses_keys_of_another_keeps_what_the_estimate_says() -> Non
     for name, found in run_single(saved_with_shared_keys).items():
         model, bf16 = SHARED[name]
         layouts = [
-            layout_of(replace(model, num_layers=3, num_kv_shared_layers=shared), ParallelConfig(), bf16=bf16)
+            layout_of(
+                replace(model, num_layers=3, num_kv_shared_layers=shared),
+                ParallelConfig(),
+                precision="bf16" if bf16 else "fp32",
+            )
             for shared in (0, 2)
         ]
         own, user = (layer_activation_bytes(layout, layer=2) for layout in layouts)
@@ -192,8 +197,12 @@ def test_a_layer_that_uses_keys_of_another_keeps_what_the_estimate_says() -> Non
 @pytest.mark.parametrize("name", SAVED)
 def test_under_full_recompute_a_layer_keeps_its_input(name: str) -> None:
     model, _, bf16 = SAVED[name]
-    more = stage_activation_bytes(layout_of(replace(model, num_layers=2), FULL, bf16=bf16), 0)
-    more -= stage_activation_bytes(layout_of(replace(model, num_layers=1), FULL, bf16=bf16), 0)
+    more = stage_activation_bytes(
+        layout_of(replace(model, num_layers=2), FULL, precision="bf16" if bf16 else "fp32"), 0
+    )
+    more -= stage_activation_bytes(
+        layout_of(replace(model, num_layers=1), FULL, precision="bf16" if bf16 else "fp32"), 0
+    )
     assert more == saved()[name][1]
 
 
@@ -225,7 +234,7 @@ def test_chunks_in_flight_are_those_of_the_engines_schedule(
 def test_bytes_for_a_parameter_are_megatrons(bf16: bool, distributed: bool, for_each: float) -> None:
     """The table of Megatron-LM's documentation of the distributed optimizer, for four data-parallel ranks."""
     parallel = ParallelConfig(use_distributed_optimizer=distributed)
-    (memory,) = estimate_memory(layout_of(MODEL, parallel, copies=4, bf16=bf16))
+    (memory,) = estimate_memory(layout_of(MODEL, parallel, copies=4, precision="bf16" if bf16 else "fp32"))
     assert memory.kept_bytes - memory.activation_bytes == for_each * memory.parameters
 
 

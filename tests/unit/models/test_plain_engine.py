@@ -75,7 +75,9 @@ def _compare_all() -> dict[tuple[str, bool], dict[str, float]]:
 
 
 def _compare(model: ModelConfig, bf16: bool) -> dict[str, float]:
-    ours = build_model(model, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, bf16=bf16)[0]
+    ours = build_model(
+        model, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, precision="bf16" if bf16 else "fp32"
+    )[0]
     plain = _plain_model(model, bf16)
     if bf16:
         plain.bfloat16()  # what the engine's own bf16 wrapper does
@@ -107,7 +109,7 @@ def _difference(name: str, ours: torch.nn.Parameter, other: str, plain: torch.nn
 
 def _plain_model(model: ModelConfig, bf16: bool) -> EngineGPTModel:
     """Nothing of ours but attention, norm and the engine's configuration."""
-    config = build_transformer_config(model, ParallelConfig(), bf16=bf16)
+    config = build_transformer_config(model, ParallelConfig(), precision="bf16" if bf16 else "fp32")
     config.use_te_activation_func = False
     local = model.attention_backend == "local"
     attention = SelfAttentionSubmodules(

@@ -76,16 +76,14 @@ def _steps(settings: NPTModuleConfig, training: NPTTrainingConfig, steps: int = 
     parallel = ParallelConfig()
     initialize(parallel, seed=1)
     family = NPTFamily(settings, training, total_steps=steps)
-    chunks = build_model(
-        MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=False, extensions=[family.extension()]
-    )
+    chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()])
     family.prepare_model(chunks)
     found = Steps()
     counts = [0] * MODEL.num_layers
     _watch(chunks[0], counts, found.events)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel)
     rate = OptimizerSettings(lr=1e-3, lr_decay_style="constant")
-    optimizer = build_optimizer(rate, parallel, wrapped, [family], bf16=False)
+    optimizer = build_optimizer(rate, parallel, wrapped, [family])
     scheduler = build_scheduler(rate, TrainingConfig(train_iters=steps), optimizer, 8)
     stepper = Stepper(
         wrapped, [family], optimizer, scheduler, global_batch_size=8, micro_batch_size=2, clip_grad=0.0

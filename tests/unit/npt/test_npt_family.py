@@ -49,7 +49,14 @@ def _build(settings: NPTModuleConfig | None, model: ModelConfig, bf16: bool = Fa
     initialize(SINGLE, seed=7)
     families = [NPTFamily(settings)] if settings else []
     extensions: list[Any] = [family.extension() for family in families]
-    chunks = build_model(model, SINGLE, vocab_size=VOCAB_SIZE, seed=7, bf16=bf16, extensions=extensions)
+    chunks = build_model(
+        model,
+        SINGLE,
+        vocab_size=VOCAB_SIZE,
+        seed=7,
+        precision="bf16" if bf16 else "fp32",
+        extensions=extensions,
+    )
     for family in families:
         family.prepare_model(chunks)
     return chunks[0]

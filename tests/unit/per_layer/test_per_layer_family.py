@@ -122,10 +122,8 @@ def _freezing() -> tuple[set[str], list[dict[str, Any]]]:
     model = _build(family)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    wrapped = wrap_model([model], ParallelConfig(), bf16=False)
-    optimizer = build_optimizer(
-        OptimizerSettings(lr=1.0, min_lr=0.1), ParallelConfig(), wrapped, [family], bf16=False
-    )
+    wrapped = wrap_model([model], ParallelConfig())
+    optimizer = build_optimizer(OptimizerSettings(lr=1.0, min_lr=0.1), ParallelConfig(), wrapped, [family])
     groups = [
         {
             **{key: group.get(key) for key in ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult")},

@@ -35,7 +35,7 @@ def _planned(settings: PerLayerConfig, bf16: bool, *, divides: bool = False) -> 
         micro_batch_size=1,
         num_microbatches=2,
         data_parallel_size=2,
-        bf16=bf16,
+        precision="bf16" if bf16 else "fp32",
     )
     family = _family(settings)
     cost = family.cost(TINY)
@@ -50,7 +50,7 @@ def _bytes_of_run(settings: PerLayerConfig, bf16: bool) -> tuple[int, int]:
             parallel=ParallelConfig(),
             checkpoint=CheckpointConfig(),
             make_families=lambda: [_family(settings)],
-            bf16=bf16,
+            precision="bf16" if bf16 else "fp32",
         )
     )
     run.stepper.forward_backward(run._batches)

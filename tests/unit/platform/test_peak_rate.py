@@ -31,7 +31,7 @@ def test_a_device_that_is_not_in_the_table_is_unknown(name: str) -> None:
 
 
 def test_the_users_figure_is_taken_as_it_is() -> None:
-    assert device_peak(bf16=True, tflops=1.5).flops_per_second == 1.5e12
+    assert device_peak("bf16", tflops=1.5).flops_per_second == 1.5e12
 
 
 def test_a_measured_peak_is_raised_to_what_a_run_reaches_and_a_known_one_is_not() -> None:
@@ -40,13 +40,13 @@ def test_a_measured_peak_is_raised_to_what_a_run_reaches_and_a_known_one_is_not(
     assert raised.flops_per_second > 1e8, "measured anew"
     assert raised.raised(1e30).flops_per_second == 1e30
     assert measured.raised(1e3) is measured
-    given = device_peak(bf16=True, tflops=1.0)
+    given = device_peak("bf16", tflops=1.0)
     assert given.raised(1e30) is given
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
 def test_a_cpu_is_measured_once_a_process() -> None:
-    first, second = device_peak(bf16=False), device_peak(bf16=False)
+    first, second = device_peak("fp32"), device_peak("fp32")
     assert first == second
     assert first.source == "measured matrix product, fp32"
     assert 1e8 < first.flops_per_second < 1e15

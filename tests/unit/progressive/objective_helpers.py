@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.groups.training_config import Precision, TrainingConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.models.model_extension import Extension, StageInfo
@@ -155,17 +155,22 @@ def build_stepper(
     model: ModelConfig = MODEL,
     lr: float = 5e-3,
     micro: int = 1,
-    bf16: bool = False,
+    precision: Precision = "fp32",
 ) -> tuple[Stepper, list[GPTModel]]:
     """A model and what trains it; in every process of the layout."""
     initialize(parallel, seed=1)
     chunks = build_model(
-        model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
+        model,
+        parallel,
+        vocab_size=VOCAB_SIZE,
+        seed=1,
+        precision=precision,
+        extensions=[family.extension()],
     )
     family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=bf16)
+    wrapped = wrap_model(chunks, parallel, precision=precision)
     settings = OptimizerSettings(lr=lr, lr_decay_style="constant", weight_decay=0.0)
-    optimizer = build_optimizer(settings, parallel, wrapped, [family], bf16=bf16)
+    optimizer = build_optimizer(settings, parallel, wrapped, [family], precision=precision)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=100), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
         wrapped,
@@ -187,10 +192,10 @@ def train(
     num_samples: int = 8,
     model: ModelConfig = MODEL,
     first: int = 0,
-    bf16: bool = False,
+    precision: Precision = "fp32",
 ) -> Trained:
     """Trains from the same initial weights; evaluates at the end."""
-    stepper, _ = build_stepper(parallel, family, model, bf16=bf16)
+    stepper, _ = build_stepper(parallel, family, model, precision=precision)
     data = batches(num_samples, first=first)
     trained = Trained()
     for iteration in range(1, steps + 1):

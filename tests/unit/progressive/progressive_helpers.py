@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import Precision
 from megatron_ext.lora.lora_config import AdapterShape
 from megatron_ext.lora.parallel_linear import LayerSettings, linear_modules
 from megatron_ext.lora.trainable_layers import adapted_linears, prepare_layers
@@ -86,13 +87,20 @@ def build(
     *,
     model: ModelConfig = MODEL,
     b_std: float = 0.1,
-    bf16: bool = False,
+    precision: Precision = "fp32",
 ) -> list[GPTModel]:
     """The plan's model, ready for use; in every process of the layout."""
     parallel = parallel or ParallelConfig()
     initialize(parallel, seed=1)
     extensions: list[Extension] = [AdaptedExtension(plan)]
-    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=extensions)
+    chunks = build_model(
+        model,
+        parallel,
+        vocab_size=VOCAB_SIZE,
+        seed=1,
+        precision=precision,
+        extensions=extensions,
+    )
     draw_b(chunks, b_std)
     prepare_layers(chunks, plan)
     return chunks

@@ -11,7 +11,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.groups.training_config import Precision, TrainingConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.process_groups import initialize
@@ -31,9 +31,9 @@ TRAINING = TrainingConfig(train_iters=12, eval_iters=0, fp16=True)
 
 def _stepper(settings: OptimizerSettings) -> tuple[list[GPTModel], Stepper]:
     initialize(ParallelConfig(), seed=1)
-    chunks = build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, fp16=True)
-    wrapped = wrap_model(chunks, ParallelConfig(), bf16=False, fp16=True)
-    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], bf16=False, fp16=True)
+    chunks = build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, precision="fp16")
+    wrapped = wrap_model(chunks, ParallelConfig(), precision="fp16")
+    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], precision="fp16")
     return chunks, Stepper(
         wrapped,
         [],
@@ -88,13 +88,15 @@ def test_an_overflow_changes_nothing_but_the_scale_which_follows_megatrons_rule(
     assert results[-1].losses["lm loss"] < results[0].losses["lm loss"]
 
 
-def _gradients(fp16: bool) -> dict[str, torch.Tensor]:
+def _gradients(precision: Precision) -> dict[str, torch.Tensor]:
     """The gradients of the first step; in fp16 as the optimizer has them, before clipping."""
     initialize(ParallelConfig(), seed=1)
-    chunks = build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, fp16=fp16)
-    wrapped = wrap_model(chunks, ParallelConfig(), bf16=False, fp16=fp16)
-    settings = OptimizerSettings(lr=1.0, loss_scale=2.0**13) if fp16 else OptimizerSettings(lr=1.0)
-    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], bf16=False, fp16=fp16)
+    chunks = build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, precision=precision)
+    wrapped = wrap_model(chunks, ParallelConfig(), precision=precision)
+    settings = (
+        OptimizerSettings(lr=1.0, loss_scale=2.0**13) if precision == "fp16" else OptimizerSettings(lr=1.0)
+    )
+    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], precision=precision)
     scheduler = build_scheduler(settings, TRAINING, optimizer, 4)
     stepper = Stepper(
         wrapped, [], optimizer, scheduler, global_batch_size=4, micro_batch_size=1, clip_grad=0.0
@@ -107,7 +109,7 @@ def _gradients(fp16: bool) -> dict[str, torch.Tensor]:
 
 
 def test_the_unscaled_gradients_are_those_of_fp32_within_the_rounding_of_fp16() -> None:
-    scaled, exact = run_single(_gradients, True), run_single(_gradients, False)
+    scaled, exact = run_single(_gradients, "fp16"), run_single(_gradients, "fp32")
     assert scaled.keys() == exact.keys()
     for name, gradient in exact.items():
         assert scaled[name].dtype == torch.float32
@@ -161,13 +163,12 @@ def test_overflows_end_a_run_only_if_a_lower_scale_cannot_help(
     assert "| loss scale " in printed
 
 
-def _dtypes(precision: str, flags: dict[str, bool]) -> set[torch.dtype]:
+def _dtypes(precision: Precision, flags: dict[str, bool]) -> set[torch.dtype]:
     """Precisions of the weights' gradient sums."""
     initialize(ParallelConfig(), seed=1)
     parallel = ParallelConfig(**flags)  # type: ignore[arg-type]
-    bf16, fp16 = precision == "bf16", precision == "fp16"
-    chunks = build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, fp16=fp16)
-    (wrapped,) = wrap_model(chunks, parallel, bf16=bf16, fp16=fp16)
+    chunks = build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, precision=precision)
+    (wrapped,) = wrap_model(chunks, parallel, precision=precision)
     return {parameter.main_grad.dtype for parameter in wrapped.parameters()}
 
 

@@ -33,8 +33,8 @@ def make_stepper(
     """A tiny model and its stepper at this layout."""
     initialize(parallel, seed=1)
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
-    optimizer = build_optimizer(SETTINGS, parallel, wrapped, [], bf16=False)
+    wrapped = wrap_model(chunks, parallel)
+    optimizer = build_optimizer(SETTINGS, parallel, wrapped, [])
     scheduler = build_scheduler(SETTINGS, TrainingConfig(train_iters=10), optimizer, global_batch_size)
     stepper = Stepper(
         wrapped,
@@ -231,9 +231,9 @@ def _first_moves() -> dict[str, torch.Tensor]:
     initialize(ParallelConfig(), seed=1)
     model = replace(MODEL, untie_embeddings_and_output_weights=True)
     (chunk,) = chunks = build_model(model, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1)
-    wrapped = wrap_model(chunks, ParallelConfig(), bf16=False)
+    wrapped = wrap_model(chunks, ParallelConfig())
     settings = OptimizerSettings(lr=1e-1, decoupled_lr=7e-1, weight_decay=0.0)
-    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [], bf16=False)
+    optimizer = build_optimizer(settings, ParallelConfig(), wrapped, [])
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=100), optimizer, 4)
     scheduler.step(increment=99 * 4)
     stepper = Stepper(

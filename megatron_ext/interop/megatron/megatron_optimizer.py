@@ -1,0 +1,148 @@
+"""The optimizer's part of an exported Megatron-LM checkpoint: Adam's state, the schedule and the progress.
+
+The format is that of Megatron-LM's distributed optimizer with --dist-ckpt-optim-fully-reshardable, which is read at any
+parallel layout. megatron-core loads it into Transformer Engine's or Apex's Adam, not into torch's, which it has on a
+CPU: torch's keeps a step count per parameter.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.interop.checkpoint_without_model import CheckpointState
+from megatron_ext.interop.megatron.megatron_names import Named
+from megatron_ext.interop.megatron.megatron_progress import ADAM_ARGUMENTS, SCHEDULE_ARGUMENTS
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
+from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX
+from megatron_ext.training.engine.loss_scale import LOSS_SCALE
+
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""What the content metadata of a checkpoint says about its optimizer."""
+
+_KINDS = ("exp_avg.", "exp_avg_sq.", "param.")
+_SCHEDULE = (
+    "max_lr", "lr_warmup_steps", "lr_decay_style", "lr_decay_steps", "min_lr", "start_wd", "end_wd", "wd_incr_style",
+    "wd_incr_steps",
+)  # fmt: skip
+"""What Megatron-LM's schedule stores beside its position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerExport:
+    """A run's state beside the model's weights."""
+
+    progress: TrainingProgress
+    step: int
+    """Number of updates that Adam has made."""
+
+    scheduler: Mapping[str, Any]
+    """As `scheduler_state.scheduler_state_of` returns it."""
+
+    settings: Mapping[str, Any]
+    """`ADAM_ARGUMENTS` and `SCHEDULE_ARGUMENTS` of the run."""
+
+    loss_scale: Mapping[str, Any] | None
+    """As `loss_scale.loss_scale_state` returns it; None without fp16."""
+
+    def content(self) -> dict[str, Any]:
+        """Returns what Megatron-LM stores once for all ranks, beside the arguments."""
+        groups = [self._group(weight_decay) for weight_decay in (True, False)]
+        optimizer: dict[str, Any] = {
+            "optimizer": {"param_groups": groups},
+            "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
+        }
+        if self.loss_scale is not None:
+            scale = torch.tensor([self.loss_scale["scale"]], dtype=torch.float32)
+            optimizer["grad_scaler"] = {**self.loss_scale, "scale": scale}
+        shape = self.scheduler["shape"]
+        return {
+            "optimizer": optimizer,
+            "opt_param_scheduler": {
+                **{name: shape[name] for name in _SCHEDULE},
+                "num_steps": self.scheduler["num_steps"],
+            },
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns Megatron-LM's arguments about the run."""
+        return {
+            **{name: self.settings.get(name) for name in SCHEDULE_ARGUMENTS},
+            **{name: self.settings[name] for name in ADAM_ARGUMENTS},
+            "optimizer": "adam",
+            "iteration": self.progress.iteration,
+            "consumed_train_samples": self.progress.consumed_samples,
+            "no_save_optim": False,
+            "use_distributed_optimizer": True,
+        }
+
+    def _group(self, weight_decay: bool) -> dict[str, Any]:
+        settings, shape = self.settings, self.scheduler["shape"]
+        return {
+            "bias_correction": True,
+            "betas": (settings["adam_beta1"], settings["adam_beta2"]),
+            "eps": settings["adam_eps"],
+            "step": self.step,
+            # The schedule replaces these two before they are used.
+            "lr": shape["max_lr"],
+            "weight_decay": shape["start_wd"] if weight_decay else 0.0,
+            "max_lr": shape["max_lr"],
+            "min_lr": shape["min_lr"],
+            "wd_mult": float(weight_decay),
+            "lr_mult": 1.0,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+            "default_config": True,
+        }
+
+
+def read_optimizer(folder: Path, run_config: Mapping[str, Any]) -> OptimizerExport:
+    """Reads a run's state from its checkpoint.
+
+    Args:
+        folder: the checkpoint's directory.
+        run_config: the checkpoint's configuration.
+
+    Raises:
+        ValueError: the checkpoint has no optimizer, or Megatron-LM cannot continue with it.
+    """
+    state = files.read_json(folder / files.STATE)
+    if state["optimizer_step"] is None or state["scheduler"] is None:
+        raise ValueError(f"{folder}: holds no optimizer state; export without --with-optimizer")
+    settings = {
+        name: value
+        for section in run_config.values()
+        if isinstance(section, Mapping)
+        for name, value in section.items()
+        if name in (*SCHEDULE_ARGUMENTS, *ADAM_ARGUMENTS, "decoupled_lr")
+    }
+    if settings.get("decoupled_lr") is not None:
+        raise ValueError(
+            f"--decoupled-lr {settings['decoupled_lr']}: its parameter groups cannot be exported; export without "
+            "--with-optimizer"
+        )
+    if not all(name in settings for name in ADAM_ARGUMENTS):
+        raise ValueError(
+            f"{folder}: does not say Adam's constants, because an earlier version imported it; import it again"
+        )
+    return OptimizerExport(
+        progress=TrainingProgress(**state["progress"]),
+        step=state["optimizer_step"],
+        scheduler=state["scheduler"],
+        settings=settings,
+        loss_scale=state.get(LOSS_SCALE),
+    )
+
+
+def optimizer_tensors(tensors: list[Named], state: CheckpointState) -> Iterator[Named]:
+    """Yields the optimizer's tensors, under their names in `state` and in Megatron-LM."""
+    for kind in _KINDS:
+        for tensor in tensors:
+            theirs = f"{PREFIX}{kind}{tensor.theirs}"
+            ours = f"{PREFIX}{kind}{tensor.name}"
+            # In fp32 the weights that the optimizer updates are the model's.
+            is_models = ours.startswith(MAIN_PARAM_PREFIX) and ours not in state
+            yield replace(tensor, name=tensor.name if is_models else ours, theirs=theirs)
