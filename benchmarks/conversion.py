@@ -69,7 +69,9 @@ def _both_ways(model: Path) -> dict[str, Measured]:
     checkpoint, exported = model.with_name(f"{model.name}-checkpoint"), model.with_name(f"{model.name}-out")
     return {
         "import": _run("import", "--model-dir", str(model), "--save", str(checkpoint)),
-        "export": _run("export", "--load", str(checkpoint), "--model-dir", str(exported)),
+        "export": _run(
+            "export", "--load", str(checkpoint), "--model-dir", str(exported), "--max-shard-size", f"{_SHARD}"
+        ),
     }
 
 

@@ -23,6 +23,7 @@ from megatron_ext.models.costs.model_cost import (
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.ops.cross_entropy import BLOCK_BYTES
+from megatron_ext.models.ops.windowed_attention import block_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,8 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
     grouped queries that are normalized); attention output (n d); the MLP's inner tensors (GELU: 2f, gated: 3f); dropout
     masks of one byte per value (as on a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d
     per token of its own). With a sliding window shorter than the sequence, attention keeps joined keys and values, and
-    its output twice. A layer that uses the keys and values of another saves only its queries and rotated keys. Unfused
+    its output twice; with grouped queries also the keys and values of each block of queries, once for every query head
+    (as on a GPU). A layer that uses the keys and values of another saves only its queries and rotated keys. Unfused
     core attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
     A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
 
@@ -298,6 +300,12 @@ def _saved_width(layout: ParallelLayout, layer: int) -> float:
     # values of all ranks, and the outputs of the parts, which are then joined.
     in_parts = is_windowed or layout.parallel.context_parallel_size > 1
     width = 2 * queries + 2 * keys * layout.parallel.context_parallel_size if in_parts else queries
+    is_grouped = shape.num_query_groups < model.num_attention_heads
+    if is_windowed and is_grouped:
+        # On a GPU each block of queries keeps its keys and values once for every query head.
+        window = attended_keys(model, layer)
+        block, beyond = block_size(window), 1 - window / model.seq_length
+        width += 2 * queries * beyond * (block + window - 1) / block
     rotates = model.position_embedding_type == "rope"
     if shape.keys_of is not None:
         projected = queries if model.has_qk_norm else 0
@@ -309,7 +317,6 @@ def _saved_width(layout: ParallelLayout, layer: int) -> float:
         width += projection
     if is_changed:
         width += queries + (0 if in_parts else keys)
-    is_grouped = shape.num_query_groups < model.num_attention_heads
     if model.has_qk_norm and is_grouped and (groups > 1 or model.qk_projection_norm):
         width += queries  # queries of several groups are copied out of the projection's output
     if model.v_layernorm:

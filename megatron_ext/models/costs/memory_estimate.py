@@ -68,7 +68,7 @@ def estimate_memory(
     Args:
         layout: the run's settings.
         family_parameters: number of parameters that all model families add to the whole model; assumed to be spread
-            evenly over tensor-parallel ranks and stages.
+            evenly over tensor-parallel ranks and layers.
         trained_family_parameters: number of these parameters that the engine's optimizer trains; None for all.
         activations: what the model families add to the activations.
 
@@ -79,10 +79,6 @@ def estimate_memory(
     stages = parallel.pipeline_model_parallel_size
     if trained_family_parameters is None:
         trained_family_parameters = family_parameters
-    family, trained_family = (
-        -(-number // (parallel.tensor_model_parallel_size * stages))
-        for number in (family_parameters, trained_family_parameters)
-    )
     shards = (
         layout.data_parallel_size * parallel.context_parallel_size
         if parallel.use_distributed_optimizer
@@ -90,6 +86,11 @@ def estimate_memory(
     )
     result = []
     for stage in range(stages):
+        of_layers = len(layout.stage_layers(stage))
+        family, trained_family = (
+            -(-number * of_layers // (parallel.tensor_model_parallel_size * layout.model.num_layers))
+            for number in (family_parameters, trained_family_parameters)
+        )
         parameters = stage_parameters(layout, stage) + family
         trained = stage_parameters(layout, stage, trained=True) + trained_family
         stored = _stage_sum(layout, stage, (family.weights for family in activations))

@@ -65,9 +65,14 @@ def _allowed(before: int, queries: int, window: int, device: torch.device) -> to
     return (distance >= 0) & (distance < window)
 
 
+def block_size(window: int) -> int:
+    """Returns B, the number of queries in a block."""
+    return min(max(window // 2, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+
+
 def _blocks(start: int, end: int, window: int) -> list[tuple[int, int]]:
     """Divides the positions of the queries, from `start` to `end`, into blocks."""
-    size = min(max(window // 2, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    size = block_size(window)
     causal = [(start, min(window, end))] if start < window else []
     starts = range(max(start, window), end, size)
     return causal + [(block, min(block + size, end)) for block in starts]

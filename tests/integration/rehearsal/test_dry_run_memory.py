@@ -27,14 +27,16 @@ _GEMMA4 = (
     "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --seq-length 2048 --window-size 511,0 "
     "--rotary-base 1000000 --rotary-base-local 10000 --rotary-proportion 0.25 --use-per-layer-embedding "
     "--per-layer-preset gemma4 --per-layer-hidden-size 256 --tokenizer-type NullTokenizer --lr 1e-3 --bf16 "
-    "--train-iters 100 --micro-batch-size 1 --global-batch-size 8 "
+    "--train-iters 100 --micro-batch-size 1 "
 )
 GEMMA4 = _GEMMA4 + (
+    "--global-batch-size 8 "
     "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --num-query-groups 4 --kv-channels 64 "
     "--window-attn-skip-freq 2 --kv-channels-full 128 --num-kv-shared-layers 5 --vocab-size 32000 "
     "--ffn-hidden-sizes [2816]*3+[5632]*5 "
 )
 E2B = _GEMMA4 + (
+    "--global-batch-size 2 "  # as many micro-batches as are in flight; more would take longer only
     "--num-layers 35 --hidden-size 1536 --num-attention-heads 8 --num-query-groups 1 --kv-channels 256 "
     "--window-attn-skip-freq 5 --kv-channels-full 512 --num-kv-shared-layers 20 --vocab-size 262143 "
     "--ffn-hidden-sizes [6144]*15+[12288]*20 --tensor-model-parallel-size 4 --decoder-first-pipeline-num-layers 17 "

@@ -215,9 +215,17 @@ def test_a_model_of_ones_own_with_windows_is_exported_as_what_has_them(
     assert getattr(transformers, architecture).config_class.from_dict(config).sliding_window == 8
 
 
-OLMO = {"post_norm": True, "qk_projection_norm": True}
-SCALED = {"use_rope_scaling": True, "rope_scaling_factor": 2.0, "rope_original_max_position_embeddings": 16}
-LONG = {"rope_scaling_type": "longrope", "rope_short_factors": (1.0,) * 4, "rope_long_factors": (3.0,) * 4}
+OLMO: dict[str, Any] = {"post_norm": True, "qk_projection_norm": True}
+SCALED: dict[str, Any] = {
+    "use_rope_scaling": True,
+    "rope_scaling_factor": 2.0,
+    "rope_original_max_position_embeddings": 16,
+}
+LONG: dict[str, Any] = {
+    "rope_scaling_type": "longrope",
+    "rope_short_factors": (1.0,) * 4,
+    "rope_long_factors": (3.0,) * 4,
+}
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,12 @@ SAVED = {
     "norms on values": (replace(MODEL, v_layernorm=True, qk_layernorm=True), ParallelConfig(), False),
     "norms on values alone": (replace(MODEL, v_layernorm=True), ParallelConfig(), True),
     "norms on values in a window": (
-        replace(MODEL, v_layernorm=True, qk_layernorm=True, window_size="7,0"),
+        replace(MODEL, num_query_groups=4, v_layernorm=True, qk_layernorm=True, window_size="7,0"),
         ParallelConfig(),
         True,
     ),
-    "sliding window": (replace(MODEL, window_size="7,0"), ParallelConfig(), False),
+    # With grouped queries, a GPU would keep the keys of every block once for every query head.
+    "sliding window": (replace(MODEL, num_query_groups=4, window_size="7,0"), ParallelConfig(), False),
     "window of the whole sequence": (replace(MODEL, window_size="31,0"), ParallelConfig(), False),
 }
 
@@ -156,7 +157,10 @@ def test_activations_of_a_layer_are_what_autograd_keeps(name: str) -> None:
 SHARED = {
     "shared keys": (MODEL, False),
     "normalized shared keys": (replace(MODEL, qk_layernorm=True, v_layernorm=True), True),
-    "shared keys in a window": (replace(MODEL, window_size="7,0", qk_layernorm=True), False),
+    "shared keys in a window": (
+        replace(MODEL, num_query_groups=4, window_size="7,0", qk_layernorm=True),
+        False,
+    ),
 }
 
 
@@ -189,7 +193,7 @@ def test_a_layer_that_uses_keys_of_another_keeps_what_the_estimate_says() -> Non
         assert user < own
         assert user == pytest.approx(found[2] - found[1], rel=0.07), name
         shared = shared_key_bytes(layouts[1], 0)
-        assert shared == 2 * 2 * 2 * 16 * SEQUENCE * BATCH * (2 if bf16 else 4)
+        assert shared == 2 * 2 * model.num_query_groups * 16 * SEQUENCE * BATCH * (2 if bf16 else 4)
         # Attention in blocks copies keys and values, and then keeps nothing of the stream.
         assert found[1] - found[0] + own - user <= shared, name
 

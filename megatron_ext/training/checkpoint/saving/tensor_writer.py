@@ -189,8 +189,10 @@ class _Reading:
         if self._written is not None and self._written.resizable():
             self._written.resize_(0)
         tensor = self._read(item.index.fqn, tuple(item.index.offset or ()))
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # as torch's writer would
+        storage = tensor.untyped_storage()
+        # As torch's writer would; also where the memory is not torch's own, such as pages of a mapped file.
+        if storage.nbytes() != tensor.nbytes or not storage.resizable():
+            tensor = tensor.clone()
         self._written = tensor.untyped_storage()
         return tensor
 
