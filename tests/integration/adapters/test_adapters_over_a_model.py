@@ -176,7 +176,7 @@ def test_adapters_may_be_trained_further_over_another_run_of_adapters(folder: Pa
 def _theirs(base: str, adapter: str | None) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         with warnings.catch_warnings():  # peft imports every quantization library that is installed
             warnings.simplefilter("ignore")

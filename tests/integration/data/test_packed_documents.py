@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ RUN = (
     f"--global-batch-size 4 --train-iters 2 --eval-iters 2 --num-workers 0 --seed {SEED} --split 40,30,30 "
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --log-interval 1"
 )
-FLAGS = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+FLAGS: dict[str, Any] = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
 
 
 def _losses_of_documents(folder: str) -> list[float]:

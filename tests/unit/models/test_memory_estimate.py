@@ -193,7 +193,7 @@ def test_a_layer_that_uses_keys_of_another_keeps_what_the_estimate_says() -> Non
         assert user < own
         assert user == pytest.approx(found[2] - found[1], rel=0.07), name
         shared = shared_key_bytes(layouts[1], 0)
-        assert shared == 2 * 2 * model.num_query_groups * 16 * SEQUENCE * BATCH * (2 if bf16 else 4)
+        assert shared == 2 * 2 * (model.num_query_groups or 0) * 16 * SEQUENCE * BATCH * (2 if bf16 else 4)
         # Attention in blocks copies keys and values, and then keeps nothing of the stream.
         assert found[1] - found[0] + own - user <= shared, name
 
