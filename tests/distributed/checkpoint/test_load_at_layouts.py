@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.serialize import group_in
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
@@ -18,7 +19,7 @@ from tests.unit.training.test_checkpoint_load import save_two_steps
 def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
     stored = read_run_config(folder)
     initialize(parallel, seed=5)
-    model = ModelConfig(**stored["model"])
+    model = group_in(ModelConfig, stored, "model")
     chunks = build_model(model, parallel, vocab_size=stored["vocab_size"], seed=5)
     load_weights(folder, list(chunks), [])
     assert len(chunks) == 1
