@@ -36,6 +36,10 @@ for _module, _words in (
 ):
     logging.getLogger(f"megatron.core.{_module}").addFilter(functools.partial(_begins_otherwise, _words))
 
+# torch's CUDA build says it on a machine with the CUDA toolkit and no GPU; the run's own line names its device.
+_no_cuda = functools.partial(_begins_otherwise, "No CUDA runtime is found")
+logging.getLogger("torch.utils.cpp_extension").addFilter(_no_cuda)
+
 
 def __getattr__(name: str) -> str:
     """`__version__`, from the metadata of the installed package: pyproject.toml is the one place that states it."""

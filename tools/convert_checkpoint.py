@@ -18,11 +18,14 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag_name
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.tokenizer_config import TokenizerType
+
+if TYPE_CHECKING:
+    from megatron_ext.config.groups.model_config import ModelConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -266,16 +269,31 @@ def run_import(config: ImportConfig) -> None:
             f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
             f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
         )
-    print("to continue training" + ("" if families else ", or to convert the model to NPT") + ":")
+    suits_npt = not families and _suits_npt(model)
+    print("to continue training" + (", or to convert the model to NPT" if suits_npt else "") + ":")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
-    if families:
+    if not suits_npt:
         return
     print(
         f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-5 --np-form key_value --np-target gate+up "
         f"--np-rank auto:0.1 --np-residual keep --np-init calibrated --save {save}-npt"
     )
+
+
+def _suits_npt(model: "ModelConfig") -> bool:
+    from megatron_ext.config.groups.parallel_config import ParallelConfig
+    from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+    from megatron_ext.npt.npt_family import NPTFamily
+
+    try:
+        NPTFamily(NPTModuleConfig(np_form="key_value", np_target="gate+up", np_residual="keep")).check(
+            model, ParallelConfig()
+        )
+    except ValueError:
+        return False
+    return True
 
 
 def run_merge(config: MergeConfig) -> None:

@@ -34,9 +34,7 @@ def test_import_of_the_package_patches_nothing() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    # torch's CUDA build says this when megatron-core 0.19 imports it where the toolkit is and no GPU.
-    said = [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line]
-    assert not said
+    assert result.stderr == ""
 
 
 def test_cuda_calls_mean_the_cpu_after_installation() -> None:

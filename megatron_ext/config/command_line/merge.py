@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_ext.config.command_line.field_checks import check_numbers
+from megatron_ext.config.command_line.field_checks import check_numbers, flag_name
 from megatron_ext.config.command_line.flag_table import Flag, groups_of
 from megatron_ext.config.command_line.values import from_file
 
@@ -107,6 +107,18 @@ class Merged:
         return changed
 
 
+def _check_kept(group: "DataclassInstance", merged: Merged) -> None:
+    """Checks that a group has kept the user's values; it cannot tell a given value that is the default from none."""
+    for field in dataclasses.fields(group):
+        source = merged.sources.get(field.name)
+        if source is None or not (source == FLAG or source.is_yaml):
+            continue
+        given, kept = merged.values[field.name], getattr(group, field.name)
+        if kept != given:
+            flag = flag_name(field.name)
+            raise ValueError(f"{flag} {given}: another flag sets it to {kept}; omit {flag}")
+
+
 def build(config_type: type[T], merged: Merged) -> T:
     """Builds and checks the configuration; fields without a value get their default.
 
@@ -121,6 +133,7 @@ def build(config_type: type[T], merged: Merged) -> T:
     }
     for group in groups.values():
         check_numbers(group)
+        _check_kept(group, merged)
     (first, *_) = groups.values()
     if isinstance(first, config_type):  # the configuration is a single group
         return first

@@ -104,9 +104,8 @@ class ExtendedSelfAttention(SelfAttention):
         projected, _ = self.linear_qkv(hidden_states)
         groups, ranks, rank = self.config.num_query_groups, self.tp_group.size(), self.tp_group.rank()
         copies = max(1, ranks // groups)
-        if (
-            copies > 1
-        ):  # several ranks share a group: each needs the whole group, and uses its part of the queries
+        # Ranks that share a group need the whole group; each uses its part of the queries.
+        if copies > 1:
             projected = all_gather_last_dim_from_tensor_parallel_region(projected, group=self.tp_group)
             projected = projected.chunk(groups, dim=-1)[rank // copies]
         width, local = self.hidden_size_per_attention_head, self.num_query_groups_per_partition

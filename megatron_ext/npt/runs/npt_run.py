@@ -139,6 +139,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         )
     trains = config.training.train_iters != 0
     config = resolve(config if trains else replace(config, training=replace(config.training, train_iters=1)))
+    NPTFamily(config.np).check(config.model, config.parallel)
     tokenizer = check_run(config, lambda _: check_directories(config.checkpoint, writes=True))
     with process_group(config.parallel, config.training, config.checkpoint):
         with ending_at_once("stopped in the calibration, of which nothing is kept"):

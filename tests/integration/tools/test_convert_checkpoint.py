@@ -268,6 +268,21 @@ def test_a_model_trained_on_aligned_data_needs_its_table_for_the_export(folder: 
     assert tensors["model.per_layer_ids"].tolist() == [3 + token % 4 for token in range(21)]
 
 
+def test_a_model_that_npt_refuses_gets_no_advice_to_convert_it_and_no_calibration(
+    folder: Path, tmp_path: Path
+) -> None:
+    KINDS["Olmo2"].build().save_pretrained(tmp_path / "hf")
+    where = ["--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/base"]
+    advice = run_script("tools/convert_checkpoint.py", "import", *where).stdout
+    assert "pretrain_gpt_per_layer.py" in advice and "pretrain_npt.py" not in advice
+    data = ["--load", f"{tmp_path}/base", "--data-path", f"{folder}/data", "--save", f"{tmp_path}/npt"]
+    flags = "--mode multi_layer --train-iters 1 --lr 1e-3 --np-form key_value --np-target gate+up --np-residual keep"
+    calibrated = ["--np-rank", "auto:0.1", "--np-init", "calibrated"]
+    refused = run_script("pretrain_npt.py", *data, *flags.split(), *calibrated)
+    assert refused.stderr.strip() == "error: --post-norm: not supported by the model family npt"
+    assert refused.returncode == 2 and not (tmp_path / "npt").exists()
+
+
 def test_np_weights_that_do_not_fit_are_refused_before_anything_is_written(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,13 @@ def test_a_value_that_another_flag_sets_is_shown_as_such(capsys: pytest.CaptureF
     assert row.split(maxsplit=1)[1].split(maxsplit=1) == ["gelu_tanh", "follows from others"]
 
 
+def test_a_given_default_that_another_flag_replaces_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    given = "--use-per-layer-embedding --per-layer-preset gemma4 --per-layer-position before_layer"
+    with pytest.raises(SystemExit):
+        parse(PerLayerRunConfig, [*GIVEN.split(), *given.split()])
+    assert "--per-layer-position before_layer: another flag sets it to after_mlp" in capsys.readouterr().err
+
+
 def test_yaml_keeps_the_type_of_every_value(tmp_path: Path) -> None:
     content = (
         "lr: 1e-4\nhidden_dropout: 0\nsplit: 100\nsave: '007'\ndata_path: [1, a]\nrecompute_modules: mlp\n"
