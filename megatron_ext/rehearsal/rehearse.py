@@ -27,9 +27,6 @@ REHEARSED_DEVICE = "MEGATRON_EXT_REHEARSED_DEVICE"
 MEMORY = "MEGATRON_EXT_REHEARSED_MEMORY_GB"
 """Environment variable that tells a child the memory of the simulated device, if it was given."""
 
-DOES_NOT_FIT = 1
-"""Exit code of a rehearsal whose peak exceeds the device's memory."""
-
 
 def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     """Calls `run(config)`, or rehearses it if --rehearse was given; returns the process's exit code.

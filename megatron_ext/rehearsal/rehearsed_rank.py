@@ -16,10 +16,12 @@ from megatron_ext.config.run_config import C
 from megatron_ext.platform import run_phases
 from megatron_ext.rehearsal.recording.activity import Activity
 from megatron_ext.rehearsal.recording.recorder import Recorder
-from megatron_ext.rehearsal.rehearse import DOES_NOT_FIT
 from megatron_ext.rehearsal.report import Rehearsal, fits, fused_kernels, print_report
 from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_kernels
 from megatron_ext.rehearsal.simulated.devices import Device, device_named
+
+DOES_NOT_FIT = 1
+"""Exit code of a rehearsal whose peak exceeds the device's memory."""
 
 
 @functools.cache
