@@ -135,7 +135,7 @@ def _found(parallel: ParallelConfig) -> Found:
     return Found(
         places,
         fields,
-        get_batch_on_this_cp_rank(dict(batch)),
+        get_batch_on_this_cp_rank(dict(batch), **_ENGINES_OPTIONS),
         whole.detach()[:, 0],
         part.grad[:, 0],
         {name: _attend(places, *case) for name, case in CASES.items()},
