@@ -277,7 +277,9 @@ def write_tensors(path: Path, value: Any) -> None:
     # With a path, `torch.save` would hide the system's error, such as a full disk, behind an error of torch.
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    path.write_bytes(buffer.getbuffer())
+    # The view is released after an error too: Python 3.13 prints an error when it collects a buffer with a view of it.
+    with path.open("wb") as file, buffer.getbuffer() as content:
+        file.write(content)
 
 
 def write_safetensors_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

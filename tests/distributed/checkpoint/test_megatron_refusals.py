@@ -1,11 +1,11 @@
 """What an import from Megatron-LM refuses in one line, and what a damaged or hostile file does: nothing."""
 
-import errno
 import json
 import os
 import pickle
 import re
 import shutil
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -218,11 +218,13 @@ def test_load_says_the_command_that_imports_a_checkpoint_of_megatron(root: bool,
 
 
 def test_a_full_disk_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: HashedFile, data: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    opened = HashedFile.__init__
+
+    def open_on_full_disk(self: HashedFile, path: Path, cancelled: threading.Event) -> None:
+        opened(self, Path("/dev/full"), cancelled)
 
     imported(copy, copy.parent / "first")
-    monkeypatch.setattr(HashedFile, "write", full)
+    monkeypatch.setattr(HashedFile, "__init__", open_on_full_disk)
     assert "No space left on device" in refusal(copy)
     with pytest.raises(OSError, match="No space left on device"):
         alone(export_megatron, str(copy.parent / "first"), copy.parent / "exported")
