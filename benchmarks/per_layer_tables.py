@@ -32,7 +32,7 @@ from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.groups.training_config import Precision, TrainingConfig
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def _stepper(config: BenchmarkConfig, name: str, rows: int) -> "Stepper":
     from megatron_ext.training.engine.training_step import Stepper
 
     parallel, settings = ParallelConfig(), OptimizerSettings(lr=1e-4, weight_decay=0.1)
+    precision: Precision = "bf16" if config.bf16 else "fp32"
     initialize(parallel, seed=1)
     family = PerLayerFamily(_per_layer(config, name, rows), vocab_size=VOCABULARY)
     chunks = build_model(
@@ -205,12 +206,12 @@ def _stepper(config: BenchmarkConfig, name: str, rows: int) -> "Stepper":
         parallel,
         vocab_size=VOCABULARY,
         seed=1,
-        bf16=config.bf16,
+        precision=precision,
         extensions=[family.extension()],
     )
     family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=config.bf16)
-    optimizer = build_optimizer(settings, parallel, wrapped, [family], bf16=config.bf16)
+    wrapped = wrap_model(chunks, parallel, precision=precision)
+    optimizer = build_optimizer(settings, parallel, wrapped, [family], precision=precision)
     training = TrainingConfig(train_iters=10**6)
     size = config.micro_batch_size
     return Stepper(

@@ -119,7 +119,7 @@ def _engine_config(shape: ModelConfig, bf16: bool, fused: bool) -> Any:
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        precision="bf16" if bf16 else "fp32",
+        bf16=bf16,
         # Its attention stores all scores. As Megatron-LM advises, the backward pass computes them again.
         recompute_granularity="selective",
         recompute_modules=["core_attn"],
