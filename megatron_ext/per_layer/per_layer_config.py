@@ -8,7 +8,7 @@ tables may have fewer rows than the vocabulary; the ids beyond them use row 0.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -107,6 +107,8 @@ class PerLayerConfig:
 
     per_layer_stats_interval: int = 100
     """Number of steps between two records of the per-layer statistics."""
+
+    SET_BY_PRESET: ClassVar = tuple(_GEMMA)
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -108,14 +108,14 @@ class Merged:
 
 
 def _check_kept(group: "DataclassInstance", merged: Merged) -> None:
-    """Checks that a group has kept the user's values; it cannot tell a given value that is the default from none."""
-    for field in dataclasses.fields(group):
-        source = merged.sources.get(field.name)
+    """Checks that a group's preset has kept the user's values; the group takes a given default for none."""
+    for field in getattr(group, "SET_BY_PRESET", ()):
+        source = merged.sources.get(field)
         if source is None or not (source == FLAG or source.is_yaml):
             continue
-        given, kept = merged.values[field.name], getattr(group, field.name)
+        given, kept = merged.values[field], getattr(group, field)
         if kept != given:
-            flag = flag_name(field.name)
+            flag = flag_name(field)
             raise ValueError(f"{flag} {given}: another flag sets it to {kept}; omit {flag}")
 
 
