@@ -208,10 +208,10 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
         self._check_heads()
         self._check_norms()
         self._check_mlp()
+        self._check_window()
         check_positions(self)
         check_layers(self)
         check_parts_of_gemma3n(self)
-        self._check_window()
         if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
             raise ValueError(
                 f"--embedding-multiplier {self.embedding_multiplier}: cannot be given together with "
