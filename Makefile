@@ -5,7 +5,7 @@
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make gemma       a small Gemma 4 pretrained, exported, and run by transformers; under eight minutes
 # make test-fast   the unit tests, which start no process: under a minute on two cores
-# make test        lint, types and all tests: 23 minutes of processor time
+# make test        lint, types and all tests: about 40 minutes of processor time
 # make check       lint and types only
 # make bench       every benchmark, one table each
 # make gpu-wheels  what `make gpu` needs, in build/gpu-wheels: wheels for Python GPU_PYTHON_VERSION, and rehearsed figures

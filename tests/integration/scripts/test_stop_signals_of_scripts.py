@@ -189,7 +189,7 @@ def test_a_killed_loader_process_ends_the_run_with_one_line_that_names_it(data: 
     )
     assert re.match(told, next(line for line in output.splitlines() if line.startswith("error: ")))
     assert re.search(told, output.splitlines()[-2])
-    assert output.count("Traceback") == 1, "torchrun's own"
+    assert output.count("Traceback") == 1, output  # torchrun's own
 
 
 def test_a_killed_process_ends_the_others_with_their_loader_processes_and_is_the_root_cause_in_the_report(
