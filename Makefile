@@ -3,7 +3,7 @@
 # make npt         the pretrained SmolLM2-135M converted to NPT in closed form, trained and evaluated; five minutes
 # make npt-toy     NPT layer by layer, then with a curriculum, on a small Llama pretrained for it; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
-# make gemma       a small Gemma 4 pretrained, exported, and run by transformers; under eight minutes
+# make gemma       a small Gemma 4 pretrained, exported, and run by transformers; five minutes
 # make test-fast   the unit tests, which start no process: under a minute on two cores
 # make test        lint, types and all tests: about 40 minutes of processor time
 # make check       lint and types only

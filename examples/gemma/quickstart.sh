@@ -2,14 +2,14 @@
 # A small Gemma 4, per-layer embedding included, on two CPU cores and real text: pretrains it with tensor parallelism,
 # exports it to Hugging Face's format, and generates with transformers, without this project.
 #
-#     bash examples/gemma/quickstart.sh [DIRECTORY]        `make gemma` does this; under eight minutes
+#     bash examples/gemma/quickstart.sh [DIRECTORY]        `make gemma` does this; about five minutes
 #
 # Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/gemma}
 steps=${STEPS:-100}
-prompt=${PROMPT:-The function returns}
+prompt=${PROMPT:-self.assertEqual(}
 new_tokens=${NEW_TOKENS:-40}
 . examples/common.sh
 fresh_directory "$out" checkpoint
