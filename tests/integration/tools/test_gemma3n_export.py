@@ -8,15 +8,12 @@ import torch
 import transformers
 
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.inference.generation import Sampling, generate, stage_logits
-from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop.formats.per_layer_layout import family_of
 from megatron_ext.interop.hf_import import model_flags
-from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.forked_scripts import run_script
-from tests.unit.interop.hf_models import alone, logits_of, tokens
+from tests.unit.interop.hf_models import alone, logits_of
+from tests.unit.interop.imported_models import exported_and_generated
 from tests.unit.interop.test_gemma3n import E2B, SHAPES, imported
-from tools.convert_checkpoint import main
 
 SCRIPT = "pretrain_gpt_per_layer.py"
 RUN = (
@@ -36,23 +33,11 @@ MODEL = (
 NEW_TOKENS = 40
 
 
-def _exported(load: str, target: str) -> tuple[torch.Tensor, list[int]]:
-    """Exports a checkpoint; returns its model's logits, and what it generates."""
-    assert main(["export", "--load", load, "--model-dir", target]) == 0
-    loaded = load_model(load, FAMILIES)
-    positions = torch.arange(tokens().size(1)).expand_as(tokens())
-    with torch.no_grad():
-        logits = stage_logits(loaded.model, loaded.families, {"tokens": tokens(), "position_ids": positions})
-    assert logits is not None
-    greedy = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
-    return logits, generate(loaded.model, loaded.families, [[70, 71]], greedy, 96)[0]
-
-
 def test_a_model_of_ones_own_trained_on_two_stages_is_read_by_transformers(tmp_path: Path) -> None:
     save, target = str(tmp_path / "run"), str(tmp_path / "exported")
     done = run_script(SCRIPT, *MODEL.split(), *RUN.split(), "--save", save, processes=2)
     assert done.returncode == 0, done.stderr
-    logits, new = alone(_exported, save, target)
+    logits, new = alone(exported_and_generated, save, target, NEW_TOKENS)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     model, found = loaded
     assert not any(found.values()), found

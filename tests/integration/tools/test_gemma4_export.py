@@ -11,13 +11,11 @@ import torch
 import transformers
 
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.inference.generation import Sampling, generate, stage_logits
-from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop.formats.per_layer_layout import family_of
 from megatron_ext.interop.hf_import import model_flags
-from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.forked_scripts import run_script
-from tests.unit.interop.hf_models import KINDS, alone, logits_of, tensors_in, tokens
+from tests.unit.interop.hf_models import KINDS, alone, logits_of, tensors_in
+from tests.unit.interop.imported_models import exported_and_generated
 from tests.unit.interop.test_gemma4 import E2B, imported
 from tools.convert_checkpoint import main
 
@@ -39,27 +37,13 @@ MODEL = (
 NEW_TOKENS = 40
 
 
-def _exported(load: str, target: str) -> tuple[torch.Tensor, list[int]]:
-    """Exports a checkpoint; returns its model's logits, and what it generates."""
-    assert main(["export", "--load", load, "--model-dir", target]) == 0
-    loaded = load_model(load, FAMILIES)
-    positions = torch.arange(tokens().size(1)).expand_as(tokens())
-    batch = {"tokens": tokens(), "position_ids": positions}
-    with torch.no_grad():
-        logits = stage_logits(loaded.model, loaded.families, batch)
-    assert logits is not None
-    greedy = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
-    new = generate(loaded.model, loaded.families, [[70, 71]], greedy, 96)[0]
-    return logits, new
-
-
 def _train(*flags: str) -> None:
     done = run_script(SCRIPT, *flags, *RUN.split(), "--pipeline-model-parallel-size", "2", processes=2)
     assert done.returncode == 0, done.stderr
 
 
 def _check(load: Path, target: Path) -> None:
-    logits, new = alone(_exported, str(load), str(target))
+    logits, new = alone(exported_and_generated, str(load), str(target), NEW_TOKENS)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     model, found = loaded
     assert not any(found.values()), found

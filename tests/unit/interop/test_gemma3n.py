@@ -9,21 +9,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_to_dict
-from megatron_ext.interop import load_hf, load_into
 from megatron_ext.interop.formats.configs.hf_config import HFModel, choose_architecture, to_model_config
 from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.per_layer_layout import exported_per_layer, family_of
-from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.training.interface.family_interface import auxiliary_inputs
-from tests.unit.interop.hf_models import GEMMA3N, KINDS, SIZES, families_of, logits_of, tokens
+from tests.unit.interop.hf_models import GEMMA3N, KINDS, SIZES, logits_of
+from tests.unit.interop.imported_models import imported_logits
 
 E2B: dict[str, Any] = {
     "intermediate_size": [8192] * 30,
@@ -79,22 +75,6 @@ def test_the_imported_settings_are_those_of_the_preset() -> None:
     assert exported_per_layer({"per_layer": family.configuration()}) == per_layer
 
 
-def _logits(folder: str) -> tuple[torch.Tensor, tuple[str, ...]]:
-    initialize(ParallelConfig(), seed=1)
-    source = load_hf(folder)
-    families = families_of(source.families.configurations)
-    extensions = [family.extension() for family in families]
-    chunks = build_model(
-        source.model, ParallelConfig(), vocab_size=source.vocab_size, seed=7, extensions=extensions
-    )
-    load_into(chunks, source.state)
-    ids = tokens()
-    positions, inputs = torch.arange(ids.size(1)).expand_as(ids), auxiliary_inputs(families, {"tokens": ids})
-    with torch.no_grad():
-        logits: torch.Tensor = chunks[0].eval()(ids, positions, None, auxiliary_inputs=inputs)
-    return logits, source.messages
-
-
 @pytest.fixture
 def whole(tmp_path: Path) -> torch.Tensor:
     """Writes the tensors of a language model, an image embedding, and unused keys and values; returns its logits."""
@@ -127,7 +107,7 @@ def test_transformers_names_the_tensors_of_the_whole_model_so() -> None:
 def test_the_language_model_of_a_whole_gemma_3n_is_imported_alone(
     whole: torch.Tensor, tmp_path: Path
 ) -> None:
-    logits, messages = run_single(_logits, str(tmp_path))
+    logits, messages = run_single(imported_logits, str(tmp_path))
     torch.testing.assert_close(logits, whole, atol=1e-5, rtol=0)
     assert any("the language model of gemma3n; 1 other tensors are left out" in line for line in messages)
     assert any("2 tensors are of keys and values that no layer uses" in line for line in messages)
