@@ -6,6 +6,7 @@ Model families that the loaded model lacks train beside the adapters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,7 @@ class AdapterFamily(Family):
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
         """Returns the work of a step in which only adapters train."""
         work = adapted_work(self._plan(model), model, trains_embedding=bool(self.trained))
-        return StepWork(
-            layers=work.layers,
-            head=Use.GRADIENT,
-            trains_embedding=False,
-            trained_parameters=work.trained_parameters,
-            flops_per_token=work.flops_per_token,
-        )
+        return replace(work, head=Use.GRADIENT, trains_embedding=False)
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
         """Returns what the adapters add to the activations of a step."""

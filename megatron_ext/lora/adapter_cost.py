@@ -22,8 +22,6 @@ parallelism, n d and f divided by t:
 Unpacking four-bit weights is not a matrix product and is not counted.
 """
 
-from dataclasses import dataclass
-
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.linear_precision import compute_dtype
@@ -39,7 +37,7 @@ from megatron_ext.models.costs.model_cost import (
     linear_flops_per_token,
     linear_sizes,
 )
-from megatron_ext.models.costs.step_work import Use
+from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.engine_config import DTYPES
 
 _FOUR_BITS = 0.5625
@@ -56,24 +54,10 @@ def adapter_parameters(plan: SettingsByLayer, model: ModelConfig) -> int:
     return sum(_adapter_parameters(settings, model, number) for number, settings in plan.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptedWork:
-    """How much of the layers one training step runs and trains."""
-
-    layers: tuple[Use, ...]
-    """How the step uses each layer of the base model."""
-
-    trained_parameters: int
-    """Number of the adapters' parameters that are trained."""
-
-    flops_per_token: float
-    """FLOPs per token of the adapters, forward and backward, and of partly computed gradients of inputs."""
-
-
 def adapted_work(
     plan: SettingsByLayer, model: ModelConfig, *, trains_embedding: bool, cached_layers: int = 0
-) -> AdaptedWork:
-    """Returns which parts of the layers a training step runs and trains.
+) -> StepWork:
+    """Returns which parts of the model a training step runs and trains; the head is trained.
 
     Args:
         plan: what is trained in each layer, and its adapters and precision, by layer number.
@@ -96,7 +80,12 @@ def adapted_work(
                 model, "qkv", layer=number
             )  # the layer's input has no gradient
         reached = reached or use >= Use.PARTIAL
-    return AdaptedWork(layers=tuple(uses), trained_parameters=trained, flops_per_token=flops)
+    return StepWork(
+        layers=tuple(uses),
+        trains_embedding=trains_embedding,
+        trained_parameters=trained,
+        flops_per_token=flops,
+    )
 
 
 def adapted_activations(plan: SettingsByLayer, layout: ParallelLayout) -> FamilyActivations:

@@ -7,6 +7,8 @@ Beside the adapters, which `lora.adapter_cost` counts:
 The trunk is the stacks below or above the new stack. Head and final norm are always trained.
 """
 
+from dataclasses import replace
+
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.adapter_cost import adapted_work, adapter_parameters
 from megatron_ext.lora.parallel_linear import SettingsByLayer
@@ -49,17 +51,13 @@ def progressive_work(
             their output.
     """
     work = adapted_work(plan, model, trains_embedding=trains_embedding, cached_layers=cached_layers)
-    flops = work.flops_per_token
     time = _time_flops(config, model)
     # A learned table needs a gradient; a sinusoidal encoding does not, because it is a constant.
-    flops += (
-        time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
-    )
-    return StepWork(
-        layers=work.layers,
-        trains_embedding=trains_embedding,
+    passes = 1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))
+    return replace(
+        work,
         trained_parameters=work.trained_parameters + _time_parameters(config, model) * trains_embedding,
-        flops_per_token=flops,
+        flops_per_token=work.flops_per_token + time * passes * (not cached_layers),
     )
 
 

@@ -59,15 +59,11 @@ def _every(number: int, num_layers: int) -> tuple[bool, ...]:
 
 def _number_or_list(flag: str, text: str, num_layers: int) -> int | list[int]:
     wanted = f"must be a number of at least 1, or a list of {num_layers} zeros and ones such as ([1]*5+[0])*2"
-    try:
-        value = _value(ast.parse(text.strip(), mode="eval").body, num_layers)
-    except (SyntaxError, ValueError):
-        raise ValueError(f"{flag} {text}: {wanted}") from None
+    value = _read(text, num_layers)
     if isinstance(value, int) and value >= 1:
         return value
-    entries = value if isinstance(value, list) else []
-    if len(entries) == num_layers and set(entries) <= {0, 1}:
-        return [int(entry) for entry in entries]
+    if isinstance(value, list) and len(value) == num_layers and set(value) <= {0, 1}:
+        return [int(entry) for entry in value]
     raise ValueError(f"{flag} {text}: {wanted}")
 
 
@@ -78,51 +74,52 @@ def entries_of(text: str, longest: int) -> list[int] | None:
         text: the list, such as [6144]*15+[12288]*20.
         longest: largest number of entries.
     """
-    try:
-        value = _value(ast.parse(text.strip(), mode="eval").body, longest)
-    except (SyntaxError, ValueError):
+    value = _read(text, longest)
+    if not isinstance(value, list):
         return None
-    entries = value if isinstance(value, list) else [0.5]
-    whole = [entry for entry in entries if isinstance(entry, int)]
-    return whole if len(whole) == len(entries) else None
+    whole = [entry for entry in value if isinstance(entry, int)]
+    return whole if len(whole) == len(value) else None
 
 
 def skip_frequency(layers: tuple[bool, ...]) -> str | None:
     """Returns the shortest value of --window-attn-skip-freq for the given layers; None if all have a window."""
     if all(layers):
         return None
-    first = layers.index(False) + 1
-    if layers == windowed_layers(str(first), len(layers)):
-        return str(first)
-    return _list_of(layers)
+    return _shortest(tuple(not has_window for has_window in layers), layers)
 
 
 def no_rope_frequency(layers: tuple[bool, ...]) -> str | None:
     """Returns the shortest value of --no-rope-freq for the layers without rotary positions; None if there is none."""
     if not any(layers):
         return None
-    first = layers.index(True) + 1
-    return str(first) if layers == _every(first, len(layers)) else _list_of(layers)
+    return _shortest(layers, layers)
 
 
-def _list_of(layers: tuple[bool, ...]) -> str:
-    return "[" + ",".join(str(int(layer)) for layer in layers) + "]"
+def _shortest(chosen: tuple[bool, ...], listed: tuple[bool, ...]) -> str:
+    """Returns N if every Nth layer and no other is chosen, otherwise a list."""
+    first = chosen.index(True) + 1
+    if chosen == _every(first, len(chosen)):
+        return str(first)
+    return "[" + ",".join(str(int(entry)) for entry in listed) + "]"
 
 
-def shares_of(text: str, num_layers: int) -> tuple[float, ...]:
+def shares_of(text: str, num_layers: int) -> tuple[float, ...] | None:
     """Returns a number for each layer, from one number for all or from a list such as [0.95]*10+[0]*25.
 
-    Raises:
-        ValueError: the text is neither, or the list has another number of entries.
+    None if the text is neither, or the list has another number of entries.
     """
+    value = _read(text, num_layers)
+    if isinstance(value, list):
+        return tuple(value) if len(value) == num_layers else None
+    return None if value is None else (value,) * num_layers
+
+
+def _read(text: str, longest: int) -> float | list[float] | None:
+    """Returns a number, or a list of at most `longest` numbers; None if the text is neither."""
     try:
-        value = _value(ast.parse(text.strip(), mode="eval").body, num_layers)
-    except SyntaxError:
-        raise ValueError("not a list") from None
-    entries = value if isinstance(value, list) else [value] * num_layers
-    if len(entries) != num_layers:
-        raise ValueError("not a number for each layer")
-    return tuple(entries)
+        return _value(ast.parse(text.strip(), mode="eval").body, longest)
+    except (SyntaxError, ValueError):
+        return None
 
 
 def _value(node: ast.expr, longest: int) -> float | list[float]:

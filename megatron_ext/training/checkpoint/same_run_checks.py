@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.groups.model.layer_shapes import LAYER_DIFFERENCES
+from megatron_ext.config.groups.model.positions import ROPE_SCALING
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers.tokenizer import in_words
@@ -19,11 +21,7 @@ _SHAPE = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
-    "num_query_groups_full",
-    "kv_channels_full",
-    "ffn_hidden_sizes",
-    "num_kv_shared_layers",
-    "attention_k_eq_v",
+    *LAYER_DIFFERENCES,
     "v_layernorm",
     "layer_scalar",
     "swiglu",
@@ -60,14 +58,7 @@ _MEANING = (
     "rotary_seq_len_interpolation_factor",
     "no_rope_freq",
     "use_rope_scaling",
-    "rope_scaling_type",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_position_embeddings",
-    "rope_attention_factor",
-    "rope_short_factors",
-    "rope_long_factors",
+    *ROPE_SCALING,
     "window_size",
     "window_attn_skip_freq",
     "norm_epsilon",

@@ -61,11 +61,8 @@ def sparsities(text: str | None, num_layers: int) -> tuple[float, ...]:
     """
     if text is None:
         return (0.0,) * num_layers
-    try:
-        shares = shares_of(text, num_layers)
-    except ValueError:
-        shares = ()
-    if not shares or not all(0 <= share < 1 for share in shares):
+    shares = shares_of(text, num_layers)
+    if shares is None or not all(0 <= share < 1 for share in shares):
         raise ValueError(
             f"--mlp-activation-sparsity {text}: must be one number for all layers, or a list of {num_layers}, one for "
             "each layer, such as [0.95]*2+[0]*2; numbers must be at least 0 and below 1"

@@ -35,7 +35,7 @@ _FIELDS_OF_TYPE = {
 }
 """For each --rope-scaling-type, the fields that have an effect."""
 
-_ROPE_SCALING = (
+ROPE_SCALING = (
     "rope_scaling_type",
     "rope_scaling_factor",
     "rope_low_freq_factor",
@@ -45,6 +45,7 @@ _ROPE_SCALING = (
     "rope_short_factors",
     "rope_long_factors",
 )
+"""The fields of --use-rope-scaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def _check_rotary(model: "ModelConfig") -> None:
             "rotary_seq_len_interpolation_factor",
             "no_rope_freq",
             "use_rope_scaling",
-            *_ROPE_SCALING,
+            *ROPE_SCALING,
         ):
             require_default(
                 model, name, f"--position-embedding-type rope (got {model.position_embedding_type})"
@@ -157,7 +158,7 @@ def _check_rotary(model: "ModelConfig") -> None:
     if model.window_size is None:
         require_default(model, "rotary_base_local", "--window-size")
     layers_without_rotary(model.no_rope_freq, model.num_layers)
-    for name in _ROPE_SCALING:
+    for name in ROPE_SCALING:
         if not model.use_rope_scaling:
             require_default(model, name, "--use-rope-scaling")
     channels = model.resolved_kv_channels
@@ -194,7 +195,7 @@ def _check_scaling(model: "ModelConfig") -> None:
 def _check_scaling_type(model: "ModelConfig") -> None:
     kind = model.rope_scaling_type
     chosen = f"--rope-scaling-type {kind}"
-    for name in set(_ROPE_SCALING[1:]) - _FIELDS_OF_TYPE[kind]:
+    for name in (name for name in ROPE_SCALING[1:] if name not in _FIELDS_OF_TYPE[kind]):
         require_default(model, name, f"another type than {chosen}")
     if model.attention_backend != "sdpa":
         raise ValueError(f"{chosen}: requires --attention-backend sdpa (got {model.attention_backend})")

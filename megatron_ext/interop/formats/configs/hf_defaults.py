@@ -1,6 +1,6 @@
 """Defaults of transformers' configuration classes, for fields that a config.json leaves out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,38 +32,24 @@ class Defaults:
     """`eos_token_id`."""
 
 
+_GEMMA = Defaults(
+    positions=131072,
+    key_value_heads=4,
+    head_size=256,
+    rotary_base=1e6,
+    is_tied=True,
+    pad_token=0,
+    eos_token=1,
+)
+
 DEFAULTS = {
     "llama": Defaults(positions=2048, eos_token=2),
     "mistral": Defaults(positions=131072, key_value_heads=8, eos_token=2),
     "qwen2": Defaults(positions=32768, key_value_heads=32),
     "qwen3": Defaults(positions=32768, key_value_heads=32, head_size=128),
-    "gemma3_text": Defaults(
-        positions=131072,
-        key_value_heads=4,
-        head_size=256,
-        rotary_base=1e6,
-        is_tied=True,
-        pad_token=0,
-        eos_token=1,
-    ),
-    "gemma4_text": Defaults(
-        positions=131072,
-        key_value_heads=4,
-        head_size=256,
-        rotary_base=1e6,
-        is_tied=True,
-        pad_token=0,
-        eos_token=1,
-    ),
-    "gemma3n_text": Defaults(
-        positions=32768,
-        key_value_heads=2,
-        head_size=256,
-        rotary_base=1e6,
-        is_tied=True,
-        pad_token=0,
-        eos_token=1,
-    ),
+    "gemma3_text": _GEMMA,
+    "gemma4_text": _GEMMA,
+    "gemma3n_text": replace(_GEMMA, positions=32768, key_value_heads=2),
     "phi3": Defaults(positions=4096, norm_epsilon=1e-5, pad_token=32000, eos_token=32000),
     "olmo2": Defaults(positions=2048, norm_epsilon=1e-5, pad_token=1, eos_token=50279),
     "olmo3": Defaults(positions=2048, norm_epsilon=1e-5, rotary_base=5e5, pad_token=1, eos_token=50279),

@@ -57,6 +57,14 @@ _WINDOW_TYPES: dict[str, tuple[type, ...]] = {
 _NO_WINDOW_TYPES: dict[str, tuple[type, ...]] = {"layer_types": (list, _NONE), "sliding_window": (int, _NONE)}
 # Classes without head_dim, whose layers use one that is in the file, and fail on null.
 _HEAD: dict[str, tuple[type, ...]] = {"head_dim": (int,)}
+_GEMMA: dict[str, tuple[type, ...]] = {
+    "head_dim": (int,),
+    "num_key_value_heads": (int,),
+    "attention_bias": (bool,),
+    "attention_dropout": (float, int, _NONE),
+    "hidden_activation": (str,),
+    "layer_types": (list, _NONE),
+}
 _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "llama": {
         "attention_bias": (bool,),
@@ -69,26 +77,16 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "qwen2": {**_HEAD, **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
     "gemma3_text": {
-        "head_dim": (int,),
-        "num_key_value_heads": (int,),
-        "attention_bias": (bool,),
-        "attention_dropout": (float, int, _NONE),
-        "hidden_activation": (str,),
+        **_GEMMA,
         "query_pre_attn_scalar": (int,),
         "sliding_window": (int, _NONE),
-        "layer_types": (list, _NONE),
         "final_logit_softcapping": (float, _NONE),
         "attn_logit_softcapping": (float, _NONE),
         "use_bidirectional_attention": (bool, _NONE),
     },
     "gemma4_text": {
-        "head_dim": (int,),
-        "num_key_value_heads": (int,),
-        "attention_bias": (bool,),
-        "attention_dropout": (float, int, _NONE),
-        "hidden_activation": (str,),
+        **_GEMMA,
         "sliding_window": (int,),
-        "layer_types": (list, _NONE),
         "final_logit_softcapping": (float, _NONE),
         "use_bidirectional_attention": (str, _NONE),
         "vocab_size_per_layer_input": (int,),
@@ -106,13 +104,8 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "gemma3n_text": {
         "intermediate_size": (int, list),
-        "head_dim": (int,),
-        "num_key_value_heads": (int,),
-        "attention_bias": (bool,),
-        "attention_dropout": (float, int, _NONE),
-        "hidden_activation": (str,),
+        **_GEMMA,
         "sliding_window": (int,),
-        "layer_types": (list, _NONE),
         "final_logit_softcapping": (float,),
         "vocab_size_per_layer_input": (int,),
         "hidden_size_per_layer_input": (int,),
