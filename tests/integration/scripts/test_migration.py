@@ -4,6 +4,7 @@ The tables are found by their headings (Scripts, Flags, Files, Classes and funct
 they stand, so that a new document needs no new test.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -273,8 +274,8 @@ def test_every_configuration_key_is_a_flag_that_its_section_may_hold() -> None:
 def test_the_page_of_per_layer_embedding_tells_every_flag_and_its_default() -> None:
     rows = next(rows for heading, rows in tables("docs/per_layer.md") if heading == "Flags")
     told = {quoted(row[0])[0]: row[1] for row in rows}
-    fields = PerLayerConfig.__dataclass_fields__
-    assert told == {f"--{name.replace('_', '-')}": str(field.default) for name, field in fields.items()}
+    fields = dataclasses.fields(PerLayerConfig)
+    assert told == {f"--{field.name.replace('_', '-')}": str(field.default) for field in fields}
 
 
 def test_the_cost_table_is_what_the_accounting_computes() -> None:
