@@ -29,7 +29,11 @@ from megatron_ext.models.gemma3n.altup import RotaryOfStreams, StartStreams
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.cross_entropy import cross_entropy
-from megatron_ext.models.ops.documents.document_bounds import forbidden_pairs, packed_documents
+from megatron_ext.models.ops.documents.document_bounds import (
+    document_lengths,
+    forbidden_pairs,
+    packed_documents,
+)
 from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.positions.rotary_by_length import RotaryByLength
 
@@ -162,7 +166,10 @@ class GPTModel(EngineGPTModel):
             streams in one tensor [k * s, b, h].
         """
         if isinstance(self._rotary, RotaryByLength):
-            self._rotary.begin(kwargs.get("inference_context"), input_ids.size(1))
+            lengths = None
+            if document_bounds is not None:
+                lengths = document_lengths(document_bounds, input_ids.size(1) * self.pg_collection.cp.size())
+            self._rotary.begin(kwargs.get("inference_context"), input_ids.size(1), lengths)
         travelling, self._received = self._received, {}
         auxiliary_inputs = auxiliary_inputs or {}
         recomputes = self.training and self.config.recompute_granularity == "full"

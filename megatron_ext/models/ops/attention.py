@@ -78,7 +78,8 @@ class SDPAttention(torch.nn.Module):
         """Sets the rotary embedding that `forward` applies to queries and keys, in place of the engine's slower one.
 
         Args:
-            angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation.
+            angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation;
+                [positions, b, 1, r] where each sequence has an embedding of its own (`RotaryByLength`).
                 Where layers have different embeddings, each half holds all of them, one after the other.
         """
         # The engine caches its embedding, so the same object arrives at every call: keep cos and sin while it does.
@@ -88,7 +89,9 @@ class SDPAttention(torch.nn.Module):
     def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._angles is None:
             return query, key
-        if self.config.apply_rope_fusion:
+        if (
+            self.config.apply_rope_fusion and self._angles.size(1) == 1
+        ):  # TE's kernel has one table for all sequences
             return self._rotated_by_te(self._angles, query, key)
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]

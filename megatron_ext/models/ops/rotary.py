@@ -91,8 +91,8 @@ def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     Args:
         values: [s, b, n, d].
-        cos: [s, 1, 1, r / 2], in the dtype of `values`.
-        sin: [s, 1, 1, r / 2], in the dtype of `values`.
+        cos: [s, 1, 1, r / 2] or [s, b, 1, r / 2], in the dtype of `values`.
+        sin: of the same shape and dtype.
 
     Returns:
         [s, b, n, d].

@@ -21,6 +21,18 @@ def document_bounds(starts: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.append(np.flatnonzero(marks), marks.size).astype(np.int32))
 
 
+def document_lengths(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns for each token the number of tokens of its document, [s, b] fp32, in host memory.
+
+    Args:
+        bounds: [D + 1].
+        length: s, the number of tokens of a whole sequence.
+    """
+    sizes = np.diff(bounds.tolist())
+    by_sequence = np.repeat(sizes, sizes).reshape(-1, length)
+    return torch.from_numpy(np.ascontiguousarray(by_sequence.T, dtype=np.float32))
+
+
 def packed_documents(bounds: torch.Tensor, length: int) -> PackedSeqParams:
     """Returns what megatron-core hands from the model to every layer's core attention.
 

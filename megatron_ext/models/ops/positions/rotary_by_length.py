@@ -2,7 +2,8 @@
 
 In a pass without a KV cache, all positions have the frequencies of the whole sequence. In generation, the positions of
 the first pass have the frequencies of its length, and each later position p those of length p + 1: as in transformers,
-where a key stays in the cache as it was rotated.
+where a key stays in the cache as it was rotated. Where sequences hold several documents, a document's positions have
+the frequencies of its own length, as if it were alone.
 """
 
 from typing import Any
@@ -29,10 +30,22 @@ class RotaryByLength(RotaryEmbedding):
         )
         self.model = model
         self._first_pass: int | None = None
+        self._documents: torch.Tensor | None = None
         self._table: tuple[Any, torch.Tensor] | None = None
 
-    def begin(self, inference_context: Any, tokens: int) -> None:
-        """Prepares for a pass over this many tokens, with a KV cache or None."""
+    def begin(
+        self, inference_context: Any, tokens: int, document_lengths: torch.Tensor | None = None
+    ) -> None:
+        """Prepares for a pass.
+
+        Args:
+            inference_context: the KV cache, or None.
+            tokens: number of tokens of each sequence, without those in the cache.
+            document_lengths: [s, b], the length of each token's document in whole sequences; None if each sequence is
+                one document.
+        """
+        if self._documents is not None or document_lengths is not None:
+            self._documents, self._table = document_lengths, None
         if inference_context is None:
             self._first_pass = None
         elif inference_context.sequence_len_offset == 0:
@@ -47,12 +60,31 @@ class RotaryByLength(RotaryEmbedding):
     def forward(
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> torch.Tensor:
-        """Returns the angles [max_seq_len, 1, 1, r], or this rank's part of them under context parallelism."""
+        """Returns the angles, or this rank's part of them under context parallelism.
+
+        Returns:
+            [max_seq_len, 1, 1, r]; with documents [max_seq_len, b, 1, r].
+        """
         key = (max_seq_len, offset, packed_seq, self._first_pass)
         if self._table is None or self._table[0] != key:
-            angles, group = self.get_emb(max_seq_len, offset), cp_group or self.cp_group
+            if self._documents is None:
+                angles = self.get_emb(max_seq_len, offset)
+            else:
+                angles = self._of_documents(self._documents)
+            group = cp_group or self.cp_group
             if group is not None and group.size() > 1 and not packed_seq:
                 angles = get_pos_emb_on_this_cp_rank(angles, 0, group)
             # The attention keeps sine and cosine while the same object arrives.
             self._table = key, angles
         return self._table[1]
+
+    def _of_documents(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Returns the angles [s, b, 1, r] of whole sequences, for documents of these lengths [s, b].
+
+        Positions count from the sequence's beginning: attention depends on their differences within a document only.
+        """
+        lengths = lengths.to(self.inv_freq.device, non_blocking=True)
+        frequencies = frequencies_at(self.model, lengths.flatten()).unflatten(0, lengths.shape)
+        positions = torch.arange(lengths.size(0), device=lengths.device, dtype=torch.float32)
+        angles = positions.view(-1, 1, 1) * frequencies
+        return torch.cat([angles, angles], dim=-1).unsqueeze(2)
