@@ -195,7 +195,8 @@ def _tensors(
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
 
         def read(entry: Entry = entry) -> list[torch.Tensor]:
-            return [part.to(dtype or part.dtype) for part in split(entry, _read(state, entry), model)]
+            parts = split(entry, _read(state, entry), model)
+            return [_converted(name, part, dtype) for (name, _), part in zip(entry.parts, parts, strict=True)]
 
         if entry.kind == "slice":
             slices.setdefault(entry.parts[0][0], []).append(entry)
@@ -205,7 +206,7 @@ def _tensors(
         kind = dtype or _dtype(state, of_one[0].name)
 
         def read_all(of_one: list[Entry] = of_one, kind: torch.dtype = kind) -> list[torch.Tensor]:
-            return [pack(of_one, (_read(state, entry).to(kind) for entry in of_one))]
+            return [pack(of_one, (_converted(entry.name, _read(state, entry), kind) for entry in of_one))]
 
         yield [(name, torch.Size(of_one[0].parts[0][1]).numel() * kind.itemsize)], read_all
 
@@ -219,6 +220,23 @@ def _read(state: Mapping[str, torch.Tensor], entry: Entry) -> torch.Tensor:
             f"{entry.name}: the configuration requires shape {list(entry.shape)}, got {list(whole.shape)}"
         )
     return whole
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Returns a tensor in a dtype; None keeps its own.
+
+    Raises:
+        ValueError: a value is beyond fp16's range, as some weights of Gemma's norms are.
+    """
+    converted = tensor if dtype is None else tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        lost = converted.isinf() & tensor.isfinite()
+        if lost.any():
+            raise ValueError(
+                f"--dtype float16: {name} has the value {float(tensor[lost][0]):g}, which is beyond fp16's range "
+                "(65504); use bfloat16 or float32"
+            )
+    return converted
 
 
 def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
@@ -275,7 +293,7 @@ def export_checkpoint(
         group_in(ModelConfig, run_config, "model"),
         group_in(TokenizerConfig, run_config, "tokenizer"),
     )
-    per_layer = None if base_only else _per_layer_of(model, run_config["families"], architecture)
+    per_layer = None if base_only else gemma_per_layer(model, run_config["families"], architecture)
     if base_only or (read_parts is None and per_layer is None):
         check_families(run_config["families"], load, base_only=base_only)
     choose_architecture(model, architecture, per_layer)
@@ -313,8 +331,16 @@ def export_checkpoint(
         process_groups.shutdown()
 
 
-def _per_layer_of(model: ModelConfig, families: dict[str, Any], architecture: str | None) -> PerLayer | None:
-    """Returns the per-layer embedding if the model is exported as a Gemma that has it; else None."""
+def gemma_per_layer(
+    model: ModelConfig, families: dict[str, Any], architecture: str | None
+) -> PerLayer | None:
+    """Returns the per-layer embedding if the model is exported as a Gemma that has it; else None.
+
+    Args:
+        model: configuration of the base model.
+        families: the section `families` of the run's configuration, without adapters.
+        architecture: the class to export to; None for any.
+    """
     found = exported_per_layer(families) if families.keys() == {FAMILY} else None
     if found is None or architecture not in (PER_LAYER[found.preset], None):
         return None

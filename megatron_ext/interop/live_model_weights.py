@@ -1,10 +1,11 @@
 """Copies a base model's tensors into and out of a model in memory, without a checkpoint on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ext.models.base_parameters import base_tensor_ids
+from megatron_ext.models.base_parameters import ADAPTERS, base_tensor_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA, buffer_shards, parameter_shards
 from megatron_ext.platform.collectives import gather_or_raise
@@ -70,13 +71,26 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
     Returns:
         Unsharded tensors by name. They share the model's memory and stay on its device.
     """
-    found: dict[str, torch.Tensor] = {}
+    base = base_tensor_ids(chunks)
+    return {shard.key: _whole(tensor, shard) for tensor, shard in _stored(chunks) if id(tensor) in base}
+
+
+@torch.no_grad()
+def whole_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a model but those of adapters; otherwise as `base_state`."""
+    return {
+        shard.key: _whole(tensor, shard)
+        for tensor, shard in _stored(chunks)
+        if ADAPTERS not in shard.key.split(".")
+    }
+
+
+def _stored(chunks: list[GPTModel]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
     for chunk in chunks:
-        base = base_tensor_ids([chunk])
         stored = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
-        for parameter, shard in (*parameter_shards(stored), *buffer_shards(stored)):
-            if id(parameter) not in base:
-                continue
-            assert parameter.numel() == torch.Size(shard.global_shape).numel(), "the model is sharded"
-            found[shard.key] = parameter.detach().view(shard.global_shape)
-    return found
+        yield from (*parameter_shards(stored), *buffer_shards(stored))
+
+
+def _whole(tensor: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
+    assert tensor.numel() == torch.Size(shard.global_shape).numel(), "the model is sharded"
+    return tensor.detach().view(shard.global_shape)

@@ -101,6 +101,18 @@ def export_peft(
         OSError: the directory cannot be written.
     """
     choose_architecture(model, None)
+    _export(chunks, name, model, directory, base_model, overwrite=overwrite)
+
+
+def _export(
+    chunks: list[GPTModel],
+    name: str,
+    model: ModelConfig,
+    directory: str | Path,
+    base_model: str | None,
+    *,
+    overwrite: bool,
+) -> None:
     shapes = _shapes(chunks, name)
     if not shapes:
         raise ValueError(f"adapter {name}: no layer of the model has an adapter of this name")
@@ -119,10 +131,13 @@ def export_peft(
 def write_adapters(
     chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
 ) -> list[str]:
-    """Writes each adapter of a model to a directory named after the adapter; returns a message per adapter."""
+    """Writes each adapter of a model to a directory named after the adapter; returns a message per adapter.
+
+    The caller has checked that an architecture can express the model, which for a Gemma takes its per-layer embedding.
+    """
     names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
     for name in names:
-        export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)
+        _export(chunks, name, model, directory / name, base_model, overwrite=overwrite)
     return [f"wrote adapter {name} in peft's format to {directory / name}" for name in names]
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.adapters.adapter_family import AdapterFamily
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
@@ -15,8 +16,10 @@ from megatron_ext.inference.load_model import LoadedModel, load_model
 from megatron_ext.interop import base_state, export_hf
 from megatron_ext.interop.formats.configs.hf_config import FUSED, choose_architecture, read_architecture
 from megatron_ext.interop.formats.imported_model import Imported
-from megatron_ext.interop.hf_export import DEFAULT_MAX_SHARD_SIZE
+from megatron_ext.interop.formats.per_layer_layout import FAMILY
+from megatron_ext.interop.hf_export import DEFAULT_MAX_SHARD_SIZE, gemma_per_layer
 from megatron_ext.interop.hf_import import require_one_process
+from megatron_ext.interop.live_model_weights import whole_state
 from megatron_ext.interop.output_directory import check_free
 from megatron_ext.platform import process_groups
 from megatron_ext.registry.known_families import FAMILIES
@@ -64,22 +67,25 @@ def export_plain(
     imported = Imported.of_run(stored)
     if architecture is None and imported is not None:
         architecture, _ = read_architecture(imported.config, "imported config.json")
-    if choose_architecture(model, architecture) in FUSED and adapter_dir is not None:
+    per_layer = gemma_per_layer(model, _besides_adapters(stored["families"]), architecture)
+    if choose_architecture(model, architecture, per_layer) in FUSED and adapter_dir is not None:
         raise ValueError(
             f"--adapter-dir {adapter_dir}: the adapters are for separate projections, which {architecture} does not "
             "have; use --architecture LlamaForCausalLM, or --merge-adapters"
         )
-    _check_families(stored["families"], load, as_adapters=adapter_dir is not None)
+    exported = {FAMILY} if per_layer is not None else set()
+    _check_families(stored["families"], load, exported, as_adapters=adapter_dir is not None)
     tokenizer = group_in(TokenizerConfig, stored, "tokenizer")
     if tokenizer_model is not None:
         tokenizer = replace(tokenizer, tokenizer_model=tokenizer_model)
     try:
         loaded = load_model(load, FAMILIES, ckpt_step=ckpt_step, tokenizer=tokenizer)
-        messages = _merge_or_write(loaded, adapter_dir, model_dir, overwrite=overwrite)
+        adapted = [family for family in loaded.families if family.name not in exported]
+        messages = _merge_or_write(loaded, adapted, adapter_dir, model_dir, overwrite=overwrite)
         written = export_hf(
             loaded.config,
             stored["vocab_size"],
-            base_state([loaded.model]),
+            base_state([loaded.model]) if per_layer is None else whole_state([loaded.model]),
             model_dir,
             tokenizer_config=None if no_tokenizer else tokenizer,
             architecture=architecture,
@@ -87,19 +93,28 @@ def export_plain(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             imported=imported,
+            per_layer=per_layer,
         )
     finally:
         process_groups.shutdown()
     return [*written, *messages]
 
 
+def _besides_adapters(families: dict[str, Any]) -> dict[str, Any]:
+    return {name: stored for name, stored in families.items() if name != AdapterFamily.name}
+
+
 def _merge_or_write(
-    loaded: LoadedModel, adapter_dir: str | None, model_dir: str, *, overwrite: bool
+    loaded: LoadedModel,
+    families: list[Any],
+    adapter_dir: str | None,
+    model_dir: str,
+    *,
+    overwrite: bool,
 ) -> list[str]:
-    """Merges the adapters into the weights, or writes them to `adapter_dir`; returns messages."""
+    """Merges the adapters of `families` into the weights, or writes them to `adapter_dir`; returns messages."""
     chunks, messages = [loaded.model], list[str]()
     # `_check_families` has found that every family has these methods.
-    families: list[Any] = list(loaded.families)
     for family in families:
         if adapter_dir is None:
             messages += family.merge(chunks)
@@ -110,17 +125,29 @@ def _merge_or_write(
     return messages
 
 
-def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:
-    """Raises `ValueError` unless every model family can be exported; called before the model is loaded (slow)."""
-    if not families:
+def _check_families(families: dict[str, Any], load: str, exported: set[str], *, as_adapters: bool) -> None:
+    """Raises `ValueError` unless every model family can be exported; called before the model is loaded (slow).
+
+    Args:
+        families: the section `families` of the run's configuration.
+        load: value of `--load`, for error messages.
+        exported: names of the families that the architecture expresses.
+        as_adapters: whether the adapters are written, and not merged.
+    """
+    if not families.keys() - exported:
         raise ValueError(
             f"--load {load}: is a base model without adapters; export it without --merge-adapters and --adapter-dir"
         )
-    for name in families.keys() & FAMILIES.keys():
+    for name in (families.keys() & FAMILIES.keys()) - exported:
         try:
             FAMILIES[name].from_configuration(families[name]).check_plain(as_adapters=as_adapters)
         except ValueError as error:
-            raise ValueError(f"--load {load}: {error}") from None
+            advice = (
+                "; use convert_checkpoint.py merge, and export its result"
+                if AdapterFamily.name in families
+                else ""
+            )
+            raise ValueError(f"--load {load}: {error}{advice}") from None
 
 
 def _precision(training: dict[str, Any]) -> str:

@@ -283,12 +283,24 @@ def write_tensors(path: Path, value: Any) -> None:
 
 
 def write_safetensors_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes tensors in the safetensors format; the file gets the mode of other new files (see umask)."""
+    """Writes tensors in the safetensors format; the file gets the mode of other new files (see umask).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file(tensors, path, metadata=metadata)  # replaces the file by one that only its owner may read
+    try:
+        save_file(tensors, path, metadata=metadata)  # replaces the file by one that only its owner may read
+    except SafetensorError as error:
+        # The library raises an error of its own, with the system's in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
 
 

@@ -15,6 +15,8 @@ from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_ru
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.family_costs import run_cost
+from tests.distributed.families import test_gemma3n_pieces_at_layouts as gemma3n
+from tests.distributed.families import test_gemma_pieces_at_layouts as gemma4
 
 SETTINGS = AdapterConfig(lora_rank=4, lora_alpha=8)
 PLE = PerLayerConfig(use_per_layer_embedding=True, per_layer_strategy="identity", per_layer_hidden_size=8)
@@ -31,7 +33,15 @@ GEMMA = replace(
     init_method_std=0.1,
 )
 MODEL = replace(TINY, init_method_std=0.1)
-MODELS = {"plain": MODEL, "gemma": GEMMA, "PLE": MODEL, "new PLE": MODEL, "NPT": MODEL}
+MODELS = {  # the last layers of Gemma 4 and 3n have queries only, over the keys of earlier layers
+    "plain": MODEL,
+    "gemma": GEMMA,
+    "Gemma 4": gemma4.GEMMA4,
+    "Gemma 3n": gemma3n.GEMMA3N,
+    "PLE": MODEL,
+    "new PLE": MODEL,
+    "NPT": MODEL,
+}
 
 
 class _Make:
@@ -46,6 +56,8 @@ class _Make:
             others = [PerLayerFamily(PLE, VOCAB_SIZE)]
         if self.variant == "NPT":
             others = [NPTFamily(NPT)]
+        if self.variant.startswith("Gemma"):
+            others = gemma4.per_layer() if self.variant == "Gemma 4" else gemma3n.per_layer()
         return [*others, AdapterFamily(SETTINGS, others if self.variant == "new PLE" else ())]
 
 
@@ -56,7 +68,7 @@ RUNS = LayoutRuns(
         "TP2": ["plain"],
         "CP2": ["gemma"],
         "TP1 recomputed": ["plain", "new PLE"],
-        "PP2 interleaved recomputed": ["PLE"],
+        "PP2 interleaved recomputed": ["PLE", "Gemma 4"],
         "DP2 distributed optimizer": ["new PLE"],
     },
 )
@@ -77,7 +89,7 @@ def test_adapters_train_and_what_was_loaded_does_not(variant: str) -> None:
     assert trained == adapters | (new if variant == "new PLE" else set())
 
 
-@pytest.mark.parametrize("variant", ["plain", "gemma"])
+@pytest.mark.parametrize("variant", ["plain", "gemma", "Gemma 4", "Gemma 3n"])
 def test_the_cost_counts_every_parameter_of_the_adapters(variant: str) -> None:
     found = sum(math.prod(shape) for key, shape in RUNS.single(variant).saved if ".adapters." in key)
     cost = run_cost(MODELS[variant], VOCAB_SIZE, 1, _Make(variant)(), 1)

@@ -169,6 +169,61 @@ def test_missing_shards_and_pointers_among_them_are_told(saved: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def _index(change: Callable[[dict[str, str], list[str]], Any]) -> Callable[[Path], Any]:
+    """Changes the index's map of tensors to files; `change` also gets the names of the files."""
+
+    def rewrite(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content["weight_map"], sorted(set(content["weight_map"].values())))
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return rewrite
+
+
+NORM = "model.norm.weight"
+
+
+def _without_norm(folder: Path) -> None:
+    """Neither the index nor its file has the tensor."""
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][NORM]
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != NORM}, file)
+    _index(lambda found, _: found.pop(NORM))(folder)
+
+
+def _with_another(folder: Path) -> None:
+    """Index and file have a tensor that is not the model's."""
+    save_file({"model.other.weight": torch.ones(2)}, folder / "model-other.safetensors")
+    _index(lambda found, _: found.update({"model.other.weight": "model-other.safetensors"}))(folder)
+
+
+INDICES: dict[str, Callable[[Path], Any]] = {
+    rf"{INDEX}: {NORM} is in model-.*safetensors, but the index does not list it": _index(
+        lambda found, _: found.pop(NORM)
+    ),
+    rf"{INDEX}: model.extra is in no file, but the index says model-00001-": _index(
+        lambda found, files: found.update({"model.extra": files[0]})
+    ),
+    rf"{INDEX}: {NORM} is in model-.*, but the index says model-00001-": _index(
+        lambda found, files: found.update({NORM: files[0]})
+    ),
+    rf"{NORM} is missing from its tensors": _without_norm,
+    "model.other.weight is not part of the model in config.json": _with_another,
+}
+
+
+@pytest.mark.parametrize("message", INDICES)
+def test_an_index_that_does_not_fit_its_files_or_the_model_is_one_line(
+    message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(saved / "many", folder)
+    INDICES[message](folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        import_checkpoint(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_path: Path) -> None:
     from megatron_ext.interop import load_hf
 

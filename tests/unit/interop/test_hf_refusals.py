@@ -392,6 +392,20 @@ def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_value_beyond_the_range_of_fp16_is_named_and_not_exported_as_infinity(
+    saved: Path, tmp_path: Path
+) -> None:
+    # Gemma 3's norms have such weights: public issue 36822 of transformers.
+    found = load_hf(saved)
+    name = "decoder.layers.1.input_layernorm.weight"
+    state = {**found.state, name: torch.full((32,), 70_000.0)}
+    message = r"--dtype float16: model.layers.1.input_layernorm.weight has the value 70000, .* use bfloat16"
+    with pytest.raises(ValueError, match=message):
+        export_hf(found.model, found.vocab_size, state, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.iterdir())
+    export_hf(found.model, found.vocab_size, state, tmp_path / "out", dtype="bfloat16")
+
+
 def test_a_directory_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
