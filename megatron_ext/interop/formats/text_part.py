@@ -1,7 +1,7 @@
-"""The language model inside a model of text, images and audio, such as Google's own Gemma 4 E2B.
+"""The language model inside a model of text, images and audio, such as Google's own Gemma 3 4B and Gemma 4 E2B.
 
 Its configuration is the section `text_config` of config.json, and its tensors have the prefix `model.language_model.`
-instead of `model.`; all other tensors are left out.
+instead of `model.`, in files of transformers 4 also `language_model.model.`; all other tensors are left out.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,25 @@ from megatron_ext.interop.formats.hf_files import SafetensorsFiles, TensorFiles
 from megatron_ext.interop.formats.weight_layout import Shape
 
 _TEXT = {
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
     "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
 }
 """Maps the model_type of a whole model to model_type and architecture of its language model."""
 
-_PREFIX = "model.language_model."
+_PREFIXES = ("model.language_model.", "language_model.model.")
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma3": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    }
+}
+"""Defaults of transformers' class for fields that Google's own files leave out."""
 
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
@@ -31,7 +44,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kind, architecture = _TEXT[config["model_type"]]
     of_whole = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
     shared = {name: config[name] for name in of_whole if name in config}
-    return {**shared, **config["text_config"], "model_type": kind, "architectures": [architecture]}
+    given = {**_DEFAULTS.get(config["model_type"], {}), **shared, **config["text_config"]}
+    return {**given, "model_type": kind, "architectures": [architecture]}
 
 
 class TextTensors:
@@ -40,13 +54,13 @@ class TextTensors:
     def __init__(self, files: SafetensorsFiles) -> None:
         self.folder, self.described_in = files.folder, files.described_in
         self._files: TensorFiles = files
-        self._names = {_alone(name): name for name in files.names if _alone(name) is not None}
+        self._names = {alone: name for name in files.names if (alone := _alone(name)) is not None}
         self.left_out = len(files.names) - len(self._names)
         """Number of tensors of other parts of the model."""
 
     @property
     def names(self) -> set[str]:
-        return {name for name in self._names if name is not None}
+        return set(self._names)
 
     def shape(self, name: str) -> Shape:
         """Returns the shape of a tensor, from the file's header."""
@@ -66,6 +80,9 @@ class TextTensors:
 
 
 def _alone(name: str) -> str | None:
-    if name == "lm_head.weight":
-        return name
-    return f"model.{name.removeprefix(_PREFIX)}" if name.startswith(_PREFIX) else None
+    if name in _HEADS:
+        return "lm_head.weight"
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return None
