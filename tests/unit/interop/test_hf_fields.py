@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
+from megatron_ext.interop.formats.configs.hf_config import ARCHITECTURES
 from tests.unit.interop import field_cases, gemma3n_fields
 from tests.unit.interop.field_cases import DYNAMIC, FULL, LONGROPE, MIXED
 from tests.unit.interop.hf_models import LLAMA3_SCALING, YARN, Kind, alone
@@ -437,6 +438,10 @@ def _names(name: str, change: dict[str, Any]) -> set[str]:
         *(["rope scaling", "rope_theta", "partial_rotary_factor"] if "rope" in name else []),
         *(["layer_types"] if name == "num_hidden_layers" else []),
     }
+
+
+def test_every_supported_architecture_is_among_them() -> None:
+    assert {BASES[family].config_class.model_type for family in ALL} == set(ARCHITECTURES.values())
 
 
 @pytest.mark.parametrize("family", ALL)
