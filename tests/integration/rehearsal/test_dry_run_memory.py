@@ -41,6 +41,19 @@ E2B = _GEMMA4 + (
     "--window-attn-skip-freq 5 --kv-channels-full 512 --num-kv-shared-layers 20 --vocab-size 262143 "
     "--ffn-hidden-sizes [6144]*15+[12288]*20 --tensor-model-parallel-size 4 --decoder-first-pipeline-num-layers 17 "
 )
+E2B_3N = (
+    "--global-batch-size 2 --train-iters 100 --micro-batch-size 1 --lr 1e-3 --bf16 --seq-length 2048 "
+    "--num-layers 4 --hidden-size 2048 --num-attention-heads 8 --num-query-groups 2 --kv-channels 256 "
+    "--ffn-hidden-size 8192 --window-size 511,0 --window-attn-skip-freq 2 --num-kv-shared-layers 2 "
+    "--geglu --sandwich-norm --qk-layernorm --v-layernorm --softmax-scale 1 --final-logit-softcapping 30 "
+    "--rotary-base 1000000 --rotary-base-local 10000 --altup-streams 4 --altup-coef-clip 120 --laurel-rank 64 "
+    "--mlp-activation-sparsity [0.95]*2+[0]*2 --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
+    "--use-per-layer-embedding --per-layer-preset gemma3n --per-layer-hidden-size 256 "
+    "--per-layer-vocab-size 262144 --tokenizer-type NullTokenizer --vocab-size 262399 "
+    "--tensor-model-parallel-size 4 "
+)
+"""E2B's widths in 4 of its 30 layers; the keys of the first stage's go to the second."""
+
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 2 "
 TEACHER = "--mode multi_layer --npt-layers all --curriculum-stages "
 
@@ -80,6 +93,7 @@ CASES = {
     "Gemma 4's layers": (GPT, (0, 7), GEMMA4 + TP + PP + SP + SHARDED),
     "Gemma 4's layers, recomputation": (GPT, (0, 7), GEMMA4 + PP + FULL + SHARDED),
     "Gemma 4 E2B": (GPT, (0, 7), E2B + PP + SP + SHARDED),
+    "Gemma 3n E2B's widths": (GPT, (0, 7), E2B_3N + PP + SP + SHARDED),
     "NPT, cross-entropy": (NPT, (0,), RANK + TP + SP + "--mode lm --npt-layers upper_half "),
     "NPT, local losses": (NPT, (0,), RANK + TP + SHARDED),
     "NPT, key_value": (

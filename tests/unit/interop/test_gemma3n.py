@@ -9,10 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.interop.formats.configs.hf_config import HFModel, choose_architecture, to_model_config
 from megatron_ext.interop.formats.configs.hf_per_layer import PerLayer
 from megatron_ext.interop.formats.per_layer_layout import exported_per_layer, family_of
+from megatron_ext.interop.formats.weight_layout import unused_tensors
 from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
@@ -28,6 +30,9 @@ E2B: dict[str, Any] = {
     "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
 }
 E4B: dict[str, Any] = {}  # the defaults of the class
+ENCODERS = 294_126_912 + 681_348_640 + 4_460_544 + 3_345_408
+"""Parameters of transformers' encoders for images (with timm) and audio, and of what embeds their output."""
+
 # Parameters of the language model, and those of the per-layer table.
 SHAPES = {"E2B": (E2B, 4_435_182_688, 2_013_265_920), "E4B": (E4B, 6_835_235_568, 2_348_810_240)}
 
@@ -57,6 +62,21 @@ def test_true_shapes_have_as_many_parameters_as_in_transformers(name: str) -> No
     ours = model_cost(source.model, source.vocab_size).parameters
     ours += per_layer_cost(settings, source.model, settings.rows(source.vocab_size)).parameters
     assert ours == total
+    # Google counts 1.91 B in E2B without encoders and both tables; keys and values that no layer uses are among them.
+    unused = _unused_parameters(source.model)
+    if name == "E2B":
+        assert round((total - table - config.vocab_size * config.hidden_size + unused) / 1e9, 2) == 1.91
+    assert round((total + ENCODERS + unused) / 1e9) == {"E2B": 5, "E4B": 8}[name]  # in Google's announcement
+
+
+def _unused_parameters(model: ModelConfig) -> int:
+    shapes = {
+        "k_proj.weight": model.resolved_num_query_groups * model.resolved_kv_channels * model.hidden_size,
+        "v_proj.weight": model.resolved_num_query_groups * model.resolved_kv_channels * model.hidden_size,
+        "k_norm.weight": model.resolved_kv_channels,
+    }
+    names = (name.rpartition("self_attn.")[2] for name in unused_tensors(model))
+    return sum(shapes.get(name, 0) for name in names)
 
 
 def test_the_imported_settings_are_those_of_the_preset() -> None:
