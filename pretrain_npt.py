@@ -18,8 +18,9 @@ EXAMPLE = (
 )
 
 
-# In a YAML file as in docs/design/npt_equivalence.md, `model` also contains NPT's flags, `training` also the losses'
-# and the optimizer's. This maps each of the two sections to the config groups whose flags it may contain.
+# Maps a section of the YAML file to the further config groups whose flags it may contain. In the files of
+# docs/design/npt_equivalence.md, `model` also holds NPT's flags, and `training` those of the losses and the
+# optimizer.
 DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
 
 BASE_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -30,7 +31,8 @@ def main() -> int:
     config = parse(
         NPTRunConfig,
         prog="pretrain_npt.py",
-        description="Train neuro-plastic transformers (NPT) on top of a base model, whose checkpoint (--load) provides "
+        description="Train neuro-plastic transformers (NPT) on top of a base model, whose checkpoint "
+        "(--load) provides "
         "the shape and the tokenizer. The defaults of the loss weights, --np-form and --np-rank depend on --mode; "
         "those shown below apply to --mode equivalence. docs/npt.md lists all of them.",
         example=EXAMPLE,

@@ -9,10 +9,10 @@ from megatron_ext.platform import engine_imports, openmp_waiting
 engine_imports.install()
 openmp_waiting.install()
 
-# What the engine says about itself and no user can act on: that optional parts are missing (`--transformer-impl`
-# chooses), that it calls torch functions by older names, that it looks at gradients of views, that with
-# another attention than ours recomputing it is of no use; from 0.18 that a process alone has no rank yet, from 0.19
-# that it imports a model of its own that is experimental.
+# Warnings of the engine on which no user can act: an optional part is missing (`--transformer-impl` chooses), torch
+# functions are called by old names, the gradient of a view is read, and recomputation of attention is of no use with
+# an attention other than ours; from 0.18, a single process has no rank yet; from 0.19, the engine imports an
+# experimental model.
 for _message in (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
@@ -28,21 +28,24 @@ def _begins_otherwise(words: str, record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(words)
 
 
-# From 0.19 the same of its log, by module and first words: docs/engines.md says what becomes of `GPTModel`; checkpoints
-# keep the file that `load_common` reads, because every earlier version needs it.
+# Deprecation messages in the engine's log from 0.19 on, by module and first words. docs/engines.md describes the
+# future of `GPTModel`; our checkpoints keep the file that `load_common` reads, because every earlier version needs
+# it.
 for _module, _words in (
     ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     ("dist_checkpointing.strategies.common", "load_common is deprecated"),
 ):
     logging.getLogger(f"megatron.core.{_module}").addFilter(functools.partial(_begins_otherwise, _words))
 
-# torch's CUDA build says it on a machine with the CUDA toolkit and no GPU; the run's own line names its device.
+# torch's CUDA build logs this on a machine with the CUDA toolkit and no GPU; the run itself prints its device.
 _no_cuda = functools.partial(_begins_otherwise, "No CUDA runtime is found")
 logging.getLogger("torch.utils.cpp_extension").addFilter(_no_cuda)
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, from the metadata of the installed package: pyproject.toml is the one place that states it."""
+    """Returns `__version__`, read from the metadata of the installed package; the version is set in pyproject.toml
+    only.
+    """
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

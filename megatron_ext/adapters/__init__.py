@@ -1,1 +1,1 @@
-"""LoRA adapters over any model that a checkpoint holds: everything loaded is frozen, and only the adapters train."""
+"""LoRA adapters for the model in a checkpoint: the loaded weights are frozen, and only the adapters train."""

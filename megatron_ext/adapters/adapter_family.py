@@ -1,8 +1,9 @@
-"""LoRA adapters as a model family of a run: every linear module in the layers gets one, and the loaded model is frozen.
+"""The model family for LoRA: every linear module in the layers gets an adapter, and the loaded model is frozen.
 
     y = W x + (alpha / r) B A x                    W frozen, A and B trained          (arXiv 2106.09685)
 
-Model families that the loaded model lacks train beside the adapters.
+If the run adds model families that the loaded model lacks, such as PLE, their modules train together with the
+adapters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,18 +31,18 @@ from megatron_ext.models.model_extension import Extension
 from megatron_ext.training.interface.family_interface import Family
 
 ADAPTER = "lora"
-"""Name of the adapter in every linear module, and of the directory of its export."""
+"""Name of the adapter in every linear module, and of the directory to which the adapters are exported."""
 
 
 class AdapterExtension(Extension):
-    """Replaces the linear modules of every layer by those with an adapter."""
+    """Replaces the linear modules of every layer by linear modules with an adapter."""
 
     name = "lora"
     reads_layers = False
 
     def __init__(self, settings: LayerSettings) -> None:
         """Args:
-        settings: adapters and frozen parts of every layer.
+        settings: the adapters of every layer, and which of its parts are frozen.
         """
         self.settings = settings
 
@@ -51,14 +52,16 @@ class AdapterExtension(Extension):
 
 
 class AdapterFamily(Family):
-    """LoRA adapters over a frozen model; comes after the run's other families, some of which it freezes."""
+    """LoRA adapters for a frozen model. Must come after the run's other families, because it also freezes the modules
+    of those that the loaded model already has.
+    """
 
     name = "lora"
 
     def __init__(self, settings: AdapterConfig, trained: Sequence[Family] = ()) -> None:
         """Args:
         settings: rank and alpha.
-        trained: the model families that the frozen model lacks, whose modules train.
+        trained: the model families that the loaded model lacks; their modules train.
         """
         assert settings.lora_rank is not None, "LoRA requires a rank"
         self.settings = settings
@@ -87,7 +90,7 @@ class AdapterFamily(Family):
         return ModelCost(parameters=parameters, forward_flops_per_token=2.0 * parameters)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns the work of a step in which only adapters train."""
+        """Returns the FLOPs of a step in which only adapters train."""
         work = adapted_work(self._plan(model), model, trains_embedding=bool(self.trained))
         return replace(work, head=Use.GRADIENT, trains_embedding=False)
 
@@ -96,7 +99,7 @@ class AdapterFamily(Family):
         return adapted_activations(self._plan(layout.model), layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes everything but the adapters and the modules of the families that train."""
+        """Freezes all parameters except the adapters and the modules of the families that train."""
         for chunk in chunks:
             kept = tuple(self._trained_modules(chunk))
             for name, parameter in chunk.named_parameters():
@@ -104,7 +107,7 @@ class AdapterFamily(Family):
                     parameter.requires_grad_(False)
 
     def _trained_modules(self, chunk: GPTModel) -> Iterator[str]:
-        """Yields the prefix of the parameters of each module that a trained family has in a chunk."""
+        """Yields, for each module of a trained family in a chunk, the prefix of its parameters' names."""
         for family in self.trained:
             yield f"{family.name}."
             for place, number in enumerate(chunk.stage.layer_numbers):
@@ -112,17 +115,17 @@ class AdapterFamily(Family):
                     yield f"decoder.layers.{place}.{slot}."
 
     def check_plain(self, *, as_adapters: bool) -> None:
-        """Adapters can be merged, and written as adapters."""
+        """Does nothing: adapters can be merged, and can be written as adapters."""
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
-        """Adds the adapters to their base weights."""
+        """Adds every adapter to its base weight."""
         merge_adapters(chunks)
         return []
 
     def write_adapters(
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
     ) -> list[str]:
-        """Writes the adapters in the format of `peft`."""
+        """Writes the adapters to a directory that the library `peft` can load."""
         return write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
 
     def _plan(self, model: ModelConfig) -> dict[int, LayerSettings]:

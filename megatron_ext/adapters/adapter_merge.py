@@ -1,7 +1,7 @@
-"""Merges a run's LoRA adapters into a checkpoint of the whole model, tensor by tensor and without building the model.
+"""Merges a run's LoRA adapters into the base weights, tensor by tensor and without building the model.
 
-The result has no adapters and needs no other checkpoint; it can be trained, evaluated and exported as any model,
-whatever its other families are.
+The result is a checkpoint without adapters that needs no other checkpoint. It can be trained, evaluated and exported
+like any other checkpoint of its model families.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,11 @@ from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
 
 class MergedState(Mapping[str, torch.Tensor]):
-    """The tensors of a model with adapters, in which every adapter is added to its weight: W + (alpha / r) B A."""
+    """Maps the name of a tensor to its value after every adapter is added to its weight: W + (alpha / r) B A."""
 
     def __init__(self, state: CheckpointState, scale: float) -> None:
         """Args:
-        state: the tensors of the run and of the models that it names.
+        state: the tensors of the run, and of the frozen models on which the run is based.
         scale: alpha / r.
         """
         self._state = state
@@ -58,7 +58,7 @@ class MergedState(Mapping[str, torch.Tensor]):
 
 
 def merge_adapters_of_run(load: str, save: str, *, ckpt_step: int | None = None) -> Path:
-    """Writes a checkpoint of step 0 with merged weights; on an error nothing is left at `save`.
+    """Writes a checkpoint of step 0 with merged weights; after an error, `save` is left without files.
 
     Args:
         load: a directory of checkpoints with adapters, or the directory of one checkpoint.
@@ -69,15 +69,15 @@ def merge_adapters_of_run(load: str, save: str, *, ckpt_step: int | None = None)
         The directory of the merged model's checkpoint.
 
     Raises:
-        ValueError: the checkpoint has no such adapters, or is damaged; or `save` is not empty.
-        OSError: a checkpoint that the run names is missing, or the result cannot be written.
+        ValueError: the checkpoint has no LoRA adapters, or is damaged; or `save` is not empty.
+        OSError: the checkpoint of the frozen model is missing, or the result cannot be written.
     """
     require_one_process()
     check_free(save, "--save")
     stored = read_run_config(load, ckpt_step)
     if AdapterFamily.name not in stored["families"]:
         raise ValueError(
-            f"--load {load}: was not trained with --lora-rank, so there are no adapters to merge"
+            f"--load {load}: has no adapters to merge; requires a checkpoint of a run with --lora-rank"
         )
     shape = AdapterFamily(group_in(AdapterConfig, stored["families"][AdapterFamily.name], "settings")).shape
     folders, base = [BaseCheckpoint.find(load, ckpt_step).folder], BaseCheckpoint.of_run(stored)

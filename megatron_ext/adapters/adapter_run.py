@@ -1,7 +1,7 @@
 """Begins or resumes a run that trains LoRA adapters over a frozen model.
 
---load MODEL --finetune --lora-rank R     begins a run over MODEL: imported, trained here, or itself a run with adapters
---load RUN                                resumes RUN over the model that it names; rank and alpha are the run's
+--load MODEL --finetune --lora-rank R     begins a run over the checkpoint MODEL, which may itself have adapters
+--load RUN                                resumes RUN with its frozen model, its rank and its alpha
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from megatron_ext.training.pretrain import MakeFamilies, pretrain
 from megatron_ext.training.run_options import RunOptions
 
 _UNSHOWN = {"npt": "NPT"}
-"""Families over which adapters have been trained in tiny models only."""
+"""Model families for which adapters have been trained in tiny models only."""
 
 
 def train_adapters(
@@ -36,7 +36,7 @@ def train_adapters(
     Args:
         config: the run's configuration.
         settings: rank and alpha.
-        make_families: builds the run's other model families, as without adapters.
+        make_families: builds the run's other model families, as in a run without adapters.
         known: classes of the model families that the frozen model may have, by name.
 
     Raises:
@@ -52,10 +52,10 @@ def train_adapters(
 def find_model(
     checkpoint: CheckpointConfig, settings: AdapterConfig, *, dry_run: bool
 ) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
-    """Returns the frozen model's checkpoint, and the checkpoint flags of the run, without `--load` if it is new.
+    """Returns the frozen model's checkpoint, and the run's checkpoint flags; a new run's flags have no `--load`.
 
     Raises:
-        ValueError: `--load` is missing, or names neither a model to begin with nor a run with adapters.
+        ValueError: `--load` is missing, or contains neither a model to freeze nor a run with adapters.
         OSError: there is no checkpoint.
     """
     given = f"--lora-rank {settings.lora_rank}"
@@ -86,11 +86,11 @@ def _families(
     config: C,
     tokenizer: Tokenizer,
 ) -> list[Family]:
-    """Returns the families of the flags and those of the frozen model, of which only the former may train."""
+    """Returns the families set by flags and the families of the frozen model; only the former may train."""
     if "progressive" in stored:
         raise ValueError(
-            f"--lora-rank {settings.lora_rank}: the model of --load is a rack, whose stacks have adapters of their "
-            "own; export it with --merge-adapters, and import the result"
+            f"--lora-rank {settings.lora_rank}: not supported for the model in --load, a rack whose "
+            "stacks have their own adapters; export it with --merge-adapters, and import the result"
         )
     families = make_families(config, tokenizer)
     made = {family.name for family in families} | {AdapterFamily.name}
@@ -103,7 +103,9 @@ def _families(
 def _print_start(
     settings: AdapterConfig, base: BaseCheckpoint | None, stored: Mapping[str, Any], chunks: list[GPTModel]
 ) -> None:
-    """Prints what trains over what, and a warning where this has not been shown on a real model; collective."""
+    """Prints the adapters, the frozen model and the parameter counts; warns about a family that has been tried in
+    tiny models only. Collective.
+    """
     counts = count_parameters(chunks)
     over = "a model without values" if base is None else base.folder
     print_on_first_rank(
@@ -112,5 +114,6 @@ def _print_start(
     )
     for name in stored.keys() & _UNSHOWN.keys():
         print_on_first_rank(
-            f"warning: adapters over {_UNSHOWN[name]} layers have been trained in tiny models only, never in a real one"
+            f"warning: adapters over {_UNSHOWN[name]} layers have been trained in tiny models only, "
+            "never in a real one"
         )

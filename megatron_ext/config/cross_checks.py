@@ -30,7 +30,7 @@ def launched_processes() -> int | None:
 
 
 def planned_processes(rehearsal: RehearsalConfig, parallel: ParallelConfig) -> int:
-    """Returns the number of processes to plan for: --world-size, else WORLD_SIZE, else those of one model copy."""
+    """Returns the number of processes to plan for: --world-size, else WORLD_SIZE, else enough for one model copy."""
     return rehearsal.world_size or launched_processes() or parallel.model_parallel_size
 
 
@@ -75,7 +75,7 @@ def validate(
             and parallel.cross_entropy_fusion_impl == "native"
             and not training.bf16
         ):
-            # mcore's kernel rounds the gradient of the logits to bf16, whatever their precision is.
+            # mcore's kernel rounds the gradient of the logits to bf16, whatever the precision of the logits.
             raise ValueError(
                 "--cross-entropy-loss-fusion: requires --bf16, or --cross-entropy-fusion-impl te"
             )
@@ -124,7 +124,7 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
 def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor, length = parallel.tensor_model_parallel_size, model.seq_length
     if "mlp" in parallel.recompute_modules and model.has_mlp_bias:
-        # With a bias, mcore's recomputed MLP recurses without end.
+        # With a bias, mcore's recomputed MLP calls itself in an infinite recursion.
         raise ValueError("--recompute-modules mlp: requires --disable-bias-linear and no --add-mlp-bias")
     if parallel.sequence_parallel and length % tensor:
         raise ValueError(
@@ -149,7 +149,8 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and length // size % tensor:
         raise ValueError(
-            f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it must be divisible "
+            f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it "
+            "must be divisible "
             f"by {size * tensor}, their product with --tensor-model-parallel-size {tensor}"
         )
 
@@ -224,12 +225,15 @@ def _check_loss_scale(training: TrainingConfig, optimizer: OptimizerSettings) ->
             raise ValueError(f"{flag_name(name)} {value:g}: has no effect; it requires --fp16")
         if optimizer.loss_scale is not None and name != "loss_scale":
             raise ValueError(
-                f"{flag_name(name)} {value:g}: has no effect with --loss-scale {optimizer.loss_scale:g}, which fixes it"
+                f"{flag_name(name)} {value:g}: has no effect with --loss-scale "
+                f"{optimizer.loss_scale:g}, which fixes it"
             )
 
 
 def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_once: int) -> None:
-    """Checks that a batch size that grows can be divided into micro-batches, and these among pipeline stages."""
+    """Checks that every size of a growing batch can be divided into micro-batches, and these among pipeline
+    stages.
+    """
     unit, words = samples_at_once, "--micro-batch-size x data-parallel size"
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         unit *= parallel.pipeline_model_parallel_size
@@ -244,7 +248,9 @@ def _check_ramp(parallel: ParallelConfig, training: TrainingConfig, samples_at_o
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
-    """Checks that schedule and run length use the same unit (steps or samples), and that warm-up and decay fit."""
+    """Checks that the schedule has the unit of the run length (steps or samples), and that warm-up and decay fit into
+    the schedule.
+    """
     counts_samples = training.train_samples is not None
     unit, other = ("samples", "iters") if counts_samples else ("iters", "samples")
     for kind in ("decay", "warmup", "wsd_decay"):

@@ -40,7 +40,8 @@ class RunConfig:
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     """Maps each field that differs from its default to the source of its value (a flag, the YAML file, a checkpoint).
-    Unlike the other fields, `sources` is not a config group."""
+    Unlike the other fields, `sources` is not a config group.
+    """
 
     def resolved(self: C, world_size: int, *, epoch_samples: int | None = None) -> C:
         """Checks the config groups against each other, and converts a run length in epochs to optimizer steps.
@@ -55,8 +56,8 @@ class RunConfig:
         Raises:
             ValueError: two groups contradict each other, or the parallel layout does not fit the number of processes.
         """
-        # Other derived sizes stay properties of their group (`resolved_...`), so that a checkpoint's run_config.json
-        # records what the user gave.
+        # Other derived sizes are not stored but are properties of their group (`resolved_...`), so that a
+        # checkpoint's run_config.json records the user's own values.
         try:
             training = self.training.in_samples(self.model.seq_length)
             if training.num_epochs is not None and epoch_samples is not None:

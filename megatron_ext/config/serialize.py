@@ -65,7 +65,7 @@ def format_groups(groups: Mapping[str, "DataclassInstance | Mapping[str, Any]"])
 
 
 def sections_of(groups: Mapping[str, "DataclassInstance | Mapping[str, Any]"]) -> dict[str, dict[str, Any]]:
-    """Returns config groups, given as dataclasses or as their JSON values, as JSON values."""
+    """Converts config groups to JSON values; groups that are JSON values already are returned unchanged."""
     return {
         name: dict(group) if isinstance(group, Mapping) else group_to_dict(group)
         for name, group in groups.items()

@@ -1,1 +1,3 @@
-"""Reads the command line and YAML files into the config dataclasses: flags, checks of values, error lines."""
+"""Reads the command line and YAML files into the config dataclasses, checks the values, and prints errors as one
+line.
+"""

@@ -16,11 +16,11 @@ def read_arguments(
     Args:
         arguments: the words of the command line, without the flags in `flag_table.OWN_FLAGS`.
         flags: all known flags.
-        refused: what was wrong with further words of the command line.
+        refused: error texts for words that were removed from `arguments` earlier.
 
     Raises:
-        ValueError: something was refused, a flag is unknown (with what to use instead), a value is missing or has the
-            wrong type, or a word does not follow a flag; the message lists all of these.
+        ValueError: `refused` is not empty, a flag is unknown, a value is missing or has the wrong type, or a word
+            does not follow a flag. The message lists all errors, and suggests a replacement for an unknown flag.
     """
     flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
     wrong = [*refused, *_unknown(arguments, list(flag_of))]
@@ -38,7 +38,9 @@ def read_arguments(
 
 
 def _value(flag: Flag, spelled: str, words: Sequence[str], before: tuple[Any, ...]) -> Any:
-    """Returns the value of one occurrence of a flag; `before` holds the values of earlier ones of a repeated flag."""
+    """Returns the value of one occurrence of a flag; `before` holds the values of its earlier occurrences if the flag
+    may be repeated.
+    """
     if flag.is_switch:
         check_end(spelled, words, 0)
         return with_dashes(spelled) in flag.names
@@ -53,7 +55,7 @@ def _value(flag: Flag, spelled: str, words: Sequence[str], before: tuple[Any, ..
 
 
 def _unknown(arguments: Sequence[str], known: list[str]) -> Iterator[str]:
-    """Yields what is wrong if flags are unknown: one text that names all of them."""
+    """Yields one error text that names all unknown flags, if there are any."""
     unknown = {
         spelled: with_dashes(spelled) if spelled.startswith("--") else f"-{spelled}"
         for spelled in (argument.partition("=")[0] for argument in arguments if _is_flag(argument))

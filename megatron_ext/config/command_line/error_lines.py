@@ -37,10 +37,12 @@ USER_ERRORS = (ValueError, OSError)
 """Exceptions that count as user errors; a missing file or a lacking permission is an `OSError`."""
 
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Texts in the error messages of gloo and NCCL by which they report that another process has died."""
+"""Texts in gloo's and NCCL's error messages that report the death of another process."""
 
 _PRINTING_SECONDS = 1.0
-"""Seconds that the ranks which print nothing leave the one that prints: `torchrun` stops it once one of them ends."""
+"""Seconds by which ranks that print nothing delay their exit: `torchrun` stops the printing rank as soon as another
+one ends.
+"""
 
 _LAUNCHER_SECONDS = 3.0
 """Seconds to wait for `torchrun` to notice that a process has died and to stop the other processes."""
@@ -54,7 +56,7 @@ class ProcessLost(Exception):
 
 def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank: bool = False) -> NoReturn:
     """Prints `error: message` as one line on the first rank of every host, and exits with `code` on every rank."""
-    # Not on rank 0 alone: a file may be missing on one host only.
+    # Printing on rank 0 alone is not enough, because a file may be missing on one host only.
     line = "error: " + " ".join(message.split())
     prints = on_every_rank or int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0
     if prints:

@@ -30,11 +30,11 @@ class Spelling:
     """For a field with several values: whether the flag is repeated for each value."""
 
     without_value: str | None = None
-    """The value of a flag that is given without one; None if the flag requires a value."""
+    """Value to use if the flag is given without a value; None if the flag requires one."""
 
 
 Switch = Annotated[bool, Spelling(has_negation=False)]
-"""A boolean without an additional `--no-` flag, mostly because its name is a negation already (`--no-load-optim`)."""
+"""A boolean without a `--no-` flag, in most cases because its name is already a negation (`--no-load-optim`)."""
 
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 

@@ -64,7 +64,7 @@ class Flag:
     """Placeholder for the value in `--help`; None derives it from the type."""
 
     without_value: str | None = None
-    """The value of the flag if it is given without one; None if it requires a value."""
+    """Value to use if the flag is given without a value; None if the flag requires one."""
 
     @property
     def is_switch(self) -> bool:
@@ -77,7 +77,9 @@ class Flag:
 
 
 def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns a configuration's groups by name: its fields that are dataclasses, or else the whole configuration."""
+    """Returns a configuration's groups by name: its fields that are dataclasses; if there are none, the configuration
+    itself.
+    """
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
@@ -85,7 +87,7 @@ def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
 
 
 def is_training_run(config_type: type[Any]) -> bool:
-    """Returns whether a configuration is that of a training run, whose command line also takes Megatron-LM's flags."""
+    """Returns whether a configuration is for a training run; only training runs accept Megatron-LM's flags."""
     return "training" in groups_of(config_type)
 
 
@@ -118,7 +120,7 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
 
 
 def _own_fields_first(group_type: type[Any]) -> list[dataclasses.Field[Any]]:
-    # Lists a tool's own flags before those that it inherits from a group shared by several tools.
+    # Lists a tool's own flags before the flags inherited from a group that several tools share.
     inherited = {name for base in group_type.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     return sorted(dataclasses.fields(group_type), key=lambda field: field.name in inherited)
 

@@ -54,7 +54,8 @@ def read_lines(flag: str, path: str) -> list[str]:
 
 def use_utf8() -> None:
     """Restarts this program in Python's UTF-8 mode if the locale is ASCII."""
-    # `reconfigure` is not enough: libraries such as torch open their own files with the locale's encoding.
+    # `reconfigure` is not enough: it changes only the standard streams, but libraries such as torch open their own
+    # files with the locale's encoding.
     asked = sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1"
     if not asked and _is_ascii(locale.getpreferredencoding(False)):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})

@@ -51,7 +51,7 @@ def format_help(
         prog: name of the program.
         description: description of the program.
         example: an example command, or "".
-        supplied: for each field that has no default but that the program fills in, the text to show as its default. All
+        supplied: maps a field without a default, which the program fills in, to the text to show as its default. All
             other fields without a default are listed as required.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)
@@ -73,7 +73,7 @@ def format_help(
 
 
 def _negation(flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
-    """Yields the entry that explains negations, if a switch has one; an entry each would double the switches' lines."""
+    """Yields one entry that explains all `--no-` flags, if there are any; an entry for each would double the list."""
     for flag in flags:
         if flag.negations and not flag.default:
             told = "Turn off a switch that the YAML file or a checkpoint has turned on, for example"
@@ -115,7 +115,7 @@ def _told(flag: Flag, documented: Mapping[str, Mapping[str, str]], supplied: Map
 
 
 def _entry(spelled: str, text: str, width: int) -> Iterator[str]:
-    """Yields the help lines of one flag: the text stands beside a short flag, and below a long one."""
+    """Yields the help lines of one flag, with the text beside a short flag or below a long one."""
     told = textwrap.wrap(text, width - _COLUMN, break_long_words=False, break_on_hyphens=False)
     head = textwrap.wrap(
         spelled, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False

@@ -1,32 +1,32 @@
-"""Reads flags that differ between layers: which have a sliding window, and which have rotary positions.
+"""Reads the flags that choose the layers with a sliding window and the layers with rotary positions.
 
-The values are spelled as in Megatron-LM. `--window-size 511,0` means 511 earlier tokens, besides the token itself, and
-no later ones. `--window-attn-skip-freq` and `--no-rope-freq` are a number N, if layers N, 2 N, ... (counted from 1)
-have no window, or no rotary positions; or a list with one entry per layer: 1 for a layer with a window, or without
-rotary positions, else 0. Lists may be added and repeated.
+The values are spelled as in Megatron-LM. With `--window-size 511,0` a token attends to 511 earlier tokens, to itself,
+and to no later token. `--window-attn-skip-freq` and `--no-rope-freq` take a number N or a list. With N, layers N, 2
+N, ... (counted from 1) have no window, or no rotary positions. A list has one entry per layer: 1 for a layer with a
+window, or without rotary positions, otherwise 0. Lists may be added and repeated, as in ([1]*5+[0])*2.
 """
 
 import ast
 
 
 def window_tokens(size: str) -> int:
-    """Returns the number of tokens that a query attends to, its own included, for a value of --window-size.
+    """Converts a value of --window-size to the number of tokens that a query attends to, including its own token.
 
     Raises:
-        ValueError: the value is not a number of earlier tokens and 0.
+        ValueError: the value is not a number of earlier tokens, a comma and 0.
     """
     parts = size.strip().strip("()").split(",")
     numbers = [part.strip() for part in parts]
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) != 0:
         raise ValueError(
-            f"--window-size {size}: must be two numbers such as 511,0: how many earlier tokens a token attends to, and "
-            "0 for later ones"
+            f"--window-size {size}: must be two numbers such as 511,0: the number of earlier tokens "
+            "that a token attends to, and 0 for later ones"
         )
     return int(numbers[0]) + 1
 
 
 def windowed_layers(skip: str | None, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it has a window, for a value of --window-attn-skip-freq.
+    """Converts a value of --window-attn-skip-freq to one boolean per layer: True if the layer has a window.
 
     Raises:
         ValueError: the value is neither a number of at least 1 nor a list of one 0 or 1 per layer.
@@ -40,7 +40,7 @@ def windowed_layers(skip: str | None, num_layers: int) -> tuple[bool, ...]:
 
 
 def layers_without_rotary(frequency: str | None, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it has no rotary positions, for a value of --no-rope-freq.
+    """Converts a value of --no-rope-freq to one boolean per layer: True if the layer has no rotary positions.
 
     Raises:
         ValueError: as in `windowed_layers`.
@@ -68,7 +68,7 @@ def _number_or_list(flag: str, text: str, num_layers: int) -> int | list[int]:
 
 
 def entries_of(text: str, longest: int) -> list[int] | None:
-    """Returns a list of numbers spelled like a list of --window-attn-skip-freq; None if `text` is something else.
+    """Returns the numbers in a list spelled as for --window-attn-skip-freq; None if `text` is not such a list.
 
     Args:
         text: the list, such as [6144]*15+[12288]*20.
@@ -89,7 +89,9 @@ def skip_frequency(layers: tuple[bool, ...]) -> str | None:
 
 
 def no_rope_frequency(layers: tuple[bool, ...]) -> str | None:
-    """Returns the shortest value of --no-rope-freq for the layers without rotary positions; None if there is none."""
+    """Returns the shortest value of --no-rope-freq for the layers without rotary positions; None if all layers have
+    them.
+    """
     if not any(layers):
         return None
     return _shortest(layers, layers)
@@ -104,9 +106,9 @@ def _shortest(chosen: tuple[bool, ...], listed: tuple[bool, ...]) -> str:
 
 
 def shares_of(text: str, num_layers: int) -> tuple[float, ...] | None:
-    """Returns a number for each layer, from one number for all or from a list such as [0.95]*10+[0]*25.
+    """Returns one number per layer, from a single number or from a list such as [0.95]*10+[0]*25.
 
-    None if the text is neither, or the list has another number of entries.
+    Returns None if the text is neither, or if the list does not have one entry per layer.
     """
     value = _read(text, num_layers)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Takes Megatron-LM's own flags out of a command line, so that its launch scripts run here as they are.
+"""Takes Megatron-LM's own flags out of a command line, so that its launch scripts run here unchanged.
 
-A flag without effect is left out and reported, a renamed one is replaced, and one that cannot be followed is an error.
-Flags of ours are not touched, except for values that only Megatron-LM has (`--attention-backend fused`).
+A flag without effect is removed and reported, a renamed flag is replaced, and an unsupported flag is an error. This
+package's own flags stay unchanged, except for values that only Megatron-LM has (`--attention-backend fused`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from megatron_ext.config.megatron_lm.ignored_flags import IGNORED, Ignored
 from megatron_ext.config.megatron_lm.megatron_flags import RENAMED, why_refused
 
 FLAGS_REPORTED = "MEGATRON_EXT_FLAGS_REPORTED"
-"""Environment variable of a process whose command line another process, which started it, has reported on."""
+"""Environment variable set for a child process, if its parent has already reported the flags without effect."""
 
 
 @dataclasses.dataclass
@@ -23,13 +23,13 @@ class SortedWords:
     """The words of a command line after Megatron-LM's flags were taken out."""
 
     arguments: list[str] = dataclasses.field(default_factory=list)
-    """The remaining words, all of them flags of ours or unknown ones."""
+    """The remaining words: this package's flags with their values, and unknown flags."""
 
     ignored: list[str] = dataclasses.field(default_factory=list)
     """Flags without effect, with their values."""
 
     refused: list[str] = dataclasses.field(default_factory=list)
-    """Flags that cannot be followed, with their values, each with what to do instead."""
+    """Unsupported flags with their values, each followed by advice on what to do instead."""
 
 
 def sort_megatron_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> SortedWords:
@@ -37,7 +37,7 @@ def sort_megatron_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> Sort
 
     Args:
         arguments: the words of the command line.
-        flags: the flags of ours.
+        flags: this package's flags.
 
     Raises:
         ValueError: the first word is not a flag, or a flag without effect has too few or too many values.
@@ -73,7 +73,7 @@ def _check_count(ignored: Ignored, spelled: str, words: Sequence[str]) -> None:
 
 
 def report_ignored(ignored: Sequence[str]) -> None:
-    """Names the flags without effect in one line on the first process's standard error, if there are any."""
+    """Prints the flags without effect, if any, as one line on the standard error of rank 0."""
     if ignored and int(os.environ.get("RANK") or 0) == 0 and FLAGS_REPORTED not in os.environ:
         print(
             f"flags of Megatron-LM without effect here: {', '.join(ignored)} (docs/megatron_lm_flags.md says why)",

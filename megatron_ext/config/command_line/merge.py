@@ -4,11 +4,12 @@ The sources, from the highest precedence to the lowest:
 
     flag  >  YAML file (--config)  >  values that the program finds  >  --defaults megatron  >  default of the field
 
-With --use-checkpoint-args the shape of the model in the checkpoint comes before the flags.
+With --use-checkpoint-args, the model's shape in the checkpoint takes precedence over the flags.
 
-The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
-source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then
-the checkpoint; `pretrain_progressive.py` reads the description of the stacks, then the training run in --save.
+The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each of
+these sources is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights
+file, then the checkpoint; `pretrain_progressive.py` reads the description of the stacks, then the training run in
+--save.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Source:
 FLAG = Source("flag")
 DEFAULT = Source("default")
 DERIVED = Source("follows from others")
-"""Source of a field that was not set but differs from its default, because its value follows from other fields."""
+"""Source of a field that was not set but whose value, computed from other fields, differs from the default."""
 
 Sources = Mapping[str, Source]
 """Maps each field that differs from its default to the source of its value."""
@@ -85,7 +86,7 @@ class Merged:
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
     def add(self, source: Source, values: Mapping[str, Any]) -> None:
-        """Adds those values whose field has no value yet."""
+        """Adds a value for each field that has none yet."""
         new = {field: value for field, value in values.items() if field not in self.values}
         self.values |= new
         self.sources |= dict.fromkeys(new, source)
@@ -108,7 +109,7 @@ class Merged:
 
 
 def _check_kept(group: "DataclassInstance", merged: Merged) -> None:
-    """Checks that a group's preset has kept the user's values; the group takes a given default for none."""
+    """Raises `ValueError` if a preset of the group has overridden a value that the user has set."""
     for field in getattr(group, "SET_BY_PRESET", ()):
         source = merged.sources.get(field)
         if source is None or not (source == FLAG or source.is_yaml):

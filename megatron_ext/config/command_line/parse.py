@@ -77,7 +77,7 @@ def parse(
         example: an example command for `--help`.
         find: called with the given values; returns sources of values for fields that were not given. A later source
             overrides an earlier one.
-        sections: maps the name of a YAML section to the names of further groups whose flags it may hold.
+        sections: maps the name of a YAML section to further groups whose flags the section may hold.
         supplied: maps a field that `find` fills in to the text that `--help` shows as its default.
 
     Raises:
@@ -121,7 +121,7 @@ def _merge(
     find: Callable[[Given], Sequence[Found]] | None,
     sections: Mapping[str, Container[str]],
 ) -> list[str]:
-    """Adds the values of all sources in order of precedence; returns the flags of Megatron-LM without effect.
+    """Adds the values of all sources in order of precedence; returns the Megatron-LM flags that have no effect here.
 
     Raises:
         ValueError: a value is invalid, or a required one is missing.
@@ -171,7 +171,7 @@ def _told(value: object) -> str:
 
 
 def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns the config groups, starting with those that a model family adds to `RunConfig`."""
+    """Returns the config groups, starting with the groups that a model family adds to `RunConfig`."""
     groups = groups_of(config_type)
     bases = filter(dataclasses.is_dataclass, config_type.__mro__[1:])
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}

@@ -1,4 +1,4 @@
-"""Converts words of the command line and values of YAML or JSON files to the type of a field."""
+"""Converts words of the command line, and values from YAML or JSON files, to the type of a field."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,8 @@ def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
 def from_file(flag: Flag, key: str, value: object) -> Any:
     """Converts a value of a YAML or JSON file.
 
-    Strings are converted as on the command line, because YAML 1.1 reads 1e-4 as a string. A field whose flag takes text
-    such as 1,2,3 (--npt-layers) may also be given as a list of integers.
+    Strings are converted as on the command line, because YAML 1.1 reads 1e-4 as a string. A list of integers is also
+    accepted for a field whose flag takes text such as 1,2,3 (--npt-layers).
 
     Args:
         flag: flag of the field.

@@ -1,7 +1,7 @@
 """Reads a YAML configuration file.
 
-The file holds flags (`num_layers: 12`, spelled with `-` or `_`), or sections of flags named like their config group, or
-both. Sections may be nested (`training: {progressive: ...}`).
+The file holds flags (`num_layers: 12`, spelled with `-` or `_`), or sections of flags, or both. A section is named
+after its config group. Sections may be nested (`training: {progressive: ...}`).
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ def read_yaml(
         path: the YAML file.
         groups: config groups by section name.
         flags: flags of the groups.
-        sections: maps the name of a section to the names of further groups whose flags it may hold.
+        sections: maps the name of a section to further groups whose flags the section may hold.
 
     Raises:
         ValueError: the file is missing or not a mapping of flags, or it has unknown keys, repeated keys, or values of
@@ -65,7 +65,7 @@ def load_yaml(path: str | Path, flag: str = "") -> Any:
 
     Args:
         path: the YAML file.
-        flag: text in front of the path in error messages: the flag that names the file, and a space.
+        flag: text before the path in error messages: the flag that names the file, and a space; or "".
 
     Raises:
         ValueError: the file is not YAML; the message is one line with the file, the line and the column.

@@ -1,11 +1,11 @@
-"""The global batch size of every step, which --rampup-batch-size and --step-batch-size-schedule let grow.
+"""The global batch size of every step, which may grow (--rampup-batch-size, --step-batch-size-schedule).
 
     size(consumed) = START + INCREMENT * floor(consumed / (SAMPLES / n))     n = (global batch size - START) / INCREMENT
     size(consumed) = global batch size                                       after SAMPLES samples
 
-This is the rule of megatron-core's calculator; here it needs no process group, so that flags can be checked and a run
-can be planned before torch is imported. The schedule, which megatron-core has from 0.18 on, names a size for each range
-of consumed samples:
+The formula is that of megatron-core's calculator. This implementation needs no process group, so that flags can be
+checked and a run can be planned before torch is imported. The schedule (in megatron-core from 0.18 on) gives a size
+for each range of consumed samples:
 
     size(consumed) = SIZE of the last entry whose THRESHOLD is at most consumed
 """
@@ -74,12 +74,12 @@ class BatchSizes:
         return start + int(consumed_samples / (samples / ((self.final - start) // increment))) * increment
 
     def samples_in(self, steps: int, consumed_samples: int = 0) -> int:
-        """Returns the number of sequences in `steps` steps that begin after `consumed_samples` sequences."""
+        """Returns the number of sequences in the `steps` steps that follow the first `consumed_samples` sequences."""
         growing = list(islice(self._growing(consumed_samples), steps))
         return sum(growing) + (steps - len(growing)) * self.final
 
     def steps_in(self, samples: int, consumed_samples: int = 0) -> int:
-        """Returns the number of whole steps in `samples` sequences that follow `consumed_samples` sequences."""
+        """Returns the number of whole steps in the `samples` sequences that follow the first `consumed_samples`."""
         steps = 0
         for size in self._growing(consumed_samples):
             if size > samples:
@@ -88,15 +88,15 @@ class BatchSizes:
         return steps + samples // self.final
 
     def steps_of_ramp(self) -> int:
-        """Returns the number of steps before the size stays the final one."""
+        """Returns the number of steps until the size reaches its final value."""
         return sum(1 for _ in self._growing(0))
 
     def sizes(self) -> list[int]:
-        """Returns the different sizes of the steps, in the order of the run."""
+        """Returns the distinct sizes of the steps, in the order in which they occur."""
         return list(dict.fromkeys([*self._growing(0), self.final]))
 
     def _growing(self, consumed_samples: int) -> Iterator[int]:
-        """Yields the sizes of the steps before the size stays the final one."""
+        """Yields the size of every step until the size reaches its final value."""
         while not self._is_final(consumed_samples):
             yield (size := self.at(consumed_samples))
             consumed_samples += size

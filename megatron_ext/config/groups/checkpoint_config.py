@@ -20,11 +20,13 @@ class CheckpointConfig:
     """Optimizer steps between two checkpoints. Default: save only at the end."""
 
     async_save: bool = False
-    """Write checkpoints while training continues, from a copy in host memory. Only the copy holds training up."""
+    """Write checkpoints from a copy in host memory while training continues; training waits only for the copy."""
 
     use_checkpoint_args: bool = False
-    """Take the model's shape from the checkpoint, if there is one, and say which of the given flags differ from it.
-    Without this flag the checkpoint's shape is the default, and flags that differ from it are an error."""
+    """Take the model's shape from the checkpoint, if there is one, and print each flag that differs from the
+    checkpoint. Without --use-checkpoint-args, the checkpoint's shape is the default, and a different value is an
+    error.
+    """
 
     ckpt_step: int | None = None
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""
@@ -48,8 +50,9 @@ class CheckpointConfig:
     """Number of complete checkpoints to keep; older ones are deleted after each save. Default: keep all."""
 
     overwrite_checkpoints: bool = False
-    """Allow this run to replace checkpoints in --save that belong to another run, or that are later than the step it
-    loads. The old checkpoints are deleted once this run has written its first checkpoint."""
+    """Allow this run to replace checkpoints in --save that belong to another run or are later than the loaded step.
+    The old checkpoints are deleted once this run has written its first checkpoint.
+    """
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")

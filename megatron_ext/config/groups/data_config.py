@@ -29,7 +29,7 @@ class DataConfig:
     """Dataset prefixes for testing; use instead of the test part of --data-path and --split."""
 
     mock_data: bool = False
-    """Train on made-up documents that need no files, to try a run; a third each for training, validation and test."""
+    """Try a run without data files, on synthetic documents: one third each for training, validation and test."""
 
     split: str = "969, 30, 1"
     """Proportions in which --data-path is divided into training, validation and test sets."""
@@ -47,7 +47,7 @@ class DataConfig:
     """Prevent tokens from attending across an end-of-document token."""
 
     eod_mask_loss: bool = False
-    """Exclude from the loss the prediction made at each end-of-document token, as Megatron-LM does."""
+    """Exclude from the loss the prediction made at each end-of-document token, as Megatron-LM's flag does."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_workers")
@@ -65,7 +65,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """Dataset prefixes for training, with their weights if given; empty if no dataset is given."""
+        """Dataset prefixes for training, with any weights that were given; empty if no dataset was given."""
         return self.data_path or self.train_data_path or ()
 
 
@@ -85,7 +85,7 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
 
 
 def split_shares(split: str) -> list[str]:
-    """Returns the numbers in a value of --split, as text; drops quotes, which some of Megatron-LM's scripts pass on."""
+    """Returns the numbers in a value of --split as text, without the quotes that some Megatron-LM scripts pass."""
     return split.strip("'\"").split(",")
 
 

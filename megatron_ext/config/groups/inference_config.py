@@ -14,17 +14,18 @@ class LoadConfig:
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""
 
     bos: Switch = False
-    """Begin every prompt and every evaluation window with the begin-of-text token. Default: as in training."""
+    """Put the begin-of-text token before every prompt and every evaluation window. Default: as in training."""
 
     no_bos: Switch = False
-    """Do not begin prompts and evaluation windows with the begin-of-text token. Default: as in training."""
+    """Do not put the begin-of-text token before prompts and evaluation windows. Default: as in training."""
 
     tensor_model_parallel_size: int | None = None
     """Number of processes that share each layer's matrices. Default: as many as the model allows."""
 
     pipeline_model_parallel_size: int | None = None
     """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many as the model and the
-    remaining processes allow. Any further processes hold copies of the model."""
+    remaining processes allow. Any further processes hold copies of the model.
+    """
 
     bf16: bool = False
     """Compute in bfloat16."""

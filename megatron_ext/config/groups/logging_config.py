@@ -1,6 +1,6 @@
 """What a run prints, and what it writes to TensorBoard and W&B.
 
-Flags for statistics that only one model family has are in that family's config group.
+Flags for the statistics of a single model family are in that family's config group.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,16 @@ class LoggingConfig:
     """Peak TFLOP/s of the device, used to compute MFU. Default: from a table of known GPUs, else measured briefly."""
 
     profile: bool = False
-    """Profile the steps from --profile-step-start to before --profile-step-end: mark them for NVIDIA's profiler, under
-    which the run must have been started, or record them with --use-pytorch-profiler."""
+    """Profile the steps from --profile-step-start up to, but not including, --profile-step-end. The steps are marked
+    for NVIDIA's profiler, which must have started the run; with --use-pytorch-profiler, torch's profiler records
+    them.
+    """
 
     profile_step_start: int = 10
     """With --profile: first step to profile."""
 
     profile_step_end: int = 12
-    """With --profile: step before which profiling ends."""
+    """With --profile: first step that is no longer profiled."""
 
     profile_ranks: tuple[int, ...] | None = None
     """With --profile: ranks to profile. Default: all."""
@@ -71,7 +73,7 @@ class LoggingConfig:
     """With --use-pytorch-profiler: also record the shapes of the operations' inputs."""
 
     pytorch_profiler_collect_callstack: bool = False
-    """With --use-pytorch-profiler: also record the lines of Python that called the operations."""
+    """With --use-pytorch-profiler: also record the Python call stack of each operation."""
 
     def __post_init__(self) -> None:
         self._check_profile()
@@ -93,7 +95,9 @@ class LoggingConfig:
         if self.profile and end <= first:
             raise ValueError(f"--profile-step-end {end}: must be above --profile-step-start {first}")
         if self.profile and self.use_pytorch_profiler and self.tensorboard_dir is None:
-            raise ValueError("--use-pytorch-profiler: requires --tensorboard-dir, where it writes its traces")
+            raise ValueError(
+                "--use-pytorch-profiler: requires --tensorboard-dir, the directory for its traces"
+            )
         needed = {
             "use_pytorch_profiler": self.profile,
             "profile_ranks": self.profile,

@@ -41,13 +41,13 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
     Args:
         window: the model's `sliding_window`, in tokens.
         length: length of the sequence, in tokens.
-        asked: flags and values that led to this length; the error message begins with this text.
+        asked: the flags and values that set the length; the error message begins with this text.
     """
     if window is not None and length > window:
         raise ValueError(
             f"{asked}: a sequence of {length} tokens exceeds the model's sliding window of {window} "
-            "(--sliding-window); an earlier version imported the model without its window, so a sequence must fit into "
-            "it; import the model again for longer ones"
+            "(--sliding-window): the model was imported by an earlier version, without its window; use "
+            "shorter sequences, or import the model again"
         )
 
 
@@ -69,11 +69,13 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     ffn_hidden_size: int | None = None
     """Width of the MLP. Default: 4 x hidden size (with a gate: 8/3 x hidden size, rounded down to a multiple of
-    64)."""
+    64).
+    """
 
     num_query_groups: int | None = None
     """Number of key/value heads. A number below --num-attention-heads gives grouped-query attention. Default: the
-    number of attention heads."""
+    number of attention heads.
+    """
 
     group_query_attention: bool = False
     """Megatron's switch for grouped-query attention; requires --num-query-groups, which has the same effect alone."""
@@ -83,16 +85,19 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     window_size: Annotated[str | None, flag(metavar="LEFT,0")] = None
     """Sliding attention window, as in Megatron-LM: the number of earlier tokens that a token attends to besides itself,
-    and 0 for later ones, such as 511,0. Default: attention to all earlier tokens."""
+    and 0 for later ones, such as 511,0. Default: attention to all earlier tokens.
+    """
 
     window_attn_skip_freq: Annotated[str | None, flag(metavar="N | LIST")] = None
     """Layers without a window, as in Megatron-LM: every Nth layer, or a list with a 1 for each layer with a window and
-    a 0 for each layer without, such as ([1]*5+[0])*2. Default: every layer has the window."""
+    a 0 for each layer without, such as ([1]*5+[0])*2. Default: every layer has the window.
+    """
 
     sliding_window: int | None = None
     """Longest sequence, in tokens, of a model with a sliding window that an earlier version imported without its
     window. Longer sequences are rejected; for all others, full attention gives the same result. Models imported now
-    have a --window-size instead."""
+    have a --window-size instead.
+    """
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Type of the norms before attention, before the MLP, and after the last layer."""
@@ -104,11 +109,14 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
     """Store the weight of a norm as its difference from 1, so that it starts at 0, as in Gemma."""
 
     sandwich_norm: bool = False
-    """Normalize the outputs of attention and MLP as well, before they are added to the residual stream, as in Gemma."""
+    """Normalize not only the inputs of attention and MLP but also their outputs, before these are added to the
+    residual stream, as in Gemma.
+    """
 
     post_norm: bool = False
-    """Normalize the outputs of attention and MLP, before they are added to the residual stream, and not their inputs,
-    as in OLMo 2."""
+    """Normalize the outputs of attention and MLP, before they are added to the residual stream, instead of their
+    inputs, as in OLMo 2.
+    """
 
     swiglu: bool = False
     """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
@@ -120,7 +128,7 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
     """Use an MLP with squared ReLU instead of GELU."""
 
     bias_gelu_fusion: bool = False
-    """Compute GELU in its tanh approximation, as Megatron-LM's fused kernel does; its default for GELU with biases."""
+    """Compute GELU in its tanh approximation, like Megatron-LM's fused kernel (its default for GELU with biases)."""
 
     disable_bias_linear: Switch = False
     """Leave out the biases of the linear layers."""
@@ -138,24 +146,28 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
     """Normalize the queries and keys of each attention head."""
 
     qk_projection_norm: bool = False
-    """Normalize the queries of all heads of a token together, and its keys, with one weight per channel, as in
-    OLMo 2."""
+    """Normalize a token's queries over all heads together, and its keys likewise, with one weight per channel, as in
+    OLMo 2.
+    """
 
     softmax_scale: float | None = None
     """Factor of the attention scores. Default: 1 / sqrt(width of one attention head)."""
 
     embedding_multiplier: float = 1.0
-    """Factor of the word embedding where it enters the first layer, rounded to the type of the weights; in Gemma the
-    square root of the hidden size."""
+    """Multiply the word embedding by this factor before the first layer. The factor is rounded to the dtype of the
+    weights. In Gemma it is the square root of the hidden size.
+    """
 
     residual_multiplier: float = 1.0
-    """Factor of the outputs of attention and MLP where they are added to the residual stream, as in Granite."""
+    """Multiply the outputs of attention and MLP by this factor before they are added to the residual stream, as in
+    Granite.
+    """
 
     logit_divisor: float = 1.0
     """Divide the logits by this number, as in Granite."""
 
     final_logit_softcapping: float | None = None
-    """Limit the logits to this number C: C tanh(logit / C). Default: no limit."""
+    """Limit the logits smoothly to absolute values below this number C: C tanh(logit / C). Default: no limit."""
 
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weight instead of sharing the word embedding."""
@@ -174,24 +186,29 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     attention_backend: Literal["sdpa", "local", "te"] = "sdpa"
     """Implementation of core attention: torch's scaled_dot_product_attention (sdpa), mcore's (local), or Transformer
-    Engine's (te)."""
+    Engine's (te).
+    """
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of linear layers: mcore's (local) or Transformer Engine's; auto uses Transformer Engine if it is
-    installed and there is a GPU."""
+    installed and there is a GPU.
+    """
 
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Multiply the linear layers' matrices in FP8 with Transformer Engine: e4m3, or hybrid, which keeps gradients in
-    e5m2. Requires --bf16."""
+    e5m2. Requires --bf16.
+    """
 
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """With --fp8-format: how values are scaled to FP8."""
 
     fp8_amax_history_len: int = 1
-    """With --fp8-recipe delayed: number of steps whose largest values determine the scale."""
+    """With --fp8-recipe delayed: number of past steps whose largest absolute values determine the scale."""
 
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """With --fp8-recipe delayed: which of these values determines the scale."""
+    """With --fp8-recipe delayed: take the scale from the newest of these values (most_recent) or the largest
+    (max).
+    """
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -215,7 +232,8 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
         if self.position_embedding_type == "learned_absolute" and self.embedding_multiplier != 1.0:
             raise ValueError(
                 f"--embedding-multiplier {self.embedding_multiplier}: cannot be given together with "
-                "--position-embedding-type learned_absolute, whose sum with the word embedding it would multiply"
+                "--position-embedding-type learned_absolute, because the factor would also multiply "
+                "the position embedding"
             )
         self._check_te()
 
@@ -278,7 +296,7 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     @property
     def requires_te(self) -> list[str]:
-        """The flags, with their values, that only Transformer Engine can follow."""
+        """The given flags, with their values, that require Transformer Engine."""
         required = {
             "fp8_format": ["e4m3", "hybrid"],
             "attention_backend": ["te"],
@@ -297,28 +315,30 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
+        """For each layer, the number of tokens that a token attends to, including itself; None without a window."""
         return tuple(layer.window for layer in self.layers)
 
     @property
     def has_own_attention(self) -> bool:
-        """Whether any layer has other keys and values than the engine's attention computes."""
+        """Whether any layer needs keys and values that the engine's attention cannot compute."""
         return self.num_kv_shared_layers > 0 or self.attention_k_eq_v or self.v_layernorm
 
     @property
     def has_two_rotaries(self) -> bool:
-        """Whether the rotary embedding of layers with a window differs from that of all other layers."""
+        """Whether layers with a window have a rotary embedding that differs from all other layers'."""
         is_partial = self.window_size is not None and self.rotary_proportion != 1.0
         return is_partial or self.rotary_base_local is not None or self.kv_channels_full is not None
 
     @property
     def without_rotary(self) -> tuple[bool, ...]:
-        """For each layer, whether --no-rope-freq takes its rotary positions."""
+        """For each layer, whether --no-rope-freq removes its rotary positions."""
         return layers_without_rotary(self.no_rope_freq, self.num_layers)
 
     @property
     def changes_outputs(self) -> str | None:
-        """The flag with which a layer changes the outputs of attention and MLP before it adds them; None if none."""
+        """The given flag that changes the outputs of attention and MLP before they are added; None if there is
+        none.
+        """
         flags = {
             "--sandwich-norm": self.sandwich_norm,
             "--post-norm": self.post_norm,

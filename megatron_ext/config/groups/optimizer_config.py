@@ -1,6 +1,6 @@
 """AdamW, gradient clipping, and the schedules of learning rate and weight decay.
 
-The fields have the names that mcore's `OptimizerConfig` and `OptimizerParamScheduler` use; both receive these values.
+The fields have the names of mcore's `OptimizerConfig` and `OptimizerParamScheduler`, which receive their values.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,12 @@ class OptimizerSettings:
     """Peak learning rate of the word embedding and the output layer. Default: --lr."""
 
     decoupled_min_lr: float | None = None
-    """With --decoupled-lr: its value at the end of the decay. Default: --min-lr."""
+    """With --decoupled-lr: learning rate of these layers at the end of the decay. Default: --min-lr."""
 
     lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warm-up. inverse-square-root is 1 / sqrt(steps), scaled to the peak at the end of
-    the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
+    the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay.
+    """
 
     lr_decay_iters: int | None = None
     """Optimizer steps over which the learning rate decays. Default: the whole run."""

@@ -35,21 +35,24 @@ class ParallelConfig:
 
     decoder_first_pipeline_num_layers: int | None = None
     """Number of layers in the first pipeline stage; the other stages share the rest. Default: as many as in the
-    others."""
+    others.
+    """
 
     decoder_last_pipeline_num_layers: int | None = None
     """Number of layers in the last pipeline stage; the other stages share the rest. Default: as many as in the
-    others."""
+    others.
+    """
 
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per virtual stage; turns on the interleaved pipeline schedule."""
 
     context_parallel_size: int = 1
-    """Number of processes that share each sequence; every one of them holds two of its 2 x N equal chunks."""
+    """Number N of processes that share each sequence; each process holds two of the sequence's 2 x N equal chunks."""
 
     sequence_parallel: bool = False
     """Split the sequence over the tensor-parallel processes in norms and dropout; no effect without tensor
-    parallelism."""
+    parallelism.
+    """
 
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel processes."""
@@ -64,7 +67,7 @@ class ParallelConfig:
     """With the interleaved schedule: overlap the communication between pipeline stages with computation."""
 
     accumulate_allreduce_grads_in_fp32: bool = False
-    """With --fp16: sum gradients over micro-batches and processes in fp32, as is done without --fp16."""
+    """With --fp16: sum gradients over micro-batches and processes in fp32 (without --fp16, the default)."""
 
     grad_reduce_in_bf16: bool = False
     """With --bf16: sum gradients over micro-batches and processes in bfloat16 instead of fp32."""
@@ -73,12 +76,14 @@ class ParallelConfig:
     """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
 
     cross_entropy_loss_fusion: bool = False
-    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives; no effect without tensor
-    parallelism, where it always is."""
+    """With tensor parallelism: compute the cross-entropy in fewer kernels and collectives. Without tensor
+    parallelism, the flag has no effect, because the computation is always fused.
+    """
 
     cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     """With --cross-entropy-loss-fusion: kernels of mcore (native), which require --bf16, or of Transformer Engine
-    (te)."""
+    (te).
+    """
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
@@ -88,7 +93,8 @@ class ParallelConfig:
 
     recompute_method: Literal["uniform", "block"] | None = None
     """With full recompute: recompute all layers, in groups of --recompute-num-layers (uniform), or only the first
-    --recompute-num-layers of each pipeline stage (block)."""
+    --recompute-num-layers of each pipeline stage (block).
+    """
 
     recompute_num_layers: int | None = None
     """With full recompute: layers per group (uniform), or recomputed layers per pipeline stage (block)."""
@@ -134,11 +140,12 @@ class ParallelConfig:
                 )
             if self.num_layers_per_virtual_pipeline_stage is not None:
                 raise ValueError(
-                    f"{flag_name(name)} {number}: cannot be given together with --num-layers-per-virtual-pipeline-stage"
+                    f"{flag_name(name)} {number}: cannot be given together with "
+                    "--num-layers-per-virtual-pipeline-stage"
                 )
 
     def stage_sizes(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the number of layers of every pipeline stage, over all its chunks.
+        """Returns the number of layers of every pipeline stage, summed over its chunks (virtual stages).
 
         Raises:
             ValueError: the layers cannot be divided among the stages.
@@ -161,7 +168,7 @@ class ParallelConfig:
         return tuple(sizes)
 
     def reduces_in_fp32(self, precision: Precision) -> bool:
-        """Returns whether gradients are summed in fp32, not in the precision of the weights."""
+        """Returns True if gradients are summed in fp32, False if in the precision of the weights."""
         return self.accumulate_allreduce_grads_in_fp32 or (
             precision == "bf16" and not self.grad_reduce_in_bf16
         )

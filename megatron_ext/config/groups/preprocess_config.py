@@ -16,17 +16,20 @@ class InputConfig:
 
     input: tuple[str, ...]
     """Input files or glob patterns, or - for standard input. Files other than .txt, .parquet and .arrow are read as
-    JSON lines, unless --text-unit is given; files may be compressed (.gz, .zst, .bz2, .xz)."""
+    JSON lines, unless --text-unit is given; files may be compressed (.gz, .zst, .bz2, .xz).
+    """
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON lines (or columns of .parquet and .arrow files) that hold text; each key gives one dataset."""
 
     text_unit: Literal["line", "file"] | None = None
-    """What counts as one document in a file of plain text: each line that is not blank, or the whole file. If given,
-    every file is plain text except .jsonl, .json, .parquet, .arrow and standard input. Default: line, for .txt only."""
+    """Document boundaries in plain text: every non-blank line is a document (line), or the whole file is (file). If
+    given, every input except .jsonl, .json, .parquet, .arrow and standard input is read as plain text. Default: line,
+    for .txt only.
+    """
 
     max_line_bytes: int = 256_000_000
-    """Largest allowed size of a line (or of a document that is a whole file) in bytes; a larger one is an error."""
+    """Largest allowed size in bytes of a line, or of a file read as one document; a larger size is an error."""
 
     max_documents: int | None = None
     """Stop after this many documents, for a trial run."""
@@ -53,13 +56,13 @@ class PreprocessConfig:
     """Path of the output datasets, without `_KEY_document.bin`; missing directories are created."""
 
     split_sentences: Switch = False
-    """Split documents into sentences: each is a sequence of its document, in PREFIX_KEY_sentence.bin and .idx."""
+    """Split documents into sentences and store each sentence as a sequence, in PREFIX_KEY_sentence.bin and .idx."""
 
     keep_newlines: Switch = False
     """With --split-sentences: keep the white space between sentences, at the end of each sentence."""
 
     lang: str = "english"
-    """With --split-sentences: name of the Punkt model, a language."""
+    """With --split-sentences: language of the Punkt model that splits the text."""
 
     append_eod: bool = False
     """Append the end-of-document token to every non-empty document."""
@@ -77,15 +80,17 @@ class PreprocessConfig:
     """Keep the documents in the order of the input, whatever --partitions is."""
 
     on_error: OnError = "fail"
-    """What to do with a line that is not a valid document: stop with an error (fail), skip it, or skip it and write it
-    to PREFIX_quarantined.jsonl (quarantine)."""
+    """Action for a line that is not a valid document: stop with an error (fail), skip the line (skip), or skip it and
+    write it to PREFIX_quarantined.jsonl (quarantine).
+    """
 
     skip_empty: bool = False
     """Skip documents that have no tokens under any key. Default: keep them as empty documents."""
 
     encoder: Literal["auto", "gigatoken", "reference"] = "auto"
-    """Library that encodes: gigatoken (fast) or the tokenizer's own (reference); auto uses gigatoken if both give the
-    same ids on a sample of the input."""
+    """Library that encodes: gigatoken (fast) or the tokenizer's own (reference). auto uses gigatoken if both give the
+    same token ids for a sample of the input.
+    """
 
     resume: bool = False
     """Continue an earlier run that was killed, and reuse the pieces it has finished."""
@@ -102,7 +107,7 @@ class PreprocessConfig:
             raise ValueError(f"--output-prefix {self.output_prefix!r}: requires a name after the directory")
 
     def without_effect(self) -> Iterator[str]:
-        """Yields each given flag that changes nothing, with the reason."""
+        """Yields each given flag that has no effect, with the reason."""
         if not self.split_sentences:
             given = {"--keep-newlines": self.keep_newlines, f"--lang {self.lang}": self.lang != "english"}
             yield from (
@@ -112,7 +117,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IgnoredConfig:
-    """Flags of Megatron-LM's tool that change nothing here; a line names those that were given."""
+    """Flags of Megatron-LM's tool that have no effect here; the tool prints one line that names the given ones."""
 
     tokenizer_hf_use_fast: Switch = False
     """No effect: Hugging Face tokenizers are always the fast ones."""

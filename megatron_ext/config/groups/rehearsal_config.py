@@ -14,17 +14,22 @@ class RehearsalConfig:
 
     rehearse: Annotated[str | None, Spelling(metavar="[RANK|all-kinds]", without_value="0")] = None
     """Run two steps and an evaluation of one rank on a simulated GPU, print its memory, communication and waits, and
-    exit. Default rank: 0. all-kinds rehearses a rank of the first, the second and the last pipeline stage."""
+    exit. Default rank: 0. With all-kinds, one rank each of the first, the second and the last pipeline stage is
+    rehearsed.
+    """
 
     world_size: int | None = None
-    """With --rehearse or --dry-run: number of processes of the run. Default: WORLD_SIZE, else as many as one model copy
-    needs."""
+    """With --rehearse or --dry-run: number of processes of the run. Default: WORLD_SIZE if it is set, otherwise the
+    number that one model copy needs.
+    """
 
     rehearsal_device: str = "H100"
-    """With --rehearse: name of the simulated GPU, which sets its memory and its rates."""
+    """With --rehearse: name of the simulated GPU, which determines its memory, compute rate and bandwidth."""
 
     device_memory_gb: float | None = None
-    """With --rehearse: memory of the simulated GPU in GiB. Default: that of --rehearsal-device."""
+    """With --rehearse: memory of the simulated GPU in GiB. Default: the memory of the GPU named by
+    --rehearsal-device.
+    """
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "world_size")

@@ -37,7 +37,7 @@ _TAKES_SPECIAL_TOKENS = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokeniz
 
 
 def tokenizer_flags(kind: str) -> str | None:
-    """Returns the flags that choose a tokenizer by the name of its class, for a message; None if there are none."""
+    """Returns, for a message, the flags that choose the tokenizer with this class name; None if there are none."""
     kind = kind.removeprefix("Legacy")
     if kind not in get_args(TokenizerType):
         return None
@@ -69,7 +69,8 @@ class TokenizerConfig:
         tuple[str, ...] | None, flag(aliases=("--tiktoken-special-tokens", "--special-tokens"))
     ] = None
     """Special tokens. Byte-level BPE: added to the vocabulary, if it lacks them. TikTokenizer: the first ids, in this
-    order; must include <unk> <s> </s> <mask> <pad> <cls> <sep>."""
+    order; must include <unk> <s> </s> <mask> <pad> <cls> <sep>.
+    """
 
     tiktoken_pattern: Literal["v1", "v2"] = "v2"
     """Pattern by which TikTokenizer splits a text into words: v2 splits them by case, too."""
@@ -78,13 +79,16 @@ class TokenizerConfig:
     """Number of ids that TikTokenizer reserves for special tokens, before all others."""
 
     tokenizer_hf_include_special_tokens: bool = False
-    """HuggingFaceTokenizer: in preprocessing, put around every text the tokens that the tokenizer.json puts around it.
-    Megatron-LM does so by default."""
+    """HuggingFaceTokenizer: in preprocessing, add to every text the special tokens that the tokenizer.json specifies,
+    for example at its beginning. Megatron-LM adds them by default.
+    """
 
     legacy_tokenizer: Switch = False
-    """Encode as Megatron-LM did before its tokenizers moved into megatron-core. GPT2BPETokenizer, TikTokenizer: a
-    special token spelled out in a text stays text. SentencePieceTokenizer: it becomes its id, and <EOD> ends a
-    document. Llama2Tokenizer: <s> begins every text. HuggingFaceTokenizer: as --tokenizer-hf-include-special-tokens."""
+    """Encode as Megatron-LM did before its tokenizers moved into megatron-core. GPT2BPETokenizer, TikTokenizer: the
+    name of a special token within a text is encoded as ordinary text. SentencePieceTokenizer: such a name becomes the
+    token's id, and <EOD> ends a document. Llama2Tokenizer: <s> is put before every text. HuggingFaceTokenizer: the
+    same as --tokenizer-hf-include-special-tokens.
+    """
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
@@ -112,7 +116,9 @@ class TokenizerConfig:
             raise ValueError("--tokenizer-special-tokens: names a token twice")
 
     def further_flags(self) -> str:
-        """Returns the flags beside type and files on which the ids of a text depend; "" if all have their defaults."""
+        """Returns the given flags, other than type and files, that change the ids of a text; "" if all have their
+        defaults.
+        """
         flags = ["--legacy-tokenizer"] if self.legacy_tokenizer else []
         if self.tokenizer_type == "TikTokenizer":
             for name in ("tiktoken_pattern", "tiktoken_num_special_tokens"):

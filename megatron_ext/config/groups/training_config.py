@@ -35,16 +35,21 @@ class TrainingConfig:
     """Micro-batches per optimizer step on each model copy; use instead of --global-batch-size."""
 
     calculate_per_token_loss: bool = True
-    """Weigh all counted tokens of the global batch equally in the gradient; with --no-calculate-per-token-loss, as
-    Megatron-LM without the flag, it is that of the mean over micro-batches of each one's mean."""
+    """Use the mean loss over all counted tokens of the global batch for the gradient. With
+    --no-calculate-per-token-loss, use the mean over micro-batches of each micro-batch's mean loss, which is
+    Megatron-LM's default.
+    """
 
     rampup_batch_size: Annotated[tuple[int, ...] | None, flag(metavar="START INCREMENT SAMPLES")] = None
-    """Begin with START sequences per step and add INCREMENT at equal distances, until after SAMPLES sequences the size
-    is --global-batch-size."""
+    """Begin with START sequences per step and add INCREMENT at equal intervals. After SAMPLES sequences the size is
+    --global-batch-size.
+    """
 
     step_batch_size_schedule: Annotated[tuple[str, ...] | None, flag(metavar="TOKENS:SIZE ...")] = None
-    """Sequences per step, by the number of tokens before the step: 0:16 2.4B:320 12B:1536. Use instead of
-    --global-batch-size. K, M, B and T are thousands, millions and so on."""
+    """Sequences per step, which depend on the number of tokens before the step. For example, 0:16 2.4B:320 starts
+    with 16 and uses 320 after 2.4 billion tokens. K, M, B and T stand for 10^3, 10^6, 10^9 and 10^12. Use instead of
+    --global-batch-size.
+    """
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
@@ -78,7 +83,8 @@ class TrainingConfig:
 
     max_consecutive_nan_steps: int = 3
     """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped.
-    With --fp16, overflows that only lower the loss scale do not count."""
+    With --fp16, overflows that only lower the loss scale do not count.
+    """
 
     manual_gc: bool = False
     """Collect Python's garbage only every --manual-gc-interval steps, in the same step on every rank."""
@@ -87,8 +93,9 @@ class TrainingConfig:
     """With --manual-gc: steps between two collections; 0 never collects during training."""
 
     empty_unused_memory_level: int = 0
-    """Give cached but unused memory back to the GPU in every step before the update (1), or also after it (2); 0 keeps
-    it. It is slow, and helps only where memory is fragmented."""
+    """In every step, release cached but unused GPU memory before the update (1), or before and after it (2); 0 keeps
+    the memory cached. Releasing memory is slow and helps only if memory is fragmented.
+    """
 
     skip_train: bool = False
     """Evaluate without training, then exit."""
@@ -101,7 +108,7 @@ class TrainingConfig:
         check_at_least(self, 1, "micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
         check_at_least(self, 1, "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
-        # A run of 0 steps only prepares a model, where a script offers that; `check_has_steps` refuses it elsewhere.
+        # Some scripts accept 0 steps, to prepare a model without training it; all others call `check_has_steps`.
         check_at_least(self, 0, "train_iters", "eval_iters", "seed", "manual_gc_interval")
         check_at_least(self, 0, "empty_unused_memory_level")
         check_at_most(self, 2, "empty_unused_memory_level")
@@ -192,7 +199,7 @@ class TrainingConfig:
 
     @property
     def final_batch_size(self) -> int | None:
-        """The given number of sequences per step at the end of the run; None if it follows from other flags."""
+        """Number of sequences per step at the end of the run; None if no flag sets it directly."""
         if self.step_batch_size_schedule is not None:
             return read_schedule(self.step_batch_size_schedule)[-1][1]
         return self.global_batch_size
@@ -206,7 +213,7 @@ class TrainingConfig:
         """Returns the batch sizes of the steps.
 
         Args:
-            global_batch_size: the resolved one.
+            global_batch_size: the result of `resolved_global_batch_size`.
         """
         steps = read_schedule(self.step_batch_size_schedule) if self.step_batch_size_schedule else ()
         return BatchSizes(global_batch_size, self.rampup_batch_size, steps)

@@ -1,1 +1,3 @@
-"""Megatron-LM's command line here: what becomes of each flag of its `pretrain_gpt.py`, and its defaults."""
+"""Support for Megatron-LM's command line: the meaning of each flag of its `pretrain_gpt.py` here, and its
+defaults.
+"""

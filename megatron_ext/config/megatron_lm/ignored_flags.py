@@ -1,7 +1,7 @@
 """Flags of Megatron-LM that a training run accepts without effect, each with the reason.
 
-A flag belongs here only if the run computes the same with and without it. If only some of its values are harmless,
-these are listed, and every other value is an error.
+A flag belongs here only if the run computes the same with and without it. If that holds only for some values of the
+flag, those values are listed, and every other value is an error.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ class Ignored:
     """Why it changes nothing; completes the sentence "it is ignored: ..."."""
 
     takes: Literal["nothing", "one value", "values"] = "nothing"
-    """What follows the flag."""
+    """Number of values that follow the flag."""
 
     harmless: tuple[str, ...] = ()
-    """The values that change nothing; empty if that is so for every value."""
+    """The values that change nothing; empty if no value changes anything."""
 
     otherwise: str = ""
-    """Why the other values are refused, or what to do instead; completes `only X is supported: ...`."""
+    """Why the other values are refused, or what to do instead; completes the sentence `only X is supported: ...`."""
 
     @property
     def limits(self) -> str:

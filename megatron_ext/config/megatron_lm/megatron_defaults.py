@@ -1,4 +1,4 @@
-"""Megatron-LM's defaults where they differ from those here; `--defaults megatron` takes them."""
+"""Megatron-LM's defaults that differ from the defaults here; `--defaults megatron` uses them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ TAKEN: Mapping[str, Mapping[str, Any]] = {
     "training": {"calculate_per_token_loss": False},
     "logging": {"log_throughput": False, "log_validation_ppl": False},
 }
-"""The defaults that `--defaults megatron` takes: config group, field, Megatron-LM's default."""
+"""The defaults set by `--defaults megatron`, by config group and field."""
 
 KEPT = {
     "attention_backend": ("auto", "sdpa computes the same attention with torch's kernels"),
-    "distributed_backend": ("nccl", "auto is NCCL where there is a GPU"),
+    "distributed_backend": ("nccl", "auto is NCCL if there is a GPU"),
     "eval_interval": (
         "None",
         "with it, Megatron-LM ends with an error while it counts the validation samples",
@@ -35,10 +35,10 @@ KEPT = {
     "tokenizer_type": ("None", "pretrain_gpt.py sets GPT2BPETokenizer, the default here"),
     "transformer_impl": (
         "transformer_engine",
-        "auto is Transformer Engine where there is a GPU and it is installed",
+        "auto is Transformer Engine if it is installed and there is a GPU",
     ),
 }
-"""The other defaults that differ in words: field, Megatron-LM's default, and why it stays as it is here."""
+"""Defaults that are spelled differently but are kept: maps a field to Megatron-LM's default and the reason."""
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -48,13 +48,13 @@ def megatron_defaults(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         given: values that flags and the YAML file set, by field name.
 
     Raises:
-        ValueError: --num-query-groups was given in a way that Megatron-LM ignores.
+        ValueError: --num-query-groups was given without --group-query-attention, so that Megatron-LM would ignore it.
     """
     found = {group: dict(values) for group, values in TAKEN.items()}
     if any(given.get(name) for name in ("swiglu", "squared_relu", "disable_bias_linear")):
         del found["model"][
             "bias_gelu_fusion"
-        ]  # it is a kernel for GELU with biases, in its tanh approximation
+        ]  # the flag chooses a kernel for GELU (tanh approximation) with biases
     groups = given.get("num_query_groups")
     if given.get("group_query_attention"):
         found["model"]["num_query_groups"] = 1

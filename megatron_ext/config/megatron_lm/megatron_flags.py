@@ -1,12 +1,12 @@
-"""Puts every flag of Megatron-LM's `megatron/training/arguments.py` that has no field here into one class.
+"""Assigns every flag of Megatron-LM's `megatron/training/arguments.py` to one of four classes.
 
-    the same        a flag of ours, with the same meaning (not listed: the flags follow from the config groups)
-    renamed         a flag of ours under another name; `RENAMED` below
-    without effect  accepted, because what it asks for is so here anyway; `ignored_flags.py`
-    refused         an error that says what to do instead; `refused_flags.py`
+    the same        this package has the flag, with the same meaning (not listed: it is a field of a config group)
+    renamed         this package has the flag under another name; `RENAMED` below
+    without effect  accepted, because it would change nothing here; `ignored_flags.py`
+    refused         rejected with an error that says what to do instead; `refused_flags.py`
 
-A flag of ours always comes first. `tests/unit/config/test_megatron_flags.py` has the list of all flags of Megatron-LM
-0.16 to 0.19, and checks that each is in exactly one class.
+If a name is also a flag of this package, the package's meaning holds. `tests/unit/config/test_megatron_flags.py` has
+the list of all flags of Megatron-LM 0.16 to 0.19, and checks that each is in exactly one class.
 """
 
 from megatron_ext.config.megatron_lm.ignored_flags import IGNORED
@@ -19,7 +19,7 @@ RENAMED = {
     "--log-validation-ppl-to-tensorboard": ("--log-validation-ppl",),
     "--use-rotary-position-embeddings": ("--position-embedding-type", "rope"),
 }
-"""Maps a flag to the words that replace it; the values that follow it stay."""
+"""Maps a flag to the words that replace it; the values after the flag are kept."""
 
 
 def why_refused(flag: str) -> str | None:

@@ -1,6 +1,6 @@
-"""Flags of Megatron-LM that cannot be followed here, each with what to do instead.
+"""Flags of Megatron-LM that are not supported here, each with advice on what to do instead.
 
-`REFUSED` holds single flags, `REFUSED_BEGINNINGS` whole groups of flags by the text that they begin with.
+`REFUSED` holds single flags; `REFUSED_BEGINNINGS` holds groups of flags by their common beginning.
 """
 
 _MOE = "not supported: there is no mixture of experts"

@@ -311,7 +311,10 @@ def test_per_layer_embedding_may_be_new_over_a_frozen_model(folder: Path, tmp_pa
         ("--lora-rank 4 --load {folder}/Llama", "contains no run with adapters; add --finetune"),
         ("--lora-alpha 8 {shape}", "--lora-alpha 8: has no effect; it requires --lora-rank"),
         ("--lora-rank 0 {shape}", "--lora-rank 0"),
-        ("--lora-rank 4 --load {folder}/rack/progressive_rack --finetune", "the model of --load is a rack"),
+        (
+            "--lora-rank 4 --load {folder}/rack/progressive_rack --finetune",
+            "not supported for the model in --load, a rack",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, flags: str, words: str) -> None:

@@ -1,9 +1,9 @@
-"""Sizes of each layer: its sliding window, the width of its MLP, size and number of its heads, and whose keys it uses.
+"""Sizes of each layer: sliding window, MLP width, number and width of heads, and the layer that supplies its keys.
 
 `--ffn-hidden-sizes` is a list of one width per layer, such as [6144]*15+[12288]*20. Flags that end in `-full` are for
-layers without a sliding window, in a model in which other layers have one, as in Gemma 4. With
-`--num-kv-shared-layers N` each of the last N layers uses the keys and values of the last of the layers before them that
-is of its kind, with a window or without.
+layers without a sliding window in a model whose other layers have one, as in Gemma 4. With `--num-kv-shared-layers N`
+each of the last N layers uses the keys and values of the last of the layers before them that is of its kind, with a
+window or without.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFields:
-    """Flags for what layers of the base GPT model have besides the sizes that all have in common."""
+    """Flags for sizes and parts that may differ from layer to layer."""
 
     ffn_hidden_sizes: Annotated[str | None, flag(metavar="LIST")] = None
     """Width of the MLP of every layer, as a list such as [6144]*15+[12288]*20. Default: the same in all layers."""
@@ -32,18 +32,20 @@ class LayerFields:
     """With --window-size: width of one attention head in layers without a window. Default: as in all other layers."""
 
     num_kv_shared_layers: int = 0
-    """Number of layers, the last ones, that use the keys and values of an earlier layer: the last one before them that
-    has a sliding window, or none, as they do."""
+    """Number of layers at the end of the model that compute no keys and values. Each uses those of the last earlier
+    layer that computes them and is of the same kind, with or without a sliding window.
+    """
 
     attention_k_eq_v: bool = False
-    """In layers without a sliding window, use the keys as values, too, without their norm and rotation."""
+    """In layers without a sliding window, also use the keys as values, taken before the norm and rotation of keys."""
 
     v_layernorm: bool = False
     """Divide the values of each attention head by their root mean square."""
 
     layer_scalar: bool = False
-    """Multiply the output of every layer by a number of its own, which is 1 unless it was imported, and never trained,
-    as in Gemma 4. --per-layer-preset gemma4 has it without this flag."""
+    """Multiply the output of every layer by a number that is 1 or imported, and that is never trained, as in Gemma 4.
+    --per-layer-preset gemma4 implies this flag.
+    """
 
 
 LAYER_DIFFERENCES = (
@@ -53,7 +55,7 @@ LAYER_DIFFERENCES = (
     "attention_k_eq_v",
     "num_kv_shared_layers",
 )
-"""Fields of `ModelConfig` by which the tensors of layers differ."""
+"""Fields of `ModelConfig` that give layers tensors of different shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class LayerShape:
     """Sizes of one layer."""
 
     window: int | None
-    """Number of tokens that a token attends to, its own included; None if all earlier ones."""
+    """Number of tokens that a token attends to, including itself; None if it attends to all earlier tokens."""
 
     ffn_hidden_size: int
     """Width of the MLP."""
@@ -73,17 +75,19 @@ class LayerShape:
     """Number of key/value heads."""
 
     values_are_keys: bool = False
-    """Whether the keys are the values, too."""
+    """Whether the keys are also used as values."""
 
     sparsity: float = 0.0
-    """Share of the MLP's gates that are cut off."""
+    """Fraction of the MLP's gates that are set to zero."""
 
     keys_of: int | None = None
     """Number of the earlier layer whose keys and values this layer uses; None if it has its own."""
 
     @property
     def key_value_heads(self) -> int:
-        """Number of heads of keys and values that the layer projects its input to."""
+        """Number of key heads plus value heads that the layer computes; 0 if it uses an earlier layer's keys and
+        values.
+        """
         if self.keys_of is not None:
             return 0
         return self.num_query_groups * (1 if self.values_are_keys else 2)
@@ -140,7 +144,8 @@ def ffn_widths(text: str | None, num_layers: int) -> tuple[int, ...] | None:
     widths = entries_of(text, num_layers)
     if widths is None or len(widths) != num_layers or min(widths) < 1:
         raise ValueError(
-            f"--ffn-hidden-sizes {text}: must be a list of {num_layers} widths of at least 1, one for each layer, such "
+            f"--ffn-hidden-sizes {text}: must be a list of {num_layers} widths of at least 1, one for "
+            "each layer, such "
             "as [256]*2+[512]*2"
         )
     return tuple(widths)
@@ -151,8 +156,8 @@ def check_layers(model: "ModelConfig") -> None:
     check_at_least(model, 1, "num_query_groups_full", "kv_channels_full")
     if model.ffn_hidden_sizes is not None and model.ffn_hidden_size is not None:
         raise ValueError(
-            f"--ffn-hidden-size {model.ffn_hidden_size}: cannot be given together with --ffn-hidden-sizes, which has "
-            "the width of every layer"
+            f"--ffn-hidden-size {model.ffn_hidden_size}: cannot be given together with "
+            "--ffn-hidden-sizes, which gives the width of every layer"
         )
     ffn_widths(model.ffn_hidden_sizes, model.num_layers)
     if model.window_size is None:
@@ -188,7 +193,8 @@ def _check_rotation(model: "ModelConfig") -> None:
         rotated = int(channels * model.rotary_percent)
         if rotated % 2 or not rotated:
             raise ValueError(
-                f"--kv-channels-full {channels}: --rotary-percent {model.rotary_percent} rotates {rotated} channels of "
+                f"--kv-channels-full {channels}: --rotary-percent {model.rotary_percent} rotates "
+                f"{rotated} channels of "
                 "a head; this number must be even and above 0"
             )
 
@@ -206,13 +212,13 @@ def _check_sharing(model: "ModelConfig") -> None:
         if model.layers[number].keys_of is None:
             kind = "without" if model.layers[number].window is None else "with"
             raise ValueError(
-                f"--num-kv-shared-layers {num_shared}: layer {number} is {kind} a sliding window, and none of the "
-                f"first {layers - num_shared} layers is, whose keys and values it could use"
+                f"--num-kv-shared-layers {num_shared}: layer {number} is {kind} a sliding window, but "
+                f"none of the first {layers - num_shared} layers is, so no layer can supply its keys and values"
             )
 
 
 def refuse_layer_sizes(model: "ModelConfig", by: str) -> None:
-    """Raises `ValueError` if layers differ in what they compute; `by` names what requires them to be equal."""
+    """Raises `ValueError` if layers differ in size or parts; `by` names the feature that requires equal layers."""
     for name in LAYER_DIFFERENCES:
         value = getattr(model, name)
         if value:

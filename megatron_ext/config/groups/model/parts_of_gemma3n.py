@@ -23,18 +23,22 @@ class Gemma3nFields:
 
     altup_streams: int | None = None
     """Number of residual streams (AltUp), as in Gemma 3n: each layer computes one of them and predicts and corrects
-    the others. Default: one stream, without AltUp."""
+    the others. Default: one stream, without AltUp.
+    """
 
     altup_coef_clip: float | None = None
     """With --altup-streams: limit the weights of AltUp's predictions and corrections to this absolute value in
-    training. Default: no limit."""
+    training. Default: no limit.
+    """
 
     laurel_rank: int | None = None
     """Add a low-rank path of this rank beside the attention (Laurel), as in Gemma 3n. Default: no path."""
 
     mlp_activation_sparsity: Annotated[str | None, flag(metavar="SHARE | LIST")] = None
-    """With --swiglu or --geglu: share of the MLP's gates that are cut off, as in Gemma 3n, for a normal distribution of
-    their values: one number, or a list with a number for each layer such as [0.95]*10+[0]*25. Default: none."""
+    """With --swiglu or --geglu: fraction of the MLP's gates that are set to zero, as in Gemma 3n; the threshold
+    assumes normally distributed values. One number, or a list with a number for each layer such as [0.95]*10+[0]*25.
+    Default: none.
+    """
 
 
 def check_parts_of_gemma3n(model: "ModelConfig") -> None:
@@ -48,13 +52,14 @@ def check_parts_of_gemma3n(model: "ModelConfig") -> None:
         )
     if model.mlp_activation_sparsity is not None and not model.is_gated:
         raise ValueError(
-            f"--mlp-activation-sparsity {model.mlp_activation_sparsity}: has no effect; it requires --swiglu or --geglu"
+            f"--mlp-activation-sparsity {model.mlp_activation_sparsity}: has no effect; it requires "
+            "--swiglu or --geglu"
         )
     sparsities(model.mlp_activation_sparsity, model.num_layers)
 
 
 def sparsities(text: str | None, num_layers: int) -> tuple[float, ...]:
-    """Returns for each layer the share of the MLP's gates that are cut off, for a value of --mlp-activation-sparsity.
+    """Converts a value of --mlp-activation-sparsity to the fraction of each layer's MLP gates that are set to zero.
 
     Raises:
         ValueError: the value is neither a number nor a list of one number per layer, of at least 0 and below 1.
@@ -64,20 +69,20 @@ def sparsities(text: str | None, num_layers: int) -> tuple[float, ...]:
     shares = shares_of(text, num_layers)
     if shares is None or not all(0 <= share < 1 for share in shares):
         raise ValueError(
-            f"--mlp-activation-sparsity {text}: must be one number for all layers, or a list of {num_layers}, one for "
-            "each layer, such as [0.95]*2+[0]*2; numbers must be at least 0 and below 1"
+            f"--mlp-activation-sparsity {text}: must be one number for all layers, or a list of "
+            f"{num_layers} numbers such as [0.95]*2+[0]*2; each must be at least 0 and below 1"
         )
     return shares
 
 
 def spell_list(values: Sequence[float]) -> str:
-    """Returns the text of a list, with runs of equal entries as products: [0.95]*10+[0]*25."""
+    """Formats a list with repeated entries as products, such as [0.95]*10+[0]*25."""
     runs = [(value, len(list(run))) for value, run in groupby(values)]
     return "+".join(f"[{value}]*{count}" if count > 1 else f"[{value}]" for value, count in runs)
 
 
 def refuse_parts_of_gemma3n(model: "ModelConfig", names: Sequence[str], by: str) -> None:
-    """Raises `ValueError` if one of the named flags is set; `by` says what does not support it."""
+    """Raises `ValueError` if one of the named flags is set; `by` names the feature that does not support it."""
     for name in names:
         value = getattr(model, name)
         if value is not None:

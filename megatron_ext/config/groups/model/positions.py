@@ -63,53 +63,61 @@ class PositionFields:
 
     rotary_base_local: float | None = None
     """With --window-size: base of the rotary frequencies in layers with a window, which are then not scaled. Default:
-    the frequencies of all other layers."""
+    the frequencies of all other layers.
+    """
 
     rotary_percent: float = 1.0
     """Fraction of each head's channels that are rotated, in (0, 1]."""
 
     rotary_proportion: float = 1.0
-    """Fraction of each head's pairs of channels that are rotated, those with the highest frequencies, in (0, 1], as in
-    Gemma 4. With --window-size, only in layers without a window."""
+    """Fraction, in (0, 1], of each head's pairs of channels that are rotated; these have the highest frequencies, as
+    in Gemma 4. With --window-size, it applies only to layers without a window.
+    """
 
     rotary_seq_len_interpolation_factor: float | None = None
     """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
 
     no_rope_freq: Annotated[str | None, flag(metavar="N | LIST")] = None
     """Layers without rotary positions, as in Megatron-LM: every Nth layer, or a list with a 1 for each layer without
-    and a 0 for each layer with them, such as ([0]*3+[1])*2. Default: no layer."""
+    and a 0 for each layer with them, such as ([0]*3+[1])*2. Default: no layer.
+    """
 
     use_rope_scaling: bool = False
     """Scale rotary frequencies, for longer sequences than the model was first trained on; see --rope-scaling-type."""
 
     rope_scaling_type: Literal["llama3", "yarn", "dynamic", "longrope"] = "llama3"
-    """With --use-rope-scaling: as Llama 3 (divide low frequencies by a factor, keep high ones, blend those in between),
-    YaRN (the same with another blend, and larger scores), dynamic NTK (a base that grows with the length of the
-    sequence beyond the original length), or LongRoPE (one list of divisors up to the original length, one beyond)."""
+    """With --use-rope-scaling: the method. llama3 divides low frequencies by a factor, keeps high ones and blends
+    those in between. yarn does the same with another blend and larger attention scores. dynamic (NTK) lets the base
+    grow with the sequence beyond the original length. longrope has one list of divisors for sequences up to the
+    original length and one for longer sequences.
+    """
 
     rope_scaling_factor: float = 8.0
-    """Rope scaling: the factor that low frequencies are divided by; dynamic: how fast the base grows; longrope: only
-    the default of --rope-attention-factor depends on it."""
+    """Rope scaling: divisor of low frequencies (llama3, yarn), or how fast the base grows (dynamic). For longrope,
+    only the default of --rope-attention-factor depends on this value.
+    """
 
     rope_low_freq_factor: float = 1.0
-    """Rope scaling llama3, yarn: a frequency is low if its wavelength exceeds the original length divided by this."""
+    """Rope scaling llama3, yarn: a frequency is low if its wavelength exceeds the original length / this value."""
 
     rope_high_freq_factor: float = 4.0
-    """Rope scaling llama3, yarn: a frequency is high if its wavelength is below the original length divided by this; 32
-    in most models with yarn."""
+    """Rope scaling llama3, yarn: a frequency is high if its wavelength is below the original length divided by this
+    value, which is 32 in most models with yarn.
+    """
 
     rope_original_max_position_embeddings: int = 8192
     """Rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
 
     rope_attention_factor: float | None = None
     """Rope scaling yarn, longrope: factor of the rotated queries and keys. Default, with the scaling factor F and the
-    original length L: 0.1 ln F + 1 (yarn), sqrt(1 + ln F / ln L) (longrope); 1 for F up to 1."""
+    original length L: 0.1 ln F + 1 (yarn), sqrt(1 + ln F / ln L) (longrope); 1 for F up to 1.
+    """
 
     rope_short_factors: tuple[float, ...] = ()
-    """Rope scaling longrope: what each frequency is divided by, in sequences up to the original length."""
+    """Rope scaling longrope: divisor of each frequency, in sequences up to the original length."""
 
     rope_long_factors: tuple[float, ...] = ()
-    """Rope scaling longrope: what each frequency is divided by in longer sequences."""
+    """Rope scaling longrope: divisor of each frequency, in longer sequences."""
 
 
 def require_default(config: object, name: str, needed: str) -> None:
@@ -218,7 +226,8 @@ def _check_longrope(model: "ModelConfig") -> None:
         factors = getattr(model, name)
         if len(factors) != pairs or min(factors) <= 0:
             raise ValueError(
-                f"{flag_name(name)}: must be {pairs} numbers above 0, one for each pair of rotated channels of a head "
+                f"{flag_name(name)}: must be {pairs} numbers above 0, one for each pair of rotated "
+                "channels of a head "
                 f"(got {len(factors)}{f', the smallest {min(factors)}' if factors else ''})"
             )
     for name in ("rotary_base_local", "kv_channels_full"):
