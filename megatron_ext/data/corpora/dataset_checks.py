@@ -34,7 +34,7 @@ def verify_dataset(
         source: prefix of the main dataset, for per-layer data; the default is the dataset that the manifest names.
 
     Returns:
-        One line for each check that passed, and one with the reason for each check that could not be made.
+        One line for each passed check, and one line, with the reason, for each check that was not possible.
 
     Raises:
         FileNotFoundError, ValueError: the dataset has an error; the message names the first one found.
@@ -64,7 +64,8 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
     counts = {"documents": index.num_documents, "sequences": index.num_sequences, "tokens": index.num_tokens}
     if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
         raise ValueError(
-            f"{index.prefix}: manifest and index disagree: the manifest has counts {manifest['counts']} and token type "
+            f"{index.prefix}: manifest and index disagree: the manifest has counts "
+            f"{manifest['counts']} and token type "
             f"{manifest['dtype']}, the index has counts {counts} and token type {index.dtype.name}"
         )
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
@@ -92,7 +93,9 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
 
 
 def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> list[str]:
-    """Checks per-layer data: its documents are those of the main dataset, its ids what the table maps tokens to."""
+    """Checks that per-layer data has the documents of the main dataset, and that each id is the table's value for its
+    token.
+    """
     if not Path(idx_path(source)).is_file():
         return [
             f"alignment: not checked, because the main data {source} was not found (give its prefix with --source)"

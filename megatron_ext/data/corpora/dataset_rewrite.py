@@ -1,8 +1,9 @@
 """Makes new datasets from old ones: merges several, splits one, or shuffles the documents of one.
 
 Every function here moves whole documents (also empty ones and those of several sequences), reads piece by piece, and
-renames the finished files at the end, the index last. Where a document goes depends only on the number of documents and
-the seed, so a main dataset and its per-layer data stay aligned if both go through the same command.
+renames the finished files at the end, the index last. The place of a document in the output depends only on the
+number of documents and the seed, so a main dataset and its per-layer data stay aligned if both go through the same
+command.
 """
 
 import contextlib
@@ -144,7 +145,8 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
     for output, begin, end in zip(outputs, bounds[:-1], bounds[1:], strict=True):
         if begin == end:
             raise ValueError(
-                f"--shares {' '.join(map(str, shares))}: {output} would get none of the {index.num_documents} documents"
+                f"--shares {' '.join(map(str, shares))}: {output} would get none of the "
+                f"{index.num_documents} documents"
             )
     described = _described([prefix])
     for output, begin, end in zip(outputs, bounds[:-1], bounds[1:], strict=True):
@@ -227,7 +229,7 @@ def _refuse_overwriting(inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Raises `ValueError` if an output is also an input."""
     for output in outputs:
         if any(os.path.realpath(bin_path(output)) == os.path.realpath(bin_path(prefix)) for prefix in inputs):
-            raise ValueError(f"--output-prefix {output} is also an input; give another prefix")
+            raise ValueError(f"--output-prefix {output}: is also an input; give another prefix")
 
 
 def _described(prefixes: Sequence[str]) -> dict[str, Any]:

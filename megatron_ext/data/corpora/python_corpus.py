@@ -77,8 +77,8 @@ def write_corpus(
     Args:
         train: path of the training file.
         held_out: path of the held-out file.
-        max_bytes: take documents, in order of preference, up to the first whose text would pass this many bytes
-            (both files together, before `repeat`); None takes all.
+        max_bytes: largest total size of the texts in both files, before `repeat`. Documents are taken in order of
+            preference until the next one would exceed this size; None takes all.
         held_out_fraction: expected share of the topics and modules that are held out, in (0, 1).
         repeat: how many times the training documents are written, to make a large input.
 
@@ -97,7 +97,7 @@ def write_corpus(
     if Path(train).resolve() == Path(held_out).resolve():
         raise ValueError(f"--output and --held-out are the same file: {train}")
     documents = _take(standard_library_documents(), max_bytes)
-    documents.sort(key=lambda document: _hash(document.text))  # mixes the kinds, the same way every time
+    documents.sort(key=lambda document: _hash(document.text))  # mixes the kinds, in a reproducible order
     sides: tuple[list[str], list[str]] = ([], [])
     for document in documents:
         sides[_is_held_out(document.origin, held_out_fraction)].append(document.text)
@@ -154,7 +154,7 @@ def _docstrings(source: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's own invalid escapes
             tree = ast.parse(source)
-    except SyntaxError:  # templates and the like
+    except SyntaxError:  # for example a template, which is not valid Python
         return ""
     parts = []
     for node in ast.walk(tree):

@@ -77,7 +77,8 @@ def parse_blend(values: Sequence[str]) -> Blend:
 
 
 def check_repeats(blends: Blends) -> None:
-    """Refuses a dataset that appears twice in one blend: its weight would be wrong, or it would count twice.
+    """Refuses a dataset that appears twice in one blend, because its weight would be wrong or its documents would
+    count twice.
 
     Raises:
         ValueError: a dataset appears twice; the message names the flag and both spellings of the prefix.
@@ -90,9 +91,9 @@ def check_repeats(blends: Blends) -> None:
 
 
 def check_splits(blends: Blends, seq_length: int) -> None:
-    """Refuses a split that is needed but has no tokens, or, in a blend without weights, too few for one sample.
+    """Refuses a required split that has no tokens or, in a blend without weights, too few tokens for one sample.
 
-    mcore would loop for ever over an empty split.
+    With an empty split, mcore would loop forever.
 
     Raises:
         ValueError: a split is too small; the message names the dataset, the split and its number of tokens.
@@ -141,7 +142,7 @@ def _shares(split: str) -> tuple[float, float, float]:
 
 
 def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Returns `num_samples`, with 0 for each split that has no data."""
+    """Returns `num_samples` with 0 in place of the number for each split that has no data."""
     train, valid, test = (number if source else 0 for source, number in zip(given, num_samples, strict=True))
     return train, valid, test
 

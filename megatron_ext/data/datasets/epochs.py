@@ -2,7 +2,8 @@
 
     samples = sum over datasets of (tokens of the training split - 1) // sequence length
 
-as mcore's `GPTDataset` counts them. A blend's weights change how often a dataset is sampled, not the epoch's length.
+This is the count of mcore's `GPTDataset`. A blend's weights change how often each dataset is sampled, but not the
+length of an epoch.
 """
 
 import math
@@ -11,7 +12,9 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.blends import blends_of, tokens_between
 
 _SURPLUS = 0.005
-"""Share of extra samples that mcore requests from each dataset of a weighted blend (`mid_level_dataset_surplus`)."""
+"""Fraction of extra samples that mcore requests from each dataset of a weighted blend
+(`mid_level_dataset_surplus`).
+"""
 
 _SHUFFLED_APART_BELOW = 0.8
 """mcore shuffles the last epoch separately if less than this share of it is read."""

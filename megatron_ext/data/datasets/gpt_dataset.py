@@ -51,7 +51,7 @@ class AlignedGPTDatasetConfig(DocumentsConfig):
     """mcore's configuration of its datasets, extended by the per-layer data and the identities of the index files."""
 
     per_layer_prefixes: dict[str, str] | None = None
-    """Maps the prefix of each main dataset to that of its per-layer data; None without aligned data."""
+    """Maps the prefix of each main dataset to the prefix of its per-layer data; None without aligned data."""
 
     index_identities: dict[str, str] = field(default_factory=dict)
     """Maps the prefix of each main dataset to its index file's size and checksum."""
@@ -66,13 +66,15 @@ class AlignedGPTDataset(GPTDataset):
         super().__init__(indexed_dataset, dataset_path, *args)
         self._per_layer: AlignedGPTDataset | None = None
         if self.config.per_layer_prefixes is not None:
-            # The same sample indices over another file: a shallow copy that shares all arrays.
+            # A shallow copy shares the arrays of sample indices, but reads the per-layer ids from another file.
             self._per_layer = copy.copy(self)
             self._per_layer.dataset = IndexedDataset(self.config.per_layer_prefixes[dataset_path])
             self._per_layer._pad_token_id = 0  # padded positions carry no loss
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
+        """Returns sample number `idx`. mcore passes None to pad a batch: the result is then sample 0 with all of its
+        loss masked.
+        """
         sample: dict[str, torch.Tensor] = with_documents(super().__getitem__(idx), self.config)
         if self._per_layer is not None:
             # Before 0.19 the engine returns two values, from 0.19 three.
@@ -99,7 +101,7 @@ class AlignedGPTDataset(GPTDataset):
 
 
 class _Blend(BlendedDataset):
-    """mcore's blend; its cache files are written completely or not at all."""
+    """mcore's blend, with cache files that are written completely or not at all."""
 
     def _build_indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
@@ -108,7 +110,9 @@ class _Blend(BlendedDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """mcore's builder, except that an error on rank 0 is raised on every rank; in mcore the others wait for ever."""
+    """mcore's builder, except that an error on rank 0 is raised on every rank; with mcore's own, the other ranks wait
+    forever.
+    """
 
     @staticmethod
     def build_generic_dataset(  # the signature is mcore's
@@ -118,7 +122,8 @@ class _Builder(BlendedMegatronDatasetBuilder):
         if cls is BlendedDataset:
             cls = _Blend
             if not dist.is_initialized():
-                # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
+                # To cache a blend, mcore reads the rank; without a process group there is none, so the blend is not
+                # cached.
                 uncached = copy.copy(args[-1])
                 uncached.path_to_cache = IN_MEMORY
                 args = (*args[:-1], uncached)
@@ -154,9 +159,9 @@ def build_datasets(
         data: blends, splits and cache.
         seq_length: s, the number of tokens per sample.
         seed: decides the order of documents and samples.
-        num_samples: samples needed from (train, valid, test). The result is None for a set with 0 samples, or with
-            neither a share of --split nor its own path. A set repeats its documents, in a new random order each time,
-            until it holds that many samples; a blend without weights is at most one epoch.
+        num_samples: samples needed from (train, valid, test). The result is None for a set that needs 0 samples, or
+            that has neither a share of --split nor its own path. A set repeats its documents, in a new random order
+            each time, until it holds that many samples; a blend without weights is at most one epoch.
         tokenizer: the run's tokenizer.
         per_layer_data_path: prefixes of the per-layer data, in the order of the main prefixes (training, validation,
             test if these are given separately); weights that precede them must equal the main weights.
@@ -210,7 +215,7 @@ def _mcore_config(
         tokenizer=tokenizer,
         **document_settings(data),
         per_layer_prefixes=blends.per_layer,
-        # This reads every index file whole, so it is done once for all splits, on one rank.
+        # Computing the identities reads every index file completely, so it is done once for all splits, on one rank.
         index_identities=on_first_rank(lambda: {prefix: _identity(prefix) for prefix in blends.prefixes()}),
     )
 

@@ -1,9 +1,10 @@
 """Makes mcore's cache of sample indices safe for several runs and nodes at once: no file is ever incomplete.
 
-mcore writes the index arrays in place. A run that maps them while another run writes them dies of a bus error, and a
-run that finds only some of them fails. Here they are written into a temporary directory and then moved into the cache;
-a run that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If
-the data's directory is not writable, there is no cache: every process builds the indices in its own memory.
+mcore writes the index arrays in place. A run that memory-maps the arrays while another run writes them dies of a bus
+error, and a run that finds only some of the arrays fails. Here the arrays are written into a temporary directory and
+then moved into the cache; a run that has mapped an older file of the same name keeps that file. A failed attempt (a
+full disk) leaves no file. If the data's directory is not writable, there is no cache: every process builds the
+indices in its own memory.
 """
 
 import copy
@@ -32,17 +33,18 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """Returns the directory of the sample indices, or `IN_MEMORY`. Collective: the first rank decides for all.
+    """Returns the directory of the sample indices, or `IN_MEMORY`. Collective: every rank gets the first rank's
+    choice.
 
     Args:
-        data: the data flags, of which `--data-cache-path` is used if given.
+        data: the data flags; `--data-cache-path` is used if it is given.
         prefixes: the datasets; by default, the directory is `index_cache` beside the first one.
     """
     if data.data_cache_path is not None:
         return data.data_cache_path
     chosen = on_first_rank(lambda: _beside(prefixes[0]))
     if chosen == IN_MEMORY:
-        silence_mcore()  # `_beside` has printed a note
+        silence_mcore()  # because `_beside` has already printed a note
     return chosen
 
 
@@ -61,7 +63,7 @@ def _beside(prefix: str) -> str:
     except OSError as error:
         print(
             f"note: {path}: {error.strerror}; every process builds the sample indices in its own memory"
-            f" (--data-cache-path DIR keeps them)"
+            f" (with --data-cache-path DIR they are kept on disk)"
         )
         return IN_MEMORY
     return path
@@ -93,7 +95,7 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
     if not missing:
         try:
             return engine()
-        except (ValueError, EOFError):  # left truncated by a machine that crashed
+        except (ValueError, EOFError):  # the file was truncated when a machine crashed
             pass
     try:
         return _build_apart(dataset, cache, engine)
@@ -105,7 +107,7 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
 
 
 def _remove_remains(cache: str) -> None:
-    """Removes directories that killed runs left a day ago or earlier; newer ones may still be in use."""
+    """Removes temporary directories of killed runs that are at least a day old; newer ones may still be in use."""
     for path in Path(cache).glob(f"{_BUILDING}*"):
         if time.time() - path.stat().st_mtime > _REMAINS_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

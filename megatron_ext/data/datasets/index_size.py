@@ -1,4 +1,4 @@
-"""Refuses a run if its index of samples, which mcore builds before training, does not fit into memory.
+"""Refuses a run whose sample index, which mcore builds before training, does not fit into memory.
 
 The index lists every document of every pass over a dataset, and for every sample its position in that list.
 """
@@ -13,7 +13,7 @@ _BYTES_OF_A_DOCUMENT = 20
 """Bytes per document and pass while the list is built: two 64-bit numbers and one 32-bit number."""
 
 _BYTES_OF_A_SAMPLE = 12
-"""Bytes per sample: two 32-bit numbers for where the sample begins, one for its place in the order."""
+"""Bytes per sample: two 32-bit numbers for the sample's first token, and one for its place in the order."""
 
 _LENGTH_FLAGS = {"training": "--train-iters, --global-batch-size or --seq-length"}
 
@@ -43,7 +43,8 @@ def check_index_size(blends: Blends, seq_length: int) -> None:
             if needed > limit:
                 flags = _LENGTH_FLAGS.get(name, "--eval-iters, --global-batch-size or --seq-length")
                 raise ValueError(
-                    f"{prefix}: {wanted:,} {name} samples of {seq_length:,} tokens take {passes:,} passes over its "
-                    f"documents; their index needs {needed / 2**30:,.0f} GiB of memory, but this machine has "
+                    f"{prefix}: {wanted:,} {name} samples of {seq_length:,} tokens take {passes:,} "
+                    "passes over the dataset's documents; the index of these samples needs "
+                    f"{needed / 2**30:,.0f} GiB of memory, but this machine has "
                     f"{limit / 2**30:,.0f} GiB; lower {flags}"
                 )

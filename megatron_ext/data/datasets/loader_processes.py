@@ -5,9 +5,10 @@ ending; its loader processes must keep working meanwhile, since the run first fi
 batches, and torch raises an error in the run when a loader process dies. So loader processes are forked with these
 signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers torch installs.
 
-The parent cannot end them with SIGTERM either, since it is blocked; a process that does not exit by itself gets
-SIGKILL. The operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process
-is left behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
+Since SIGTERM is blocked, the parent cannot end a loader process with it either; a loader process that does not exit
+by itself gets SIGKILL. The operating system also sends SIGKILL when the parent dies, even if the parent was killed:
+no loader process is left behind. (To be exact, it does so when the thread that forked ends; a run forks from its main
+thread.)
 """
 
 import contextlib
@@ -61,12 +62,14 @@ class _LoaderProcess(ForkProcess):
         """Runs torch's loader loop; the process ends when its parent does."""
         signal_at_parents_end(signal.SIGKILL)
         if os.getppid() != self._parent_pid:  # type: ignore[attr-defined]  # typeshed does not have it
-            os._exit(1)  # the parent ended before the line above asked for the signal
+            os._exit(1)  # the parent ended before this process had requested the signal
         super().run()
 
 
 class LoaderContext(ForkContext):
-    """For `DataLoader(multiprocessing_context=...)`: forks loader processes, whatever Python's default is."""
+    """A value for `DataLoader(multiprocessing_context=...)` that forks loader processes, whatever Python's default
+    start method is.
+    """
 
     Process = _LoaderProcess
 
@@ -80,7 +83,7 @@ def deaths_told_later() -> Iterator[None]:
     if multiprocessing has already collected the process, when the next batch of that process is awaited.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are handled in the main thread
+        yield  # signal handlers can be set in the main thread only
         return
     arrived: list[int] = []
 
@@ -91,7 +94,9 @@ def deaths_told_later() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGCHLD) is note:  # else torch has set its handler in the block, its first
+        if (
+            signal.getsignal(signal.SIGCHLD) is note
+        ):  # otherwise torch has set its own handler within the block
             signal.signal(signal.SIGCHLD, handler)
     if arrived and callable(handler):
         handler(signal.SIGCHLD, None)
@@ -117,9 +122,10 @@ def loader_failures() -> Iterator[None]:
 
 
 def _death(error: Exception) -> str | None:
-    """Returns torch's message about the dead loader process that caused an error; None if none has died.
+    """Returns torch's message about the dead loader process that caused an error; None if no loader process has died.
 
-    If one has died, later deaths raise no error, because an error raised while the run ends would hide the first.
+    After a first death, later ones raise no error, because an error raised while the run ends would hide the first
+    error.
     """
     message, handler = str(error).strip(), signal.getsignal(signal.SIGCHLD)
     if isinstance(error, RuntimeError):

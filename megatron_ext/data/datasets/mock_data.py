@@ -1,4 +1,4 @@
-"""`--mock-data`: megatron-core's made-up documents, which need no files and are the same in every run.
+"""`--mock-data`: megatron-core's synthetic documents, which need no files and are the same in every run.
 
 A document counts upwards from token 1 and ends with the end-of-document token; its length is random, with a fixed seed.
 """
@@ -14,12 +14,16 @@ from megatron_ext.data.tokenizers import Tokenizer
 
 
 class _MockDataset(MockGPTDataset):
-    """mcore's dataset of made-up documents, whose samples mark where documents begin if the run asks for it."""
+    """mcore's dataset of synthetic documents. Samples mark the beginnings of documents if attention is reset
+    there.
+    """
 
     config: DocumentsConfig
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
+        """Returns sample number `idx`. mcore passes None to pad a batch: the result is then sample 0 with all of its
+        loss masked.
+        """
         return with_documents(super().__getitem__(idx), self.config)
 
 

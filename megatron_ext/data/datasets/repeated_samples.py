@@ -1,9 +1,9 @@
 """Repeats the same samples in every epoch, in another order, so that activations cached for a sample are reused.
 
-mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here an epoch consists of
-the first n samples; after a given number of epochs, if there is one, the next n samples take their place. Blocks of
-samples are shuffled, not single samples: if a block is the micro-batches of all data-parallel ranks, a micro-batch
-always holds the same samples, on the same rank.
+mcore's dataset packs documents differently when it repeats them, so the same sequence never occurs twice. Here an
+epoch consists of the first n samples; after `repeats` epochs, the next n samples replace them. Blocks of samples are
+shuffled instead of single samples. If a block holds the micro-batches of all data-parallel ranks, every micro-batch
+always has the same samples and is read by the same rank.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ Sample = dict[str, torch.Tensor]
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Sample]):
-    """A dataset in which epochs hold the same samples; adds the field `epoch` to each sample."""
+    """A dataset whose epochs repeat the same samples; adds the field `epoch` to each sample."""
 
     def __init__(
         self,
@@ -33,8 +33,10 @@ class RepeatedDataset(torch.utils.data.Dataset[Sample]):
         epoch_samples: number of samples in an epoch, rounded down to whole blocks; at most the dataset's size.
         block: number of consecutive samples that stay together when the order changes.
         num_samples: number of samples in all epochs together.
-        seed: decides the order of every epoch but those that hold new samples, which keep the dataset's order.
-        repeats: number of epochs with the same samples; None for all.
+        seed: decides the order of samples in every epoch, except in epochs with new samples, which keep the dataset's
+            order.
+        repeats: number of epochs before new samples replace the old ones; None repeats the same samples in all
+            epochs.
 
         Raises:
             ValueError: an epoch is shorter than one block.
@@ -44,8 +46,8 @@ class RepeatedDataset(torch.utils.data.Dataset[Sample]):
         self.blocks = min(epoch_samples, len(dataset)) // block
         if self.blocks == 0:
             raise ValueError(
-                f"--epoch-samples {epoch_samples}: an epoch must hold at least the {block} samples that all processes "
-                f"together read at a time (the dataset has {len(dataset)})"
+                f"--epoch-samples {epoch_samples}: an epoch must hold at least the {block} samples "
+                f"that all processes together read in one micro-batch (the dataset has {len(dataset)})"
             )
         self._order: tuple[int, npt.NDArray[np.int64]] = (0, np.arange(self.blocks))
 

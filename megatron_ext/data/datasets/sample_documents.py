@@ -1,8 +1,9 @@
-"""Marks where documents begin in a sample, in place of mcore's mask of [s, s] values per sample.
+"""Marks the first token of each document in a sample, which takes less memory than mcore's mask of [s, s] values.
 
-As in Megatron-LM an end-of-document token belongs to the document that it ends, and the token after it begins the next
-one; a sample begins a document, even in the middle of one. mcore restarts the position ids at exactly these tokens, so
-it is asked to do so, and the marks are read from the position ids.
+As in Megatron-LM, an end-of-document token belongs to the document that it ends, and the next token begins a new
+document. The first token of a sample also counts as a beginning, even if the sample starts within a document. mcore
+can restart the position ids at exactly these tokens; this module lets it do so and reads the marks from the position
+ids.
 """
 
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ DOCUMENT_STARTS = "document_starts"
 
 @dataclass
 class DocumentsConfig(GPTDatasetConfig):
-    """mcore's configuration of its datasets; `document_settings` gives the fields that are about documents."""
+    """mcore's configuration of its datasets; `document_settings` returns the fields that concern documents."""
 
     keeps_positions: bool = False
-    """Whether the position ids that mcore restarts are replaced by those that count through the sample."""
+    """Whether to replace the position ids that mcore restarts by 0, 1, 2, ... over the whole sample."""
 
 
 def document_settings(data: DataConfig) -> dict[str, Any]:
-    """Returns the fields of a `DocumentsConfig` for the run's flags."""
+    """Returns the fields of a `DocumentsConfig` that follow from the run's flags."""
     return {
         "reset_position_ids": data.reset_position_ids or data.reset_attention_mask,
         "keeps_positions": not data.reset_position_ids,
@@ -37,7 +38,9 @@ def document_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def with_documents(sample: dict[str, torch.Tensor], config: DocumentsConfig) -> dict[str, torch.Tensor]:
-    """Returns the sample with `document_starts` if attention is reset at documents, and the right position ids."""
+    """Returns the sample with the position ids that the flags require, and with `document_starts` if attention is
+    reset at documents.
+    """
     if not config.reset_attention_mask:
         return sample
     positions = sample["position_ids"]

@@ -4,10 +4,10 @@ With d data-parallel ranks and micro-batches of b samples, step k of rank r hold
 
     consumed + k * b * d + r * b + (0 .. b - 1)
 
-so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples whatever
-d is. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run can
-resume at any point from its count of consumed samples, even with another d. After the last sample of the dataset, the
-sampler starts again at sample 0. This happens only for a blend without weights; every other dataset is built with all
+so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples for every
+d. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run can resume at
+any point from its count of consumed samples, even with another d. After the last sample of the dataset, the sampler
+starts again at sample 0. Only a blend without weights can run out of samples; every other dataset is built with all
 the samples that the run needs.
 """
 
@@ -93,8 +93,8 @@ def build_data_iterator(
         num_workers=num_workers,
         multiprocessing_context=LoaderContext() if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        # The loader draws its workers' seed here. Drawn from torch's default generator, it would change the dropout
-        # masks of a resumed run.
+        # The loader draws its workers' seed from this generator. A draw from torch's default generator would change
+        # the dropout masks of a resumed run.
         generator=torch.Generator(),
     )
     with deaths_told_later():

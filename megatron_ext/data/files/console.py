@@ -1,4 +1,4 @@
-"""Shows progress: a bar on a terminal, otherwise lines. Tools that read token ids show theirs on standard error."""
+"""Shows progress: a bar on a terminal, otherwise lines. Tools that read token ids show progress on standard error."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 _LINE_SECONDS = 10.0
-"""Time between two lines; a run that is shorter prints none."""
+"""Seconds between two lines; a shorter run prints no line."""
 
 
 class _Rate(ProgressColumn):
@@ -59,9 +59,9 @@ class ProgressLines:
         write: Callable[[str], None] = _print_error,
     ) -> None:
         """Args:
-        description: what is being done, at the beginning of every line.
-        total: how much there is to do.
-        unit: what is counted.
+        description: the current activity, printed at the beginning of every line.
+        total: the count at the end.
+        unit: unit of the count, such as tokens.
         write: prints a line.
         """
         self._description, self._total, self._unit, self._write = description, total, unit, write
@@ -69,9 +69,9 @@ class ProgressLines:
         self._done, self._has_printed = 0, False
 
     def advance(self, count: int) -> None:
-        """Counts what is done, and prints a line if the last one is old enough.
+        """Adds to the count, and prints a line if `_LINE_SECONDS` have passed since the last one.
 
-        The end gets a line if there was one before, so that a finished run does not look interrupted.
+        If a line has been printed before, the end is printed too, so that a finished run does not look interrupted.
         """
         self._done += count
         now = time.monotonic()

@@ -1,4 +1,6 @@
-"""Imports packages that only some inputs and tokenizers need (the extra `megatron-ext[data]` installs them)."""
+"""Imports packages that only some inputs and tokenizers need; the extra `megatron-ext[data]` installs these
+packages.
+"""
 
 import importlib
 from typing import Any

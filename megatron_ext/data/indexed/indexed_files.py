@@ -90,7 +90,9 @@ class Index:
                 yield np.fromfile(stream, dtype=self.dtype, count=end - begin)
 
     def release(self) -> None:
-        """Frees the memory that the mapped index takes up; a pass over the whole index calls this from time to time."""
+        """Frees the memory that the mapped index takes up. Code that reads the whole index calls this at regular
+        intervals.
+        """
         release(self.lengths)
 
     def tokens(self) -> IntArray:
@@ -136,10 +138,10 @@ def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
 
 
 def _hint(prefix: str) -> str:
-    """Returns what to give instead of a prefix that names no dataset, or ""."""
+    """Returns advice for an error message on a prefix without a dataset; "" if there is none."""
     if prefix.endswith((".bin", ".idx")):
         return "; give the prefix without .bin and .idx"
-    # Preprocessing appends the key of the text and the level to --output-prefix.
+    # Preprocessing appends `_KEY_document` or `_KEY_sentence` to --output-prefix, so search for such names.
     longer = sorted(glob.glob(f"{glob.escape(prefix)}_*_document.idx"))
     return f"; did you mean {' or '.join(path.removesuffix('.idx') for path in longer)}?" if longer else ""
 
@@ -240,7 +242,7 @@ def release(array: IntArray) -> None:
 
 
 def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
-    """Yields (begin, end) pairs that cut `range(total)` into pieces of at most `size` numbers."""
+    """Yields (begin, end) pairs that divide `range(total)` into pieces of at most `size` numbers."""
     for begin in range(0, total, size):
         yield begin, min(begin + size, total)
 

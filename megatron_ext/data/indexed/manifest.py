@@ -52,7 +52,9 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _DISK_FULL or error.filename is not None:
                 raise
-            raise OSError(error.errno, error.strerror, str(target.parent)) from None  # `write` names no file
+            raise OSError(
+                error.errno, error.strerror, str(target.parent)
+            ) from None  # the error of `write` does not contain the file's name
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -60,7 +62,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 def _remove_leftovers(target: Path) -> None:
     """Removes temporary files left behind by killed writers of `target`: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
     for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
-        with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked by a writer, or gone
+        with (
+            contextlib.suppress(OSError),
+            leftover.open("rb") as held,
+        ):  # a writer has locked the file, or it has disappeared
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in target.parent.glob(f"{glob.escape(leftover.stem)}.*tmp"):
                 path.unlink(missing_ok=True)
@@ -166,7 +171,8 @@ def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
-    """Opens a dataset after checks in constant time: its files must agree, and its tokenizer must be the run's.
+    """Opens a dataset after checks in constant time: its files must have consistent sizes, and its tokenizer must be
+    the run's.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
@@ -201,11 +207,11 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
 
 
 def _remedy(made_with: Mapping[str, Any], tokenizer: Tokenizer | str | None) -> str:
-    """Returns what the user can do about a dataset of another tokenizer."""
+    """Returns advice for a dataset that was made with another tokenizer."""
     again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
     flags = tokenizer_flags(str(made_with.get("class")))
     flags = flags and f"{flags} {made_with.get('flags', '')}".rstrip()
-    # A run names its tokenizer by flags; a tool has that of a checkpoint, given as a fingerprint.
+    # A run can choose another tokenizer with flags; a tool uses the checkpoint's tokenizer, given as a fingerprint.
     return (
         f"pass the dataset's ({flags}), or {again}" if flags and isinstance(tokenizer, Tokenizer) else again
     )

@@ -1,6 +1,7 @@
-"""Refuses inputs that name the same file twice: as `a` and `./a`, by name and by pattern, or through a symbolic link.
+"""Refuses inputs that name one file twice, for example as `a` and `./a`, by name and by pattern, or by a symbolic
+link.
 
-The text of that file would otherwise count twice in a vocabulary, in a dataset and in training.
+Otherwise, the file's text would count twice in a vocabulary, in a dataset and in training.
 """
 
 import os
@@ -14,8 +15,8 @@ def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
 
     Args:
         flag: the flag that names the files, for the error message.
-        files: for each file, its name in messages and its path or open descriptor; missing files are ignored, since
-            reading them fails later.
+        files: for each file, its name in messages and its path or open descriptor. Missing files are ignored here,
+            because a later step reports them.
 
     Raises:
         ValueError: two of the files are the same file.

@@ -6,7 +6,7 @@ parent process appends the shards to the datasets. The modules:
 preprocess           one run: plan, tokenize, publish, write the manifest; the tool calls `Preprocessor`
 scheduler            gives chunks of the input to workers and appends the shards they write, in order
 worker_pool          the worker processes, which run any kind of task
-encoding, gigatoken  turn text into ids: with gigatoken if its ids are the same, otherwise with the tokenizer itself
+encoding, gigatoken  turn text into ids: with gigatoken if it gives the same ids, otherwise with the tokenizer itself
 shards               write the files of one chunk
 assembly             appends shards to the growing datasets; writes the index
 work_directory       the directory of an unfinished run: lock, plan, resumption, publication

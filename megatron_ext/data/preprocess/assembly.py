@@ -31,7 +31,7 @@ _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, 
 
 @dataclass
 class State:
-    """How far the shards of a run have been appended to its datasets.
+    """Records how many shards of a run have been appended to its datasets.
 
     Attributes:
         next_shard: number of the first shard that has not been appended.
@@ -143,7 +143,9 @@ class Assembly:
             )
 
     def _append_columns(self, name: str, lengths: _Column, counts: _Column) -> None:
-        """Appends the length of every sequence, and the end of every document; `counts` are its sequences."""
+        """Appends the length of every sequence and the end of every document; `counts` is the number of sequences per
+        document.
+        """
         sequences = self.state.sizes[f"{name}.lengths"] // 4
         with self._appending(f"{name}.lengths") as out:
             out.write(lengths.astype("<i4").tobytes())
@@ -223,7 +225,7 @@ class _Appending:
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO) -> None:
-    """Copies the rest of one file to another, inside the kernel where that is possible."""
+    """Copies the rest of one file to another, inside the kernel if possible."""
     target.flush()
     remaining = os.fstat(source.fileno()).st_size - source.tell()
     position = source.tell()

@@ -1,9 +1,10 @@
-"""Encodes batches of text into one flat array of ids: with `gigatoken` if its ids are the same, otherwise with the
-tokenizer itself.
+"""Encodes batches of text into one flat array of ids, with the library `gigatoken` if it gives the same ids as the
+tokenizer, otherwise with the tokenizer itself.
 
 `gigatoken` encodes byte-level BPE about ten times faster than the tokenizer's own library, but it is a different
-implementation. It is used only if the tokenizer.json has no setting that gigatoken ignores (see `gigatoken.py`), and if
-its ids equal the reference's on a sample of the input, on texts with every added token in them, and on `PROBE_TEXTS`.
+implementation. gigatoken is used only if the tokenizer.json has no setting that gigatoken ignores (see
+`gigatoken.py`), and if its ids equal the tokenizer's own on a sample of the input, on texts that contain every added
+token, and on `PROBE_TEXTS`.
 """
 
 import os
@@ -27,7 +28,7 @@ Ids = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which encoder runs, and why; both are shown to the user."""
+    """The chosen encoder and the reason for the choice; both are shown to the user."""
 
     encoder: EncoderName
     reason: str
@@ -37,8 +38,8 @@ class Encoder:
     """Encodes texts with gigatoken or with the tokenizer's own library.
 
     gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost
-    more. gigatoken caches every word without limit, so it is loaded again when this process has grown by
-    `_CACHE_BYTES`; the ids stay the same.
+    more. gigatoken caches every word without limit, so gigatoken is loaded again when this process has grown by
+    `_CACHE_BYTES`; this does not change the ids.
 
     Args:
         tokenizer: the tokenizer, with its own library (the reference).
@@ -66,13 +67,13 @@ class Encoder:
             yield _framed(*encoded, *self._tokenizer.text_frame)
 
     def _forget(self) -> None:
-        """Frees gigatoken's cache, by loading gigatoken again, once the cache is large."""
+        """Loads gigatoken again if its cache has become large, which frees the cache."""
         if self._bytes_when_loaded is None:
             self._bytes_when_loaded = resident_bytes()
         if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
-            self._fast = None  # before the new one is loaded
+            self._fast = None  # free the old one before the new one is loaded
             self._fast = load(self._tokenizer)
-            # Memory that something else has allocated meanwhile must not cause a reload at every batch.
+            # Do not count memory that other code has allocated meanwhile: it would cause a reload at every batch.
             self._bytes_when_loaded = max(self._bytes_when_loaded, resident_bytes() - _CACHE_BYTES // 2)
 
 

@@ -1,8 +1,8 @@
 """Finds settings of a tokenizer.json that `gigatoken`, a fast tokenizer library, ignores.
 
-When it loads a file, gigatoken refuses most settings that it does not implement, but version 0.10.0 ignores those
-below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only. A comparison on
-sampled text could miss these, so this module looks for the settings in the file itself.
+gigatoken refuses to load a file with most of the settings that it does not implement. A comparison with the library
+`tokenizers` showed that version 0.10.0 ignores the settings below. They change the ids of rare texts only, which a
+comparison on sampled text could miss, so this module looks for the settings in the file itself.
 """
 
 import json
@@ -62,7 +62,8 @@ def _in_pre_tokenizer(content: dict[str, Any] | None) -> str | None:
         if part.get("invert") or part.get("behavior") != "Isolated":
             return f"the splitting {part.get('behavior')}{', inverted' if part.get('invert') else ''}"
     for part in parts:
-        # Alone, the byte-level step splits by GPT-2's pattern; after a pattern in the file it must not split.
+        # The byte-level step splits by GPT-2's pattern if it is the only step; after a pattern in the file it must
+        # not split.
         if part["type"] == "ByteLevel" and part.get("use_regex", True) == bool(splits):
             return f"ByteLevel with use_regex {part.get('use_regex', True)} {'behind' if splits else 'without'} Split"
     return None

@@ -4,8 +4,8 @@ With `--split-sentences` a dataset is called `PREFIX_KEY_sentence`, and a docume
 
 The parent process reads only streams (compressed files and pipes). Workers read byte ranges of all other files,
 tokenize them and write shards (`shards.py`). The shards are appended in order (`scheduler.py`, `assembly.py`); the
-finished datasets get a manifest (`manifest.py`) and their final names (`work_directory.py`). They do not depend on the
-number of workers, and are byte for byte what mcore's `IndexedDatasetBuilder` writes.
+finished datasets get a manifest (`manifest.py`) and their final names (`work_directory.py`). The datasets do not
+depend on the number of workers, and are byte for byte equal to those of mcore's `IndexedDatasetBuilder`.
 """
 
 import itertools
@@ -45,10 +45,10 @@ class Summary:
 
     Attributes:
         prefixes: prefixes of the datasets, one for each key.
-        choice: which encoder ran and why; None if a resumed run only had to publish the datasets.
+        choice: the encoder and the reason for choosing it; None if a resumed run only had to publish the datasets.
         totals: counts over all documents.
         seconds: wall-clock time of the run.
-        resumed_shards: number of finished shards taken over from a killed run.
+        resumed_shards: number of shards that a killed run had finished and this run reused.
         message: a note to show to the user, or None.
     """
 
@@ -79,8 +79,8 @@ class Preprocessor:
     """One run of `tools/preprocess_data.py`.
 
     Args:
-        inputs: what to read.
-        tokenizer_config: which tokenizer to use.
+        inputs: the input files and how to read them.
+        tokenizer_config: the tokenizer.
         config: how to write the datasets.
 
     Raises:
@@ -101,13 +101,13 @@ class Preprocessor:
             raise ValueError("--prepend-bos: the tokenizer's files define no begin-of-text token (bos_token)")
         if config.prepend_bos and self.tokenizer.bos in self.tokenizer.text_frame[0]:
             raise ValueError(
-                "--prepend-bos: --legacy-tokenizer and --tokenizer-hf-include-special-tokens begin every text with "
-                "this token already; give only one of them"
+                "--prepend-bos: --legacy-tokenizer or --tokenizer-hf-include-special-tokens already "
+                "puts the begin-of-text token before every text; give only one of these flags"
             )
         self.splitting = Splitting(config.lang, config.keep_newlines) if config.split_sentences else None
         splitter_of(
             self.splitting
-        )  # loads the model, for workers that are forked; or says that there is none
+        )  # loads the model before workers are forked; raises an error if there is none
         self.chunk_bytes = chunk_size(self.sources)
         self.prefixes = [
             dataset_prefix(config.output_prefix, key, split_sentences=config.split_sentences)
@@ -136,7 +136,7 @@ class Preprocessor:
             work.remove()
             if (
                 isinstance(error, OSError) and error.strerror and error.filename is None
-            ):  # a failed write: disk full
+            ):  # numpy's error for a failed write (disk full)
                 message = f"{error.strerror} (temporary files are removed)"
                 raise OSError(error.errno, message, self.config.output_prefix) from None
             raise

@@ -30,7 +30,7 @@ _WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker process is started with.
+    """Settings passed to a worker process when it starts.
 
     Attributes:
         tokenizer: configuration of the tokenizer to build.
@@ -45,7 +45,7 @@ class WorkerSettings:
     encoder: Encoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the encoder out: the tokenizer libraries' objects cannot be pickled."""
+        """Omits the encoder, because the objects of the tokenizer libraries cannot be pickled."""
         return {**self.__dict__, "encoder": None}
 
 
@@ -68,7 +68,9 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
         def report_counts(info: ShardInfo) -> None:
             report((task.index, info.documents, sum(info.tokens), info.text_bytes))
 
-        assert not held.closed  # this function keeps the lock's file open as long as the worker lives
+        assert (
+            not held.closed
+        )  # a reference from this function keeps the lock's file open as long as the worker lives
         try:
             return encode_chunk(settings.options, task.index, task.chunk, encoder, task.limit, report_counts)
         except ValueError as error:
@@ -78,7 +80,9 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
 
 
 class LongLines:
-    """Quarantines lines of a stream that are too long for memory; the parent itself writes a shard for each line."""
+    """Quarantines lines of a stream that are too long for memory. The parent process writes the shard of such a line
+    itself.
+    """
 
     def __init__(self, options: ShardOptions) -> None:
         self._options = options
@@ -86,7 +90,7 @@ class LongLines:
         self.next_index = 0
 
     def write(self, data: bytes) -> None:
-        """Writes a piece of the long line that will be chunk number `next_index`."""
+        """Writes a piece of the long line that becomes chunk number `next_index`."""
         if self._writer is None:
             self._writer = ShardWriter(self._options, self.next_index)
         self._writer.keep_raw(data)
@@ -132,7 +136,7 @@ class Scheduler:
         """Handles every chunk, with worker processes.
 
         Args:
-            settings: what a worker is started with.
+            settings: settings of the workers.
             workers: the largest number of processes to start.
             display: shows the progress; must not be started yet, since a process with a second thread cannot fork.
             lock: the working directory's lock file, which workers must not hold.
@@ -163,11 +167,11 @@ class Scheduler:
             self._handle(*pool.wait(_WAIT_SECONDS))
             if (
                 self._max_documents is None
-            ):  # otherwise the next task's limit depends on the documents appended
+            ):  # with a limit, the next task's share depends on the documents appended so far
                 self._submit(pool, tasks)
             self._append_finished()
             self._show(display)
-        self._append_finished()  # shards after the last task, which needed no worker
+        self._append_finished()  # append the shards after the last task, which needed no worker
 
     def _submit(self, pool: WorkerPool, tasks: Iterator[_Task]) -> bool:
         submitted = False

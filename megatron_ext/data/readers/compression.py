@@ -63,9 +63,10 @@ def _open_pieces(
     errors: tuple[type[Exception], ...],
     padding: bytes = b"",
 ) -> Callable[[int], bytes]:
-    """Returns a function that reads packed pieces one after the other as one text.
+    """Returns a function that unpacks consecutive pieces and reads them as one text.
 
-    `new_piece` makes an object with `decompress`, `eof` and `unused_data`; `padding` may stand between pieces.
+    `new_piece` makes an object with `decompress`, `eof` and `unused_data`; the bytes `padding` may occur between
+    pieces.
     """
     piece = new_piece()
     rest, started = b"", False
@@ -108,5 +109,5 @@ def _reason(kind: str, error: Exception) -> str:
             f"not enough memory to unpack it; its zstd window is up to {MAX_ZSTD_WINDOW >> 30} GiB ({text})"
         )
     if "ictionary" in text:
-        return f"is packed with a zstd dictionary, without which it cannot be read ({text})"
+        return f"is packed with a zstd dictionary, which is not supported; pack it again without one ({text})"
     return f"is not {kind} data ({text})"

@@ -62,7 +62,7 @@ class Batch:
 
 
 class _NotADocument(ValueError):
-    """A line is not a document; the message says why it is rejected."""
+    """Raised for a line that is not a document; the message is the reason."""
 
 
 def read_chunk(
@@ -76,7 +76,7 @@ def read_chunk(
 
     Args:
         chunk: what to read.
-        keys: keys of the JSON objects, or names of columns; for plain text only their number matters.
+        keys: keys of the JSON objects, or names of columns; for plain text only the number of keys is used.
         max_line_bytes: a longer line is rejected.
         on_long_line: receives the pieces of a line that is too long for memory, after the batch that rejects the line.
         limit: stop after this many documents.
@@ -228,7 +228,7 @@ def _checked_string(value: object, key: str, where: str, wanted: str) -> str:
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # an escape such as \ud800 without its partner
+        except UnicodeEncodeError as error:  # an escape such as \ud800 without the second half of the pair
             raise _NotADocument(f'key "{key}": unpaired surrogate at character {error.start}') from None
     return value
 

@@ -36,8 +36,8 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
         read: `read(n)` returns up to n bytes, none at the end; it must begin at byte `max(start - 1, 0)` of the source.
         start: first byte of the range.
         end: end of the range; None for the end of the file.
-        max_line_bytes: a longer line is yielded in parts. If it ends within the block in which it was found, it may
-            still be among `LINES`, so the caller must check the length of every line.
+        max_line_bytes: a longer line is yielded in parts. A longer line that ends within the block where it was found
+            may still be among `LINES`, so the caller must check the length of every line.
     """
     tail, tail_offset = bytearray(), 0
     in_long_line = False
@@ -68,7 +68,7 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
 def _owned(read: Read, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
     """Yields (offset, bytes) of the lines that start in the range `[start, end)`, piece by piece."""
     position = max(start - 1, 0)
-    skipping = start > 0  # up to the first newline: that line started before the range
+    skipping = start > 0  # skip to the first newline, because that line started before the range
     complete = True
     while end is None or position < end:
         piece = read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - position))

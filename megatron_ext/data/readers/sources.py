@@ -1,13 +1,13 @@
 """Finds the files to read, and divides them into chunks.
 
-What becomes a chunk, by kind of input:
+The content of a chunk, by kind of input:
 
 lines (.jsonl, .json, plain text)     a byte range, which owns the lines that start in it
 packed files, standard input, pipes   a block of whole lines, unpacked by the parent process and sent to a worker
 .parquet, .arrow, .feather            a row group or record batch
 plain text with --text-unit file      a file
 
-Plain text is .txt, and with an explicit --text-unit also every file whose name promises nothing else.
+Plain text is .txt and, with an explicit --text-unit, also every file whose suffix does not imply another format.
 """
 
 import glob

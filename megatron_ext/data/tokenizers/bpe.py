@@ -53,7 +53,9 @@ class LibraryTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
 
     def frame_texts(self) -> None:
-        """Makes preprocessing put around every text what the tokenizer.json puts around it."""
+        """Makes preprocessing add to every text the special tokens that the tokenizer.json specifies for its
+        beginning and end.
+        """
         self.text_frame = (self._before, self._after)
 
     def tokenize(self, text: str) -> list[int]:
@@ -76,7 +78,9 @@ class LibraryTokenizer(Tokenizer):
         return dict(self.backend.get_vocab())
 
     def _further_probes(self) -> list[object]:
-        """Returns the added tokens that match only in certain places; `PROBE_TEXTS` might not reveal such a limit."""
+        """Returns the added tokens that are recognized in certain places only, because `PROBE_TEXTS` might not reveal
+        such a rule.
+        """
         normalizes = self.backend.normalizer is not None
         return [
             [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
@@ -89,7 +93,9 @@ class LibraryTokenizer(Tokenizer):
         text: str = self.backend.to_str()
         if self.reads_special_tokens:
             return text
-        content = json.loads(text)  # which cannot say that special tokens in a text are not read
+        content = json.loads(
+            text
+        )  # a tokenizer.json cannot express that special tokens in a text are not recognized
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         return json.dumps(content)
 
@@ -101,7 +107,7 @@ class GPT2BPETokenizer(LibraryTokenizer):
         vocab_file: vocab.json, which maps each token to its id; must contain `<|endoftext|>`.
         merge_file: merges.txt, which lists one pair of tokens to merge per line.
         special_tokens: further special tokens; those that the vocabulary lacks get the ids after it.
-        legacy: whether a special token spelled out in a text stays text.
+        legacy: whether the name of a special token within a text is encoded as ordinary text.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or malformed.

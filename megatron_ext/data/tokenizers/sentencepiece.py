@@ -52,7 +52,8 @@ class SentencePieceTokenizer(Tokenizer):
             if piece_id != self._processor.unk_id():
                 return piece_id
         raise ValueError(
-            f"--tokenizer-model {self._path}: the model has no end-of-sentence piece, which is needed to end a document"
+            f"--tokenizer-model {self._path}: the model has no end-of-sentence piece, which is needed "
+            "to end a document"
         )
 
     def tokenize(self, text: str) -> list[int]:
@@ -125,7 +126,7 @@ class LegacySentencePieceTokenizer(SentencePieceTokenizer):
     """A SentencePiece model as Megatron-LM used it with `--legacy-tokenizer`.
 
     It has further special tokens, with ids after those of the model if the model lacks them; `<EOD>` ends a document.
-    A special token spelled out in a text becomes its id.
+    The name of a special token within a text becomes the token's id.
     """
 
     reads_special_tokens = True

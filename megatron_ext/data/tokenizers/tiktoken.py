@@ -1,7 +1,7 @@
 """`TikTokenizer`, which reads a byte-pair rank file in mcore's JSON format and encodes with `tiktoken`.
 
 The file is a list of objects `{"rank", "token_bytes" (base64), "token_str"}` in rank order; the first 256 are the
-single bytes. Ids follow mcore's layout: first the special tokens (named ones, then `<SPECIAL_i>`), then the ranks.
+single bytes. Ids follow mcore's layout: the named special tokens, then `<SPECIAL_i>`, then the ranks.
 OpenAI's own `.tiktoken` files are not supported: they lack the splitting pattern and the special tokens.
 """
 
@@ -41,8 +41,9 @@ class TikTokenizer(Tokenizer):
             the file, but at most 131,072.
         pattern: how to split a text, `PATTERN_V1` or `PATTERN`.
         num_special_tokens: number of special tokens, which have the first ids.
-        special_tokens: the names of the first of them; the others are called `<SPECIAL_i>`. None: mcore's names.
-        legacy: whether a special token spelled out in a text stays text, and only three of them have names.
+        special_tokens: names of the first special tokens; the others are called `<SPECIAL_i>`. None: mcore's names.
+        legacy: whether the name of a special token within a text is encoded as ordinary text; only three tokens then
+            have names.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or malformed, has fewer ranks than `vocab_size` needs, or a
@@ -109,13 +110,14 @@ class TikTokenizer(Tokenizer):
 
 
 def _named(names: Sequence[str], required: Sequence[str], count: int) -> list[str]:
-    """Returns `count` names of special tokens: those given, then `<SPECIAL_i>`."""
+    """Returns `count` names of special tokens: the given names, then `<SPECIAL_i>`."""
     missing = [token for token in required if token not in names]
     if missing:
         raise ValueError(f"--tokenizer-special-tokens {' '.join(names)}: must include {' '.join(missing)}")
     if len(names) > count:
         raise ValueError(
-            f"--tiktoken-num-special-tokens {count}: must be at least {len(names)}, the number of named special tokens"
+            f"--tiktoken-num-special-tokens {count}: must be at least {len(names)}, the number of "
+            "named special tokens"
         )
     return [*names, *(f"<SPECIAL_{i}>" for i in range(len(names), count))]
 

@@ -33,12 +33,13 @@ class Tokenizer(ABC):
         bos: id of the begin-of-text token that the tokenizer's own files name; None if they name none.
         adds_bos: whether the tokenizer's own configuration puts `bos` before a text. `tokenize` never does; its callers
             decide (`--prepend-bos` in preprocessing, generation, evaluation).
-        reads_special_tokens: whether a special token spelled out in a text becomes that token's id; if not, it is
-            tokenized like any other text.
-        text_frame: ids that preprocessing puts before and after every text, an empty one too; `tokenize` does not.
+        reads_special_tokens: whether the name of a special token within a text becomes that token's id; if not, the
+            name is tokenized like any other text.
+        text_frame: ids that preprocessing puts before and after every text, including an empty one; `tokenize` does
+            not add them.
         reserved_ids: number of ids at the end of the vocabulary that no text produces; see `reserve`.
         files: the files that the tokenizer was read from, for messages.
-        flags: the flags beside type and files on which its ids depend, for messages.
+        flags: the given flags, other than type and files, that change the ids of a text, for messages.
     """
 
     vocab_size: int
@@ -62,7 +63,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text, without added tokens; `reads_special_tokens` tells how special tokens are read."""
+        """Returns the ids of a text, without a begin-of-text token; for special tokens in the text see
+        `reads_special_tokens`.
+        """
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
@@ -141,7 +144,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
-        """The tokenizer's part of the data that mcore hashes to name a cached sample index."""
+        """Returns the data about the tokenizer that mcore includes in the hash that names a cached sample index."""
         return OrderedDict({"class": type(self).__name__, "fingerprint": self.fingerprint()})
 
     def describe(self) -> dict[str, object]:
