@@ -2,7 +2,8 @@
 
 The harness asks for three things; each is defined as in its own model type `hf`, so the numbers can be compared:
 
-    loglikelihood            sum of log p(token | earlier tokens) over a continuation; whether greedy decoding gives it
+    loglikelihood            sum of log p(token | earlier tokens) over a continuation, and whether it is the greedy
+        one
     loglikelihood_rolling    the same sum over a whole text, in windows of the longest sequence
     generate_until           a continuation that ends before any of several stop texts
 
@@ -55,17 +56,18 @@ class HarnessModel(TemplateLM):
         bos: bool | None = None,
         max_gen_toks: int = 256,
     ) -> None:
-        """Loads the model; collective over all processes. All but the next arguments are those of `load_model`.
+        """Loads the model; collective over all processes. Arguments that are not listed below are passed to
+        `load_model`.
 
         Args:
             load: a directory of checkpoints, or the directory of one checkpoint.
             batch_size: number of sequences in one forward pass.
             max_batch_size: not used; the harness passes it to every model.
             device: not used; torchrun and the environment decide.
-            max_gen_toks: longest continuation, in tokens, for tasks that name none.
+            max_gen_toks: longest continuation, in tokens, for tasks that specify no length.
 
         Raises:
-            ValueError: `batch_size` is not a number, the model predicts masked tokens, or see `load_model`.
+            ValueError: `batch_size` is not a number, or the model predicts masked tokens; also as in `load_model`.
         """
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -86,8 +88,8 @@ class HarnessModel(TemplateLM):
         objective = objective_of(self.loaded.families)
         if objective is not None and objective.bidirectional:
             raise ValueError(
-                f"load={load}: requires a causal model; this one was trained with {objective.kind}, where every token "
-                "attends to all others"
+                f"load={load}: requires a causal model; this model was trained with {objective.kind}, "
+                "so that every token attends to all others"
             )
         self._device = process_groups.device()
         self._copies = parallel_state.get_data_parallel_group()
@@ -101,7 +103,9 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token that comes before a text without context: begin-of-text, or end-of-document without one."""
+        """Id of the token before a text without context: begin-of-text, or end-of-document if there is no
+        begin-of-text token.
+        """
         bos = self.loaded.tokenizer.bos
         return self.eot_token_id if bos is None else bos
 
@@ -117,7 +121,9 @@ class HarnessModel(TemplateLM):
         return self.loaded.tokenizer.fingerprint()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Returns the ids of a text; they begin as the model's texts do unless `add_special_tokens` is False."""
+        """Returns the ids of a text. If the model's training texts began with the begin-of-text token, so do the ids,
+        unless `add_special_tokens` is False.
+        """
         ids = self.loaded.tokenizer.tokenize(string)
         return ids if add_special_tokens is False else self.loaded.tokenizer.begin(ids)
 
@@ -145,7 +151,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Returns, for each request, log p(continuation | context) and whether it is the greedy continuation."""
-        # Sequences of similar length share a batch; the longest come first, so that memory runs out at once if at all.
+        # Sequences of similar length share a batch. The longest come first, so that a lack of memory shows at once.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for places in self._batches(order, "Running loglikelihood requests", disable_tqdm):
@@ -159,14 +165,16 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """Returns, for each pair of context and continuation ids, [log p, 1 if greedy decoding gives it else 0]."""
+        """Returns [log p, greedy] for each pair of context and continuation ids; greedy is 1 if greedy decoding
+        yields the continuation, otherwise 0.
+        """
         longest = max(len(continuation) for _, continuation in pairs)
         if longest > self.max_length:
             raise ValueError(
                 f"a continuation has {longest} tokens, but the model's longest sequence has {self.max_length}; "
-                "the task does not fit this model"
+                "choose a task with shorter texts"
             )
-        # The last token is only predicted. Contexts that are too long lose their beginning.
+        # The last token is predicted but never an input. The beginning of a too long context is cut off.
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         length = max(map(len, rows)) - 1
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
@@ -230,7 +238,9 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(self._decode(ids), stops, None) for ids in found]
 
     def _decode(self, ids: list[int]) -> str:
-        """Returns the text of generated ids, without special tokens where transformers knows them."""
+        """Returns the text of generated ids. Special tokens are left out if the model has a tokenizer of
+        transformers.
+        """
         if self.tokenizer is None:
             return self.loaded.tokenizer.detokenize(ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

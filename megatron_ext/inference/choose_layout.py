@@ -17,7 +17,7 @@ def choose_layout(
     tensor: int | None = None,
     pipeline: int | None = None,
 ) -> ParallelConfig:
-    """Returns the layout that shards the model over the most processes.
+    """Returns the layout that shards the model over the largest possible number of processes.
 
     If several layouts use equally many processes, the one with the largest tensor-parallel size is returned. The
     remaining processes hold copies of the model (data parallelism).
@@ -47,7 +47,7 @@ def choose_layout(
             refused = error
         else:
             return layout
-    raise refused  # the error of the smallest layout, so the size that the user gave does not fit
+    raise refused  # the smallest layout fits any number of processes, so a size that the user gave must be wrong
 
 
 def check_layout(
@@ -64,7 +64,8 @@ def describe_layout(layout: ParallelConfig, world_size: int) -> str:
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return (
         f"{world_size} processes: tensor parallel {tensor}, pipeline parallel {pipeline}, "
-        f"{layout.data_parallel_size(world_size)} cop{'ies' if layout.data_parallel_size(world_size) > 1 else 'y'} of "
+        f"{layout.data_parallel_size(world_size)} "
+        f"cop{'ies' if layout.data_parallel_size(world_size) > 1 else 'y'} of "
         "the model"
     )
 

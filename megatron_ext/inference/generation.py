@@ -79,8 +79,8 @@ def generate(
         families: model families that the model is built with; they compute its auxiliary inputs.
         prompts: token ids of each prompt, at least one.
         sampling: how the next token is chosen.
-        vocab_size: size of the tokenizer's vocabulary; the ids added as padding are never chosen.
-        is_end: called with a prompt's new tokens after each step; generation for this prompt ends when it returns True.
+        vocab_size: size of the tokenizer's vocabulary; ids that only pad the embedding are never chosen.
+        is_end: called with a prompt's new tokens after each step; returns True to end the generation for this prompt.
 
     Returns:
         The new tokens for each prompt, without the stop token; equal on every rank.
@@ -107,7 +107,7 @@ def generate(
     while end < total and not bool(finished.all()):
         if (
             start == model.cache_limit
-        ):  # from here on, the model computes something else for earlier tokens, too
+        ):  # beyond this length, the model computes different values for earlier tokens, too
             start, context = 0, StaticInferenceContext(len(prompts), total)
         inputs = tokens[:, start:end]
         positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
@@ -131,7 +131,9 @@ def _is_done(
     max_new_tokens: int,
     is_end: Callable[[list[int]], bool] | None,
 ) -> torch.Tensor:
-    """Returns which rows [b] of the tokens up to `end` have all their new tokens, or end as `is_end` says."""
+    """Returns a boolean [b]: True for rows whose tokens up to `end` include all new tokens, or for which `is_end` is
+    True.
+    """
     done = [end >= length + max_new_tokens for length in lengths]
     if is_end is not None:
         new = [row[length:end] for row, length in zip(tokens.tolist(), lengths, strict=True)]
@@ -171,7 +173,9 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def check_cache_memory(needed: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` if generation needs more bytes than are free, before the system kills the process."""
+    """Raises `ValueError` if generation needs more memory than is free; otherwise the system would kill the
+    process.
+    """
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
@@ -214,7 +218,7 @@ def stage_logits(
         model: this rank's only model chunk, unwrapped, without sequence parallelism.
         families: all model families that the model is built with; they compute its auxiliary inputs.
         batch: `tokens` and `position_ids` [b, s], and the fields that the model families use.
-        context: the KV cache, with which only the last position's logits [b, 1, V] are computed; None runs without one.
+        context: the KV cache; with a cache, only the last position's logits [b, 1, V] are computed. None: no cache.
     """
     tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -242,7 +246,7 @@ def stage_logits(
 
 def _inference_mode() -> contextlib.AbstractContextManager[None]:
     """Returns the context in which the engine computes the logits of the last position only."""
-    # Until 0.17 a cache is enough for that. From 0.18 the process must also be in this mode.
+    # Up to 0.17, passing a cache is enough for that. From 0.18 on, the process must also be in this mode.
     mode = getattr(engine_inference, "InferenceMode", None)
     return contextlib.nullcontext() if mode is None else mode.active()
 

@@ -45,7 +45,7 @@ class LoadedModel:
     """The model families that the model is built with."""
 
     tokenizer: Tokenizer
-    """Tokenizer that the model was trained with; its `adds_bos` says whether texts begin with a begin-of-text token."""
+    """Tokenizer that the model was trained with; its `adds_bos` is True if texts begin with a begin-of-text token."""
 
     stop_tokens: tuple[int, ...]
     """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, those in its files."""
@@ -79,8 +79,8 @@ def load_model(
         pipeline_model_parallel_size: like `tensor_model_parallel_size`.
         bf16: run in bfloat16 instead of fp32.
         tokenizer: configuration with the new path of the tokenizer's files; None uses the path that training used.
-        bos: whether a text begins with the begin-of-text token. If None, texts begin as in the training data if the
-            checkpoint records that, and otherwise as the tokenizer's files say.
+        bos: whether a text begins with the begin-of-text token. None: as in the training data if the checkpoint
+            records that, otherwise as the tokenizer's files specify.
 
     Raises:
         ValueError: the layout does not fit the model, the tokenizer differs from the one used in training, or the
@@ -88,7 +88,9 @@ def load_model(
         OSError: a file cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
-    stored["model"] = on_this_machine(stored["model"])  # the run may have used Transformer Engine
+    stored["model"] = on_this_machine(
+        stored["model"]
+    )  # the training run may have used Transformer Engine, which this machine may lack
     model = replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0)
     built = _tokenizer(path, stored, tokenizer, bos)
     made = _families(path, stored, families)
@@ -122,7 +124,7 @@ def load_model(
 def _tokenizer(
     path: str, stored: dict[str, Any], config: TokenizerConfig | None, bos: bool | None
 ) -> Tokenizer:
-    """Returns the tokenizer that the model was trained with; it begins texts as `bos` says (see `load_model`)."""
+    """Returns the tokenizer that the model was trained with; for `bos`, see `load_model`."""
     built = build_tokenizer(config or group_in(TokenizerConfig, stored, "tokenizer"))
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
@@ -130,9 +132,9 @@ def _tokenizer(
             f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
             f"({tokenizer_in_words(stored)}); give the original tokenizer"
         )
-    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
+    # A model that has not been trained since its import has no section `training`; its tokenizer's files then decide.
     if "training" in stored:
-        # Older checkpoints lack the entry; their data had no begin token.
+        # Older checkpoints lack the entry; their training data had no begin-of-text token.
         built.begin_as(stored.get(BEGIN, []))
     built.choose_bos(bos)
     return built

@@ -6,11 +6,11 @@ The dataset is one stream of tokens that is read in windows of the sequence leng
 every token except the very first is predicted exactly once. Dropout is off.
 
 If the model's texts begin with a begin-of-text token (`bos`), every window begins with it and windows do not overlap;
-then the very first token is predicted too. The bos token itself is context only and never predicted, whether it was
-added here or is in the data (unless it is also the end-of-document token). A window that already begins with bos gets
-no second one.
+then the very first token is predicted too. The bos token itself is context only and is never predicted, whether it
+was added here or is in the data (unless bos is also the end-of-document token). A window that already begins with bos
+gets no second bos.
 
-A model family that masks tokens predicts the masked tokens instead, and may return further values per token.
+A model family that masks tokens is evaluated on the masked tokens instead, and may return further values per token.
 """
 
 import math
@@ -109,7 +109,8 @@ def evaluate_perplexity(
             made = [make_batch(families, batch) for batch in step]
             for output in run_microbatches(chunks, families, made, loss, forward_only=True):
                 sums += torch.stack([output[name] for name in loss.names])
-    # The first sum is over the ranks' windows; the second shares the result of the last stage with all stages.
+    # The first reduction adds up the ranks' windows; the second gives every pipeline stage the result of the last
+    # one.
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     means = {name: float(total / weight) for name, (total, weight) in zip(loss.names, sums, strict=True)}
@@ -131,8 +132,8 @@ def held_out_steps(
 ) -> Iterator[list[Batch]]:
     """Yields groups of this rank's micro-batches of a dataset; a group has one micro-batch per pipeline stage.
 
-    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. In micro-batches that are added
-    to complete the last group it is 0 everywhere.
+    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. In micro-batches that only
+    complete the last group, `loss_mask` is 0 everywhere.
 
     Args:
         prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.
@@ -187,7 +188,7 @@ def _windows(
 ) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
     """Yields windows of `length + 1` tokens that overlap by one; the last one may be shorter.
 
-    The token `first`, if given, is put before the stream; it does not count towards `total`.
+    The token `first`, if given, is put before the stream and does not count towards `total`.
     """
     buffer: list[np.ndarray[Any, np.dtype[Any]]] = [] if first is None else [np.array([first])]
     held, taken = len(buffer), 0

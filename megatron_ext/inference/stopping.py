@@ -26,7 +26,7 @@ def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, 
 
 
 def ends_with_any(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[list[int]], bool] | None:
-    """Returns an `is_end` function for `generate`, which looks for stop texts in the decoded tokens.
+    """Returns an `is_end` function for `generate` that looks for stop texts in the decoded tokens.
 
     Returns None if `texts` is empty.
     """

@@ -1,8 +1,8 @@
-"""What model families add to a model in Hugging Face's format: tensors, sections of config.json, and code.
+"""Parts that model families add to a model in Hugging Face's format: tensors, sections of config.json, and code.
 
-No class of transformers has these parts. The directory brings the class that computes them, in a file of its own, and
-config.json names it under `auto_map`; transformers loads it with `trust_remote_code=True`. The `model_type` is that of
-the base model with a prefix, so that no other class of transformers reads the directory.
+No class of transformers has these parts. The exported directory therefore contains a Python file with a class that
+computes them. config.json names this class under `auto_map`, and transformers loads it with `trust_remote_code=True`.
+The base model's `model_type` gets a prefix, so that transformers' own classes refuse the directory.
 """
 
 import shutil
@@ -23,28 +23,28 @@ SECTIONS = ("per_layer_embedding", "npt")
 
 @dataclass(frozen=True, kw_only=True)
 class AddedParts:
-    """What model families add to one model."""
+    """The parts that model families add to one model."""
 
     entries: list[Entry]
-    """The tensors in a checkpoint and in Hugging Face's format."""
+    """Layout of the added tensors, in a checkpoint and in Hugging Face's format."""
 
     fields: dict[str, Any]
     """Sections of config.json."""
 
     code: Path
-    """File with the model's classes."""
+    """Python file with the model's classes."""
 
     bases: tuple[str, ...]
-    """Base models, such as `Llama`, of which the file has a class."""
+    """Base models, such as `Llama`, for which the file has a class."""
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Tensors that take the place of the checkpoint's, or that it lacks, by their names in a checkpoint."""
+    """Tensors, by their names in a checkpoint, that replace the checkpoint's own or that the checkpoint lacks."""
 
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Integer tensors of Hugging Face's format that a checkpoint holds in another form, by name."""
 
     def config(self, base: dict[str, Any]) -> dict[str, Any]:
-        """Returns the config.json of the extended model from that of its base model.
+        """Returns the config.json of the extended model, given the config.json of its base model.
 
         Raises:
             ValueError: there is no class for this base model.
@@ -72,12 +72,12 @@ class AddedParts:
 
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of the base model from that of an extended one; the inverse of `AddedParts.config`."""
+    """Returns the base model's config.json, given an extended model's; the inverse of `AddedParts.config`."""
     names = [str(name).removeprefix(CLASS_PREFIX) for name in config.get("architectures") or []]
     kept = {name: value for name, value in config.items() if name not in (*SECTIONS, "auto_map")}
     return {**kept, "architectures": names, "model_type": str(config["model_type"]).removeprefix(PREFIX)}
 
 
 def is_extended(config: Mapping[str, Any]) -> bool:
-    """Returns whether a config.json describes a model with such parts."""
+    """Returns whether a config.json describes a model with parts that model families have added."""
     return str(config.get("model_type")).startswith(PREFIX)

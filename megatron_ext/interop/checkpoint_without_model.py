@@ -47,8 +47,8 @@ def write_checkpoint(
         state: unsharded tensors by global name.
         run_config: content of run_config.json: sections `model` and `tokenizer`, `vocab_size`,
             `tokenizer_fingerprint` and `families`.
-        run_state: `progress`, `optimizer_step` and `scheduler` of state.json; without it the checkpoint is of step 0
-            and has no optimizer.
+        run_state: `progress`, `optimizer_step` and `scheduler` of state.json; if None, the checkpoint has step 0 and
+            no optimizer state.
 
     Returns:
         The directory of the new checkpoint, such as `root/iter_0000000`.
@@ -75,7 +75,7 @@ def write_checkpoint(
     )
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
-    # Checksums come last, so that they cover all files; a checkpoint counts as complete only when it is published.
+    # Checksums are written last, to cover all files; publishing the checkpoint then marks it as complete.
     rest = [path.name for path in folder.iterdir() if path.is_file() and path.name not in digests]
     files.write_checksums(folder, {**digests, **files.digests(folder, rest)})
     files.publish(root, name)

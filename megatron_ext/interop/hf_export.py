@@ -46,8 +46,9 @@ from megatron_ext.training.checkpoint.checkpointer import read_run_config
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 
 ReadParts = Callable[[dict[str, Any], ModelConfig, TokenizerConfig], AddedParts | None]
-"""Returns what families add to a run's base model, from run_config.json, model and tokenizer; None if there are no
-families."""
+"""A function that returns the parts that families add to a run's base model, given run_config.json, the model's
+configuration and the tokenizer's; None if there are no families.
+"""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +68,7 @@ def export_hf(
     added: AddedParts | None = None,
     per_layer: PerLayer | None = None,
 ) -> list[str]:
-    """Writes a Hugging Face directory; on an error nothing is left at `model_dir`.
+    """Writes a Hugging Face directory; after an error, no files are left at `model_dir`.
 
     Args:
         model: configuration of the base model.
@@ -81,8 +82,8 @@ def export_hf(
         max_shard_size: largest size of one safetensors file, in bytes.
         overwrite: replace the content of `model_dir`.
         imported: for an imported model, the configuration and small files of its source (`load_hf(...).imported`).
-        added: what model families add to the base model; `state` has their tensors too.
-        per_layer: Gemma's per-layer embedding, whose tensors `state` has too; None for a model without it.
+        added: the parts that model families add to the base model; `state` must include their tensors.
+        per_layer: Gemma's per-layer embedding, or None; `state` must include its tensors.
 
     Returns:
         Messages for the user.
@@ -100,8 +101,8 @@ def export_hf(
     chosen = choose_architecture(model, architecture, per_layer)
     if chosen in PER_LAYER.values() and added is not None:
         raise ValueError(
-            f"a base model that only {chosen} expresses is exported with its own --per-layer-preset or alone; no code "
-            "is written for other families on it"
+            f"added model families cannot be exported with this base model, which only {chosen} can "
+            "express; export it without them, or with that architecture's own --per-layer-preset"
         )
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
     found = _entries_of(model, vocab_size, state, chosen, added, per_layer)
@@ -131,7 +132,7 @@ def export_hf(
 
 
 def _whole(buffer: tuple[str, torch.Tensor]) -> Group:
-    """Returns a group for `write_safetensors` with one tensor that is written as it is."""
+    """Returns a group for `write_safetensors` with one tensor, which is written unchanged."""
     name, tensor = buffer
     return [(name, tensor.nbytes)], lambda: [tensor]
 
@@ -139,23 +140,25 @@ def _whole(buffer: tuple[str, torch.Tensor]) -> Group:
 def _write_tokenizer(
     folder: Path, config: TokenizerConfig | None, tokenizer: Tokenizer | None, model_config: dict[str, Any]
 ) -> list[str]:
-    """Writes the tokenizer's files, and its end token into the model's configuration; returns messages."""
+    """Writes the tokenizer's files, and adds its end token to the model's configuration; returns messages for the
+    user.
+    """
     if config is None or tokenizer is None:
         return []
     if not write_files(config, tokenizer, folder):
         return [
             f"no tokenizer is written, because transformers has no counterpart of {config.tokenizer_type}"
         ]
-    # Without an end token transformers would generate up to the maximum length.
+    # Without an end token, transformers would always generate up to the maximum length.
     if "eos_token_id" in model_config and model_config["eos_token_id"] is None:
         model_config["eos_token_id"] = tokenizer.eod
     return []
 
 
 def _is_unchanged(imported: Imported | None, config: dict[str, Any]) -> bool:
-    """Returns whether an imported model is exported as what it was, without any training."""
-    # After training, the exported tokenizer must give the ids that the model was trained on. Before any training, it
-    # may differ from ours as the tokenizer in the imported directory does.
+    """Returns whether an imported model is exported without any training in between."""
+    # After training, the exported tokenizer must give the ids that the model was trained on. Before any training, the
+    # exported tokenizer may differ from ours in the same way as the tokenizer in the imported directory.
     return (
         imported is not None
         and not imported.is_trained
@@ -268,7 +271,7 @@ def export_checkpoint(
 ) -> list[str]:
     """Exports the model in a checkpoint as a Hugging Face directory.
 
-    The other arguments are described at `export_hf`.
+    For the other arguments, see `export_hf`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
@@ -276,7 +279,8 @@ def export_checkpoint(
         base_only: export the frozen base model without the parameters that model families added to it.
         tokenizer_model: path of the tokenizer's files; the default is the path that training used.
         no_tokenizer: export the model without a tokenizer.
-        read_parts: returns what the model's families add to its base model; None refuses such a model.
+        read_parts: returns the parts that the model's families add to its base model; if None, a model with such
+            families is refused.
 
     Returns:
         Messages for the user.
@@ -299,14 +303,14 @@ def export_checkpoint(
     choose_architecture(model, architecture, per_layer)
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
-    assert folder is not None, "its configuration has been read"
+    assert folder is not None, "the checkpoint exists, because its configuration has been read"
     added = None
     if read_parts is not None and not base_only and per_layer is None:
         added = read_parts(run_config, model, tokenizer or tokens)
     # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
-        # A run on a frozen base saves only what it trained; the base itself stays in the checkpoint it came from.
+        # A run on a frozen base saves only the tensors that it trained; the base stays in its own checkpoint.
         base = BaseCheckpoint.of_run(run_config)
         folders = (folder,) if base is None else (folder, base.folder)
         stored: Any = CheckpointState(*folders, only=_base_names(model) if base_only else None)
@@ -334,7 +338,7 @@ def export_checkpoint(
 def gemma_per_layer(
     model: ModelConfig, families: dict[str, Any], architecture: str | None
 ) -> PerLayer | None:
-    """Returns the per-layer embedding if the model is exported as a Gemma that has it; else None.
+    """Returns the per-layer embedding if the model is exported as a Gemma that has it, otherwise None.
 
     Args:
         model: configuration of the base model.
@@ -360,7 +364,7 @@ def check_families(
         families: the section `families` of the run's configuration.
         load: value of `--load`, for error messages.
         base_only: whether only the base model is exported.
-        target: what the model is exported to.
+        target: kind of the exported model, such as Llama-like, for error messages.
     """
     for name, configuration in families.items():
         if not base_only:
@@ -381,7 +385,7 @@ def check_families(
 
 
 def _value(configuration: Any, name: str) -> Any:
-    """Returns the first true value stored under a key, at any depth of nested dicts."""
+    """Returns the first value stored under a key, at any depth of nested dicts, that is true in a boolean context."""
     if not isinstance(configuration, dict):
         return None
     return configuration.get(name) or any(_value(inner, name) for inner in configuration.values())

@@ -37,7 +37,7 @@ TOKENIZER_FOLDER = "tokenizer"
 FLAGS_FILE = "model.yaml"
 
 ReadFamilies = Callable[[dict[str, Any], SafetensorsFiles, ModelConfig, Tokenizer], "Families"]
-"""Reads the families of an extended model from config.json, tensors, base model and tokenizer."""
+"""A function that reads the families of an extended model, given config.json, tensors, base model and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Families:
     """Section `families` of run_config.json."""
 
     groups: dict[str, Any] = field(default_factory=dict)
-    """Config groups of their flags, by name."""
+    """Config groups of the families' flags, by name."""
 
     parts: AddedParts | None = None
-    """What they add to the base model."""
+    """The parts that the families add to the base model."""
 
     entries: list[Entry] = field(default_factory=list)
-    """Further tensors, of a family that a class of transformers has."""
+    """Layout of further tensors, for a family that one of transformers' own classes implements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class HuggingFaceModel:
     """Precision of the tensors: fp32 or bf16."""
 
     imported: Imported
-    """Configuration and small files of the directory, which a later export restores."""
+    """Configuration and small files of the directory; a later export restores them."""
 
     families: Families
     """The model families of an extended model; none for all other models."""
@@ -99,7 +99,8 @@ def load_hf(
     make_vocab_size_divisible_by: int | None = None,
     read_families: ReadFamilies | None = None,
 ) -> HuggingFaceModel:
-    """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
+    """Opens a Hugging Face model: reads its configuration and file headers and checks that they match; reads no
+    tensors yet.
 
     Args:
         model_dir: local directory with config.json and safetensors of a model of one of `hf_config.ARCHITECTURES`; or
@@ -107,8 +108,8 @@ def load_hf(
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
-        read_families: reads the families of an extended model, one that was exported with code of its own; None
-            refuses such a model.
+        read_families: reads the families of an extended model, which was exported with a Python file of its own. If
+            None, extended models are refused.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -140,7 +141,7 @@ def load_hf(
     state = HuggingFaceState(files, model, found + (parts.entries if parts else []), besides=besides)
     imported, left = Imported.read(folder, content)
     if unused:
-        notes.append(f"{len(unused)} tensors are of keys and values that no layer uses; not imported")
+        notes.append(f"{len(unused)} tensors compute keys and values that no layer uses; not imported")
     return HuggingFaceModel(
         folder=folder,
         model=model,
@@ -162,7 +163,7 @@ def _files(
 
     Args:
         folder: the Hugging Face directory.
-        whole: config.json of a model that has other parts beside its language model; else None.
+        whole: config.json of a model that also has parts other than the language model; otherwise None.
         tensors: the tensors of a GGUF file, which are used instead of the directory's.
     """
     if tensors is not None:
@@ -183,7 +184,7 @@ def import_checkpoint(
     read_families: ReadFamilies | None = None,
     message: Callable[[str], None] = print,
 ) -> HuggingFaceModel:
-    """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
+    """Converts a Hugging Face model to a checkpoint; after an error, no files are left at `save`.
 
     It writes these files:
 
@@ -192,7 +193,7 @@ def import_checkpoint(
         {save}/hugging_face/                                                other small files of `model_dir`
         {save}/model.yaml                                                   model and tokenizer flags, for --config
 
-    `model_dir`, `seq_length`, `make_vocab_size_divisible_by` and `read_families` are described at `load_hf`.
+    For `model_dir`, `seq_length`, `make_vocab_size_divisible_by` and `read_families`, see `load_hf`.
 
     Args:
         save: directory for the checkpoint; must be empty or not exist yet.
@@ -242,7 +243,7 @@ def import_checkpoint(
 
 
 def _in_checkpoint(tokenizer: TokenizerConfig, folder: Path, save: str | Path) -> TokenizerConfig:
-    """Returns the configuration of a tokenizer in `folder` with the path that its files will have in `save`."""
+    """Returns the configuration of the tokenizer in `folder`, with paths changed to those of its files in `save`."""
     if tokenizer.tokenizer_model is None:
         return tokenizer
     # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
@@ -271,6 +272,8 @@ def _of_gemma(model: ModelConfig, source: HFModel, vocab_size: int) -> Families:
 
 
 def model_flags(model: ModelConfig, tokenizer: TokenizerConfig, **groups: Any) -> str:
-    """Returns the YAML text of an imported model's flags, for `--config`; `groups` are those of its families."""
+    """Returns the YAML text of an imported model's flags, for `--config`; `groups` holds the config groups of its
+    families.
+    """
     head = "# Imported model and tokenizer. Pass this file to a training script as --config; its flags override it.\n"
     return head + format_groups({"model": model, "tokenizer": tokenizer, **groups})

@@ -53,7 +53,8 @@ def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]
                     f"got {list(whole.shape)}"
                 )
             ranges = zip(shard.global_offset, shard.local_shape, strict=True)
-            # This layout may pad the vocabulary further than `state` does: the extra rows stay zero, like all padding.
+            # This layout may pad the vocabulary further than `state` does; the extra rows stay zero, like all
+            # padding.
             part = whole[tuple(slice(start, start + size) for start, size in ranges)]
             shard.data.zero_()
             shard.data.view(shard.local_shape)[: part.size(0)].copy_(part)

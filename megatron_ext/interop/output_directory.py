@@ -1,4 +1,4 @@
-"""Writes a directory atomically: it appears under its name only when it is complete.
+"""Writes a directory atomically: the directory appears under its name only when it is complete.
 
 The directory is written next to its final place under a hidden name, flushed to disk and then renamed. A killed process
 leaves only hidden files behind, which the next attempt removes.
@@ -51,7 +51,7 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
         path.parent.mkdir(parents=True, exist_ok=True)
         if (
             replaced.exists() and not path.exists()
-        ):  # an earlier process was killed between the two renames below
+        ):  # an earlier process was killed between the two renames at the end of this function
             replaced.rename(path)
         for left_behind in (writing, replaced):
             shutil.rmtree(left_behind, ignore_errors=True)

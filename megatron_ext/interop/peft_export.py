@@ -4,8 +4,9 @@ The files adapter_config.json and adapter_model.safetensors are written into a d
 `PeftModel.from_pretrained(base, directory)` loads.
 
 An adapter adds the product B A of two factors to a weight. Hugging Face splits megatron-core's fused projections, so
-the adapter of a fused projection is split too: each part gets its rows of B and a copy of A. The rows of B A stay the
-same, so the model computes the same function. Each adapter is exported separately; `peft` adds up the active adapters:
+the adapter of a fused projection is split too: each part gets its rows of B and a copy of A. This leaves the rows of
+B A unchanged, so the model computes the same function. Each adapter is exported separately; `peft` adds up the active
+adapters:
 
     model = PeftModel.from_pretrained(base, "stack", adapter_name="stack")
     model.load_adapter("progressive", adapter_name="progressive")
@@ -57,8 +58,8 @@ def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Te
         for key, value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).items():
             if infix not in key:
                 continue
-            # A factory is a fused projection, whose parts are separate shards. A shard that several ranks hold has a
-            # replica_id other than zero on all but one of them.
+            # A factory stands for a fused projection, whose parts are separate shards. If several ranks hold a shard,
+            # its replica_id is zero on exactly one of them.
             shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
             pieces += [_piece(shard) for shard in shards if not any(shard.replica_id)]
     whole: dict[str, torch.Tensor] = {}
@@ -175,7 +176,7 @@ def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: st
         num_layers: number of layers of the base model.
         base_model: path or hub name of the base model, or None.
     """
-    # peft takes one default rank and alpha, and patterns for the layers that differ from it.
+    # peft takes a default rank and alpha, and patterns for the layers with other values.
     usual = Counter(shapes.values()).most_common(1)[0][0]
     others = {rf"model\.layers\.{i}\..*": shape for i, shape in shapes.items() if shape != usual}
     return {

@@ -11,7 +11,8 @@ _SAVE = "load the model with transformers and save it with save_pretrained()"
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         "adapter_config.json",
-        "a peft adapter, not a model; merge it into its base model with peft (merge_and_unload()) and save the result",
+        "a peft adapter, not a model; merge it into its base model with peft (merge_and_unload()) and "
+        "save the result",
     ),
     (
         "*.gguf",
@@ -19,7 +20,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (
         "consolidated*.safetensors",
-        "a model in its maker's own format; download it in Hugging Face's format, or convert it with "
+        "a model in its publisher's own format; download it in Hugging Face's format, or convert it with "
         "transformers' conversion script",
     ),
     ("consolidated*.pth", "a model in Meta's format; convert it with transformers' conversion script"),
@@ -39,7 +40,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         "weights under another name; rename the file to model.safetensors if it holds the whole model",
     ),
 )
-"""Pairs of a file pattern and a text that says what such a file is and what to do; the first match is reported."""
+"""Pairs of a file pattern and a message that names the kind of file and gives advice; the first match is reported."""
 
 _QUANTIZED = {
     ".qweight": "GPTQ or AWQ",
@@ -53,7 +54,7 @@ _QUANTIZED = {
 
 
 def what_is_there(folder: Path) -> str | None:
-    """Returns text for the user: which unsupported file a directory holds and what to do, or where the model is.
+    """Returns text for the user: the unsupported file in a directory with advice, or the place of the model.
 
     Returns None if nothing is found.
     """
@@ -78,7 +79,7 @@ def _checkpoint(folder: Path) -> str:
     except ValueError as error:  # a checkpoint of another program, or an incomplete one
         return str(error)
     what = "a checkpoint" if found is not None else "no complete checkpoint"
-    return f"it holds {what} of this program; load it with --load"
+    return f"it holds {what} of this package; load it with --load"
 
 
 def check_no_pointer(path: Path) -> None:
@@ -105,7 +106,7 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
         wanted: names of the tensors that the model requires.
 
     Returns:
-        Text that says what the files hold and what to do; None if the names match no known case.
+        Text that describes the files and gives advice; None if the names match no known case.
     """
     found, needed = set(names), list(wanted)
     for ending, method in _QUANTIZED.items():
@@ -120,8 +121,8 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     for prefix in sorted(prefixes):
         if sum(prefix + name in found for name in needed) > len(needed) // 2:
             return (
-                f"all tensor names begin with {prefix}, so the model is part of a larger one; "
-                "save the language model alone with transformers, as a causal model"
+                f"all tensor names begin with {prefix}, so the language model is part of a larger "
+                "model; save the language model alone with transformers, as a causal model"
             )
     bare = [name.removeprefix("model.") for name in needed]
     if sum(name in found for name in bare) > len(needed) // 2:

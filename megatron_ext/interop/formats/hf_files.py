@@ -1,7 +1,8 @@
 """Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
-A tensor is read only when it is accessed, and the size of a written file is limited. So reading needs memory for one
-tensor and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not supported.
+A tensor is read only when it is accessed, and the size of a written file is limited. Therefore reading needs memory
+for one tensor, and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not
+supported.
 """
 
 import functools
@@ -28,17 +29,19 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 Group = tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]
-"""Tensors that are written together: (name, size in bytes) of each, and a function that reads them."""
+"""Tensors that are written together: a list of (name, size in bytes), and a function that reads all of them."""
 
 _READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
-"""Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 becomes fp32 (exactly)."""
+"""Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 is converted to fp32,
+without rounding.
+"""
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
     """Reads the config.json of a directory.
 
     Raises:
-        FileNotFoundError: there is no config.json; the error says what the directory holds instead.
+        FileNotFoundError: there is no config.json; the message names the directory's content instead.
         ValueError: config.json is not a JSON object.
     """
     folder = Path(model_dir)
@@ -87,7 +90,7 @@ class TensorFiles(Protocol):
     """The path that the user gave: a directory, or a single GGUF file."""
 
     described_in: str
-    """Name of the part that describes the model, such as config.json; used in error messages."""
+    """Name of the file or part that describes the model, such as config.json; used in error messages."""
 
     @property
     def names(self) -> set[str]: ...
@@ -112,7 +115,7 @@ class SafetensorsFiles:
     described_in = CONFIG
 
     def __init__(self, model_dir: str | Path) -> None:
-        # No file stays open between reads: its mapped pages would count as memory in use.
+        # No file stays open between reads, because its mapped pages would count as memory in use.
         self.folder = Path(model_dir)
         self._headers: dict[str, tuple[Shape, str]] = {}
         self._file_of: dict[str, str] = {}
@@ -208,7 +211,7 @@ class SafetensorsFiles:
         return tensor
 
     def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
-        """Reads the entries `start` to `start + size` of dimension `dim` only; otherwise as `read`."""
+        """Like `read`, but reads only the entries `start` to `start + size - 1` of dimension `dim`."""
         with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
             place = (slice(None),) * dim + (slice(start, start + size),)
             tensor: torch.Tensor = opened.get_slice(name)[place]
@@ -233,7 +236,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         files: the Hugging Face tensors.
         model: configuration of the base model.
         found: result of `weight_layout.entries` for the model.
-        besides: names of further tensors in the files, which belong to no entry; they are not read.
+        besides: names of further tensors in the files that belong to no entry and are not read.
 
     Raises:
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
@@ -288,7 +291,7 @@ def _check(files: TensorFiles, found: list[Entry], besides: Collection[str], *, 
     if missing:
         raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its tensors")
     if tied and "lm_head.weight" in extra:
-        # Some tools save the tied output layer as well; that is harmless as long as both are equal.
+        # Some tools also save the tied output layer, which is harmless if it equals the embedding.
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
             raise ValueError(
                 f"--model-dir {files.folder}: {files.described_in} ties lm_head.weight to the embedding, "
@@ -322,7 +325,7 @@ def write_safetensors(
     Args:
         folder: an empty directory.
         tensors: groups of tensors that are read together.
-        max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
+        max_shard_size: largest size of a file in bytes; a larger group gets a separate file.
 
     Returns:
         The names of the files.

@@ -1,6 +1,6 @@
 """Carries an imported model's configuration and small files through checkpoints, so that an export can restore them.
 
-The import writes them into the directory of checkpoints, `save`, and into the file run_config.json of the checkpoint:
+The import writes them into the directory of checkpoints, `save`, and into the checkpoint's run_config.json:
 
     {save}/hugging_face/            unchanged copies of the small files beside the weights
     run_config.json, `hugging_face`
@@ -127,7 +127,7 @@ class Imported:
         Returns:
             Messages for the user.
         """
-        # A checkpoint may have been moved since the import: look beside its tokenizer as well.
+        # The checkpoint may have been moved since the import, so look beside its tokenizer as well.
         places = [Path(self.folder)] if self.folder is not None else []
         places += [tokenizer_dir.parent / FOLDER] if tokenizer_dir is not None else []
         kept, gone = [], []

@@ -11,8 +11,9 @@
       layer_scalar (Gemma 4)                  [1]                model.layers.{i}.layer_scalar
       input_scale (Gemma 3n)                  [h]                model.layers.{i}.altup.correct_output_scale
 
-Hugging Face packs the tables of L layers into one tensor [V, L p], and their projections into one [L p, h].
-V_p: number of rows of a table, V: that in Hugging Face's, p: per-layer hidden size, h: hidden size.
+Hugging Face packs the tables of L layers into one tensor [V, L p], and the projections into one tensor [L p, h].
+V_p: number of rows of a checkpoint's table, V: rows of Hugging Face's table, p: per-layer hidden size, h: hidden
+    size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,9 @@ _FIXED: dict[str, Any] = {
 
 
 def family_of(per_layer: PerLayer, vocab_size: int) -> dict[str, Any]:
-    """Returns what a checkpoint stores of the model family, for a tokenizer with `vocab_size` ids."""
+    """Returns the configuration of the model family that a checkpoint stores, for a tokenizer with `vocab_size`
+    ids.
+    """
     own = {
         "per_layer_preset": per_layer.preset,
         "per_layer_vocab_size": per_layer.rows,
@@ -49,7 +52,7 @@ def family_of(per_layer: PerLayer, vocab_size: int) -> dict[str, Any]:
 
 
 def exported_per_layer(families: Mapping[str, Any]) -> PerLayer | None:
-    """Returns a checkpoint's per-layer embedding if it is a Gemma's; else None.
+    """Returns a checkpoint's per-layer embedding if it has the form of a Gemma model, otherwise None.
 
     Args:
         families: the section `families` of the run's configuration.
@@ -74,7 +77,8 @@ def per_layer_entries(model: ModelConfig, per_layer: PerLayer, rows: int, rows_i
 
     Args:
         model: configuration of the base model.
-        per_layer: the per-layer embedding; its `rows`, if any, are those of a table in both formats.
+        per_layer: the per-layer embedding; if `per_layer.rows` is set, tables have this number of rows in both
+            formats.
         rows: number of rows of a table in a checkpoint.
         rows_in_theirs: number of rows of the table in Hugging Face's format.
     """
@@ -108,10 +112,10 @@ def per_layer_entries(model: ModelConfig, per_layer: PerLayer, rows: int, rows_i
 
 
 def pack(found: Sequence[Entry], slices: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Returns the Hugging Face tensor whose slices these entries are; padding rows are dropped.
+    """Builds a Hugging Face tensor from the slices that the entries describe; padding rows are dropped.
 
     Args:
-        found: entries of the kind `slice` with the same part, which they fill.
+        found: entries of the kind `slice` that together fill the same Hugging Face tensor.
         slices: the checkpoint's tensors.
     """
     _, shape = found[0].parts[0]

@@ -1,7 +1,8 @@
-"""The language model inside a model of text, images and audio, such as Google's own Gemma 3 4B and Gemma 4 E2B.
+"""Reads the language model inside a model of text, images and audio, such as Google's own Gemma 3 4B and Gemma 4 E2B.
 
-Its configuration is the section `text_config` of config.json, and its tensors have the prefix `model.language_model.`
-instead of `model.`, in files of transformers 4 also `language_model.model.`; all other tensors are left out.
+The language model's configuration is the section `text_config` of config.json. Its tensors have the prefix
+`model.language_model.` (in files of transformers 4 also `language_model.model.`) instead of `model.`; all other tensors
+are ignored.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ _TEXT = {
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
     "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
 }
-"""Maps the model_type of a whole model to model_type and architecture of its language model."""
+"""Maps the model_type of a whole model to the model_type and architecture of its language model."""
 
 _PREFIXES = ("model.language_model.", "language_model.model.")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -35,12 +36,12 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
-    """Returns whether a config.json is that of a model whose language model can be imported alone."""
+    """Returns whether a config.json describes a larger model whose language model can be imported alone."""
     return config.get("model_type") in _TEXT and isinstance(config.get("text_config"), dict)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config.json that the language model would have alone."""
+    """Returns the config.json of the language model alone."""
     kind, architecture = _TEXT[config["model_type"]]
     of_whole = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
     shared = {name: config[name] for name in of_whole if name in config}
@@ -49,7 +50,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TextTensors:
-    """The language model's tensors, by the names that they would have alone."""
+    """The language model's tensors, by their names in a language model that is stored alone."""
 
     def __init__(self, files: SafetensorsFiles) -> None:
         self.folder, self.described_in = files.folder, files.described_in
@@ -75,7 +76,7 @@ class TextTensors:
         return self._files.read(self._names[name])
 
     def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
-        """Reads the entries `start` to `start + size` of dimension `dim` only."""
+        """Reads only the entries `start` to `start + size - 1` of dimension `dim`."""
         return self._files.read_slice(self._names[name], dim, start, size)
 
 

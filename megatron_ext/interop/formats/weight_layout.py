@@ -12,14 +12,15 @@
     decoder.final_layernorm.weight                               model.norm.weight
     output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
 
-(1) With sandwich norms, as in Gemma; with norms of the outputs only, as in OLMo 2, the first and the third:
+(1) This line holds for norms of inputs only. With sandwich norms, as in Gemma, there are three such norms in a layer;
+with norms of outputs only, as in OLMo 2, there are the first and the third:
       post_attention_layernorm.weight                            post_attention_layernorm.weight
       pre_mlp_layernorm.weight                                   pre_feedforward_layernorm.weight
       post_mlp_layernorm.weight                                  post_feedforward_layernorm.weight
 
 With norms over all heads, as in OLMo 2, the weights of the norms of queries and keys are [n d] and [g d]. Phi-3 has
-self_attn.qkv_proj, the rows of q, then k, then v, and mlp.gate_up_proj: gate, then up.
-With AltUp and Laurel (Gemma 3n), of k residual streams:
+self_attn.qkv_proj, with the rows of q, then k, then v, and mlp.gate_up_proj, with gate, then up. With AltUp (k
+residual streams) and Laurel, as in Gemma 3n:
     altup_start.weight                        [(k - 1) h, h]     model.altup_projections.{j}.weight
     decoder.final_layernorm.weight            [(k - 1) h, h]     model.altup_unembed_projections.{j}.weight
     decoder.final_layernorm.norm.weight       [h]                model.norm.weight
@@ -32,8 +33,9 @@ With `layer_scalar` (Gemma 4):
       layer_scalar                            [1]                layer_scalar
 
 The rows of linear_qkv are ordered by key/value group: the group's n/g query heads, then its key head, then its value
-head; there is no value head if values are keys, and there are only query heads if the keys are those of another layer.
-Both formats rotate the two halves of a head, so the channels within a head keep their order. Names and shapes are
+head; there is no value head if the keys are also the values, and there are only query heads if another layer supplies
+the keys. Both formats rotate the two halves of a head, so the channels within a head keep their order. Names and
+shapes are
 global: they do not depend on the parallel layout.
 h: hidden size, f: FFN size, n: query heads, g: key/value heads, d: head size, V: vocabulary size.
 """
@@ -53,7 +55,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a checkpoint, and the Hugging Face tensors that it consists of."""
+    """Layout of one tensor of a checkpoint: the Hugging Face tensors from which it is built, and how."""
 
     name: str
     """Global name in a checkpoint."""
@@ -65,10 +67,11 @@ class Entry:
     """Name and shape of each Hugging Face tensor."""
 
     kind: Literal["same", "rows", "groups", "fused groups", "vocabulary", "slice"]
-    """How the parts form the tensor. same: it equals its only part; rows: the parts are concatenated; groups: the rows
-    of the parts are interleaved by key/value group; fused groups: the same, and its only part holds q, k and v one
-    after the other; vocabulary: its only part is padded with zero rows; slice: it is a slice of its only part, padded
-    with zero rows."""
+    """How the tensor is built. same: from one equal part; rows: the parts are concatenated; groups: the rows of the
+    parts are interleaved by key/value group; fused groups: the same for q, k and v that are stored one after the
+    other in a single part; vocabulary: one part, padded with zero rows; slice: a slice of one part, padded with zero
+    rows.
+    """
 
     groups: int = 0
     """Number of key/value groups, for the kinds `groups` and `fused groups`."""
@@ -86,7 +89,8 @@ def entries(
         model: configuration of the base model, which `hf_config` must be able to express.
         vocab_size: number of rows of the embedding in Hugging Face's format.
         padded_vocab_size: number of rows of the embedding in a checkpoint.
-        architecture: Hugging Face class; those in `FUSED` have q, k and v in one tensor, and gate and up.
+        architecture: Hugging Face class. The classes in `FUSED` store q, k and v in one tensor, and gate and up in
+            one.
     """
     hidden = model.hidden_size
     found = [
@@ -128,22 +132,24 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
     groups = entry.groups
     if entry.kind == "fused groups":
         parts = parts[0].split(_rows_of_qkv(entry, model))
-    # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
+    # Rows of q, k and v are interleaved by group, so that every tensor-parallel shard of linear_qkv holds whole
+    # groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
 
 
 def with_padding(entry: Entry, part: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of `part`, and zeros in the rows that `entry` has beyond them."""
+    """Returns `part`, followed by zero rows up to the number of rows of `entry`."""
     padded = part.new_zeros(entry.shape)
     padded[: part.size(0)] = part
     return padded
 
 
 def unused_tensors(model: ModelConfig) -> set[str]:
-    """Returns the Hugging Face names of keys and values in layers that use those of another layer.
+    """Returns the Hugging Face names of key and value projections in layers that use the keys and values of another
+    layer.
 
-    Google's Gemma 4 has them; transformers does not read them.
+    Google's Gemma 4 files contain these tensors, but transformers does not read them.
     """
     names = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "k_proj.bias", "v_proj.bias")
     layers = [layer for layer, shape in enumerate(model.layers) if shape.keys_of is not None]
@@ -230,7 +236,9 @@ def _of_streams(name: str, theirs: str, model: ModelConfig) -> Entry:
 
 
 def _parts_of_gemma3n(model: ModelConfig) -> list[tuple[str, str, Shape]]:
-    """Returns our name, theirs without `.weight`, and the shape of AltUp's and Laurel's tensors in a layer."""
+    """Returns the checkpoint's name, Hugging Face's name without `.weight`, and the shape of each tensor of AltUp and
+    Laurel in a layer.
+    """
     hidden, streams, rank = model.hidden_size, model.altup_streams, model.laurel_rank
     found: list[tuple[str, str, Shape]] = []
     if streams is not None:
@@ -279,7 +287,9 @@ def _linear(
     has_bias: bool,
     groups: int = 0,
 ) -> list[Entry]:
-    """Returns the entries for weight and bias of a linear layer that fuses the layers in `outputs` (name, size)."""
+    """Returns the entries for weight and bias of a linear layer that fuses several; `outputs` has the name and size
+    of each.
+    """
     total = sum(rows for _, rows in outputs)
     weights = tuple((f"{part}.weight", (rows, width)) for part, rows in outputs)
     biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)

@@ -18,10 +18,10 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-"""Maps each GGUF architecture that can be imported to transformers' class."""
+"""Maps each GGUF architecture that can be imported to the class in transformers."""
 
 _GEMMA_27B_LAYERS = 62
-"""Number of layers by which llama.cpp recognizes Gemma 3 27B, the only one with another scale of the scores."""
+"""Number of layers by which llama.cpp recognizes Gemma 3 27B, the only Gemma 3 with another softmax scale."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -83,7 +83,7 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
 
 
 def _gemma(config: dict[str, Any], metadata: GGUFMetadata) -> dict[str, Any]:
-    """Returns Gemma 3's own fields; some of them are not in the file, but in llama.cpp's code."""
+    """Returns the fields that only Gemma 3 has; the values of some are not in the file but in llama.cpp's code."""
     rope = config["rope_parameters"]
     local = {"rope_type": "default", "rope_theta": metadata.of_model("rope.freq_base_swa", 10000.0)}
     limit = metadata.of_model("final_logit_softcapping", None)
@@ -124,7 +124,7 @@ def _window(metadata: GGUFMetadata) -> dict[str, Any]:
     window = metadata.of_model("attention.sliding_window", 0)
     if not window:
         return {}
-    # Only transformers' Mistral has a window and is stored under the architecture `llama`.
+    # A window under the architecture `llama` means Mistral, since transformers' Llama has no window.
     return {
         "sliding_window": window,
         "model_type": "mistral",

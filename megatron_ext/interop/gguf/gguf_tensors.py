@@ -1,8 +1,8 @@
 """Reads the tensors of a GGUF model under their Hugging Face names; a tensor is dequantized when it is read.
 
-Files of the architecture `llama` store the rows of the query and key projections in another order: within a head, GGUF
-alternates the two halves that the rotary embedding pairs, and transformers stores one half after the other. Files of
-the architecture `gemma3` store the weights of norms, and transformers stores them less 1.
+Two architectures store values differently from transformers. In `llama` files, the rows of the query and key
+projections alternate, within a head, between the two halves that the rotary embedding pairs; transformers stores one
+half after the other. `gemma3` files contain the weights of norms; transformers stores these weights minus 1.
 """
 
 import re
@@ -16,7 +16,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with a divisor for every rotary frequency, in files of models with Llama 3's rotary scaling."""
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-"""Tensor types that are read; a file usually mixes several."""
+"""Supported tensor types; a file usually contains several."""
 
 _GLOBAL = {
     "token_embd": "model.embed_tokens",
@@ -51,7 +51,7 @@ class GGUFTensors:
         metadata: the opened model.
 
     Raises:
-        ValueError: the file holds a tensor that no supported model has, or whose type is not read.
+        ValueError: the file holds a tensor that no supported model has, or a tensor of an unsupported type.
     """
 
     described_in = "its metadata"
@@ -99,7 +99,7 @@ class GGUFTensors:
 
     @property
     def messages(self) -> list[str]:
-        """Messages for the user about tensors that are not read as they are stored, one line each."""
+        """Messages for the user about tensors that are converted when they are read, one line each."""
         types = [kind for kind in self.types if kind not in ("F32", "F16", "BF16")]
         return [f"{', '.join(types)} tensors are dequantized to fp32"] if types else []
 
@@ -117,7 +117,7 @@ class GGUFTensors:
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
-        # An F32 tensor is a view of the mapped file, which cannot be written to.
+        # An F32 tensor is a view of the read-only mapped file, so copy it.
         dequantized = dequantize(tensor.data, tensor.tensor_type).copy()
         values = torch.from_numpy(dequantized).view(self.shape(name))
         projection = name.split(".")[-2]
@@ -128,7 +128,7 @@ class GGUFTensors:
         return values.to(self.dtype(name))
 
     def read_slice(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
-        """Reads a tensor as `read` does, and returns a slice of it."""
+        """Reads the whole tensor, like `read`, and returns a slice of it."""
         return self.read(name).narrow(dim, start, size)
 
 

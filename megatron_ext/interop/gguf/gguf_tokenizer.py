@@ -6,8 +6,8 @@ The metadata key `tokenizer.ggml.model` names the kind of tokenizer:
     llama   SentencePiece BPE: tokens and scores; becomes tokenizer.model
 
 A byte-level tokenizer cuts text into words before it applies the merges. The key `tokenizer.ggml.pre` names the rule
-for that; the rules here are those in the models' tokenizer.json. An unknown name is refused, because with other words
-the text would give other tokens.
+for cutting; the rules here come from the models' tokenizer.json. An unknown name is refused, because another rule
+would give other tokens.
 """
 
 import json
@@ -43,7 +43,7 @@ _WORDS: dict[str, list[Any]] = {
 """Maps each value of `tokenizer.ggml.pre` to the steps that cut a text into words."""
 
 _CONTROL, _USER_DEFINED = 3, 4
-"""Token types, in GGUF as in SentencePiece: a special token, and a text that is never cut."""
+"""Token types in GGUF and in SentencePiece: special tokens, and texts that are never cut."""
 
 _SPACE = "\u2581"
 """The character that stands for a space in SentencePiece's pieces."""
@@ -130,7 +130,7 @@ def _sentencepiece(metadata: GGUFMetadata) -> bytes:
     for name in ("bos", "eos", "unknown"):
         number = metadata.get(f"tokenizer.ggml.{name}_token_id", -1)
         setattr(model.trainer_spec, f"{name[:3]}_id", number)
-        if number >= 0:  # SentencePiece looks a special token up by its piece
+        if number >= 0:  # SentencePiece looks up a special token by its piece
             setattr(model.trainer_spec, f"{name[:3]}_piece", tokens[number])
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -142,7 +142,8 @@ def _sentencepiece(metadata: GGUFMetadata) -> bytes:
         strict=True,
     )
     for piece, score, kind in pieces:
-        # The format spells spaces in texts that are never cut as themselves, SentencePiece as in all other pieces.
+        # In texts that are never cut, GGUF stores spaces unchanged, but SentencePiece replaces spaces as in all other
+        # pieces.
         spelled = piece.replace(" ", _SPACE) if kind == _USER_DEFINED else piece
         model.pieces.add(piece=spelled, score=score, type=kind)
     return bytes(model.SerializeToString())
@@ -150,7 +151,7 @@ def _sentencepiece(metadata: GGUFMetadata) -> bytes:
 
 def _adds_bos(metadata: GGUFMetadata) -> bool:
     """Returns whether texts begin with the begin-of-text token."""
-    # Files of Llama models lack the key; their texts begin with the token.
+    # Files of Llama models lack the key, but their texts begin with the token.
     kinds = (metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre"))
     return bool(metadata.get("tokenizer.ggml.add_bos_token", "llama" in kinds or "llama-bpe" in kinds))
 

@@ -1,7 +1,7 @@
-"""Reads the pickled files of a foreign checkpoint without importing anything that they name.
+"""Reads the pickled files of another program's checkpoint without importing the modules that they name.
 
 Every class and function that a file names is replaced by `Inert`, which keeps the attributes it is given and does
-nothing else. Numbers, texts, lists, dicts and tensors are read as they are.
+nothing else. Numbers, texts, lists, dicts and tensors are read unchanged.
 """
 
 import pickle
@@ -25,7 +25,7 @@ class Inert:
     """Stands for an object of a foreign class."""
 
     inert_state: Any = None
-    """What the object was pickled as, if the class does not pickle its attributes by name."""
+    """The pickled state, if the object's class does not pickle its attributes by name."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         return None
@@ -69,7 +69,7 @@ def read_pickle(path: Path) -> Any:
             return _Unpickler(file).load()
         except OSError:
             raise
-        except Exception as error:  # damaged bytes raise whatever they lead to
+        except Exception as error:  # damaged bytes may cause any exception
             raise ValueError(f"{path}: cannot be read; the file is damaged ({error})") from None
 
 
@@ -85,11 +85,11 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_torch_bytes(file: BinaryIO, path: Path) -> Any:
-    """Reads what `torch.save` wrote; `path` is named in errors. Raises as `read_torch_file`."""
+    """Like `read_torch_file`, for an open file; error messages name `path`."""
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{path}: cannot be read; the file is truncated or not written by torch.save")
     try:
-        # torch imports nothing either with `weights_only`; names that it does not know become `Inert`.
+        # With `weights_only`, torch imports nothing either; a name that torch does not know is replaced by `Inert`.
         file.seek(0)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         file.seek(0)

@@ -1,10 +1,11 @@
 """Translates the arguments in a Megatron-LM checkpoint into a `ModelConfig`, and back.
 
-Every argument that changes what the model computes is in one of these tables:
+Every argument of the model is in one of these tables:
 
     `TAKEN`            read here
     `HARMLESS`         refused unless it has one of the listed values
-    `WITHOUT_EFFECT`   changes speed, memory, rounding or initial values, or belongs to one that `HARMLESS` refuses
+    `WITHOUT_EFFECT`   changes speed, memory, rounding or initial values only, or refines a feature that `HARMLESS`
+    refuses
 
 Names are those of the command line or, for arguments that Megatron-LM passes on, of megatron-core's configuration.
 """
@@ -72,7 +73,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "fp4_param": (False, None),
     "fp4_param_gather": (False, None),
 }
-"""Maps arguments that cannot be followed to the values with which they change nothing."""
+"""Maps unsupported arguments to the values with which they change nothing."""
 
 WITHOUT_EFFECT = {
     # Initial values and training
@@ -97,20 +98,20 @@ WITHOUT_EFFECT = {
     "fine_grained_activation_offloading", "fine_grained_offloading_max_inflight_offloads", "offload_modules",
     "min_offloaded_tensor_size", "activation_offload_fraction", "delay_offload_until_cuda_graph",
     "delta_offload_bytes_across_pp_ranks", "high_priority_a2a_comm_stream", "nccl_all_reduce_for_prefill",
-    # Of another attention, which is refused
+    # For other kinds of attention, which are refused
     "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
     "linear_num_value_heads", "experimental_attention_variant_loss_scale_func", "use_mamba_mem_eff_path",
 }  # fmt: skip
 
 WITHOUT_EFFECT_BEGINNINGS = (
-    "fp8_",  # weights that are kept in FP8 are stored in the type of the others
+    "fp8_",  # weights kept in FP8 are stored in the dtype of the other weights
     "fp4_", "use_kitchen", "kitchen_", "recompute_", "cuda_graph_", "inference_",
-    "moe_", "mamba_", "dsa_", "mup_", "mtp_",  # of other models, which are refused
+    "moe_", "mamba_", "dsa_", "mup_", "mtp_",  # for other kinds of models, which are refused
 )  # fmt: skip
-"""Beginnings of further names that belong to `WITHOUT_EFFECT`; `HARMLESS` comes first."""
+"""Prefixes of further names that count as `WITHOUT_EFFECT`; names in `HARMLESS` take precedence."""
 
 ADVICE = {
-    "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores it and other programs do not",
+    "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores this value, but other programs use it",
     "fp4_param": "weights in FP4 are not read; save them in bf16",
     "fp4_param_gather": "weights in FP4 are not read; save them in bf16",
 }
@@ -180,7 +181,7 @@ def read_model(
 
 
 class _Arguments:
-    """The arguments by name; calling it with a default returns that for a missing argument, or one that is None."""
+    """The arguments by name. A call with a default returns the default if the argument is missing or None."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self._source = values, source
@@ -191,7 +192,7 @@ class _Arguments:
             value = default
         if value is None or isinstance(value, Inert):
             raise ValueError(
-                f"{self._source}: the argument {name} is missing; it is no checkpoint of pretrain_gpt.py"
+                f"{self._source}: the argument {name} is missing, so this is not a checkpoint of pretrain_gpt.py"
             )
         return value
 
@@ -222,7 +223,7 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         "kv_channels": given("kv_channels", given("hidden_size") // heads),
         "normalization": given("normalization", "LayerNorm"),
         "norm_epsilon": given("layernorm_epsilon", given("norm_epsilon", 1e-5)),
-        # Versions that have the first compute with it, whatever the second says.
+        # Versions with the first argument use it and ignore the second.
         "apply_layernorm_1p": given("layernorm_zero_centered_gamma", given("apply_layernorm_1p", False)),
         "swiglu": given("swiglu", False),
         "squared_relu": given("squared_relu", False),
@@ -250,8 +251,8 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
         factor = given("rope_scaling_factor", _ENGINE_ROPE_FACTOR)
         if fields["use_rope_scaling"] and factor != _ENGINE_ROPE_FACTOR:
             messages.append(
-                f"--rope-scaling-factor {factor}: Megatron-LM's GPT model computes with {_ENGINE_ROPE_FACTOR} "
-                "whatever this argument says, and so does the imported model"
+                f"--rope-scaling-factor {factor}: Megatron-LM's GPT model ignores this argument and "
+                f"computes with {_ENGINE_ROPE_FACTOR}; so does the imported model"
             )
     return fields, messages
 
@@ -262,14 +263,16 @@ def _spelled(value: Any) -> str:
 
 
 def _divisor(given: _Arguments, vocab_size: int, rows: int) -> int:
-    """Returns the number to whose multiples the vocabulary is padded, so that the embedding has `rows` rows."""
-    # Megatron-LM pads to a multiple of this product; the rows that it adds are trained like all others.
+    """Returns the divisor to a multiple of which the vocabulary must be padded so that the embedding has `rows`
+    rows.
+    """
+    # Megatron-LM pads to a multiple of this product, and trains the added rows like all others.
     product: int = given("make_vocab_size_divisible_by", 128) * given("tensor_model_parallel_size", 1)
     return product if -(-vocab_size // product) * product == rows else rows
 
 
 def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str, Any]:
-    """Returns Megatron-LM's arguments for a model, as `--use-checkpoint-args` and the checks of a load read them.
+    """Returns Megatron-LM's arguments for a model, which `--use-checkpoint-args` and the checks of `--load` read.
 
     Args:
         model: configuration of the base model.
@@ -284,7 +287,7 @@ def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str
     grouped = model.resolved_num_query_groups != model.num_attention_heads
     return {
         **found,
-        "norm_epsilon": model.norm_epsilon,  # its name before megatron-core 0.16
+        "norm_epsilon": model.norm_epsilon,  # the name of the argument before megatron-core 0.16
         "ffn_hidden_size": model.resolved_ffn_hidden_size,
         "kv_channels": model.resolved_kv_channels,
         "group_query_attention": grouped,
@@ -331,5 +334,5 @@ def _check_expressible(model: ModelConfig) -> None:
         if field.name not in known and value != field.default:
             shown = "" if value is True else f" {value}"
             raise ValueError(
-                f"{flag_name(field.name)}{shown}: the model cannot be exported; Megatron-LM has no such model"
+                f"{flag_name(field.name)}{shown}: cannot be exported; Megatron-LM has no such model"
             )

@@ -1,13 +1,15 @@
 """Reads Adam's state from the flat buffers in which Megatron-LM's distributed optimizer saves by default.
 
-In this format (`dp_reshardable`) every rank of tensor- and pipeline-parallel groups has its own buffers. They hold the
-rank's parameters in reverse order, each at a multiple of 64 values, cut into buckets that end between parameters:
+In this format (`dp_reshardable`), every rank of the tensor- and pipeline-parallel groups has its own buffers. They
+hold the rank's parameters in reverse order. Every parameter starts at a multiple of 64 values, and no parameter
+crosses the end of a bucket:
 
     optimizer.distributed.dp_group_idx_{pipeline rank x tensor ranks + tensor rank}
         .gbuf_idx_0.dtype_{...}.bucket_idx_{b}.{param,exp_avg,exp_avg_sq}       [values of the bucket]
 
-Names are not stored. The places follow from the model, the layout and the order in which its modules are built, which
-differs with Transformer Engine; the fp32 weights in the buffers must equal the model's weights, or nothing is read.
+The names of the parameters are not stored. Their places follow from the model, the layout and the order in which the
+modules are built, which differs with Transformer Engine. Nothing is read unless the fp32 weights in the buffers equal
+the model's weights.
 """
 
 import math
@@ -28,7 +30,7 @@ _ALIGNMENT = 64
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _TIED_COPY = "output_layer.weight"
 
-# Axes along which tensor-parallel ranks divide a parameter; all others are whole on every rank.
+# Parameters that tensor-parallel ranks divide along an axis; every rank holds all other parameters completely.
 _ROWS = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias")
 _HALVES = ("linear_fc1.weight", "linear_fc1.bias")
 _COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
@@ -37,7 +39,7 @@ _COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 @dataclass(frozen=True)
 class _Place:
     bucket: str
-    """Name of the bucket's tensors, without the last part."""
+    """Name of the bucket's tensors, without the last component."""
 
     start: int
     shape: Shape
@@ -68,11 +70,15 @@ class BufferedOptimizer:
         self._stages = int(arguments.get("pipeline_model_parallel_size") or 1)
         self._gated = bool(arguments.get("swiglu"))
         self._places: dict[tuple[str, int], _Place] = {}
-        for norm_first in (True, False):  # as megatron-core's modules and as Transformer Engine's are built
+        for norm_first in (
+            True,
+            False,
+        ):  # the orders in which megatron-core's and Transformer Engine's modules are built
             if self._lay_out(tensors, norm_first) and self._equals(tensors, model):
                 return
         raise ValueError(
-            f"{files.folder}: the buffers of the distributed optimizer (dp_reshardable) do not fit the model; load the "
+            f"{files.folder}: the buffers of the distributed optimizer (dp_reshardable) do not fit the "
+            "model; load the "
             "checkpoint with Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable, or import without "
             "--with-optimizer"
         )
@@ -111,7 +117,7 @@ class BufferedOptimizer:
             if match is not None and match[3] == "0":
                 found.setdefault(int(match[2]), {})[int(match[4])] = (match[1], stored.shape[0])
             elif match is not None:
-                return {}  # of virtual stages, or of several dtypes
+                return {}  # buffers of virtual stages or of several dtypes are not supported
         return {group: [bucket for _, bucket in sorted(part.items())] for group, part in found.items()}
 
     def _of_stage(self, tensors: list[Named], stage: int, norm_first: bool) -> list[Named]:
@@ -139,7 +145,7 @@ class BufferedOptimizer:
 
         here = sorted(
             (t for t in tensors if is_here(t.name)), key=build_order
-        )  # stable: weights before biases
+        )  # the sort is stable: weights stay before biases
         if last and stage > 0 and not any(t.name == _TIED_COPY for t in tensors):
             embedding = next(t for t in tensors if t.name.endswith("word_embeddings.weight"))
             here.append(Named(_TIED_COPY, embedding.shape, "", None))

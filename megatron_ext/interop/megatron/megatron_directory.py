@@ -1,4 +1,4 @@
-"""Finds the checkpoint in a Megatron-LM directory, and says in one line why there is none that can be read."""
+"""Finds the checkpoint in a Megatron-LM directory; if none can be read, the error states the reason in one line."""
 
 import json
 from argparse import Namespace
@@ -33,7 +33,9 @@ def find_megatron_checkpoint(model_dir: str | Path, ckpt_step: int | None = None
     names = entries(root)
     folder = root if ckpt_step is None and {METADATA, COMMON} & set(names) else _named(root, ckpt_step)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such directory; {root / TRACKER} or --ckpt-step names it")
+        raise FileNotFoundError(
+            f"{folder}: no such directory, although {root / TRACKER} or --ckpt-step names it"
+        )
     _check_format(folder)
     return folder
 
@@ -59,7 +61,7 @@ def _named(root: Path, ckpt_step: int | None) -> Path:
 
 def _check_format(folder: Path) -> None:
     if CHECKSUMS in entries(folder):
-        raise ValueError(f"{folder}: is a checkpoint of this program; load it with --load")
+        raise ValueError(f"{folder}: is a checkpoint of this package; load it with --load")
     problem = megatron_problem(folder, str(folder))
     if problem is not None:
         raise ValueError(f"{folder}: {problem}")
@@ -73,11 +75,11 @@ def _check_format(folder: Path) -> None:
 
 
 def read_common(files: TorchDistFiles) -> tuple[dict[str, Any], Mapping[str, Any], str]:
-    """Returns what a checkpoint stores once for all ranks, the arguments in it by name, and where it is stored.
+    """Returns the content that a checkpoint stores once for all ranks, the arguments in it by name, and its path.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged or has no arguments.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged or has no arguments.
     """
     path = files.folder / COMMON
     if path.is_file():

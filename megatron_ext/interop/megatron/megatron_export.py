@@ -1,8 +1,8 @@
 """Exports a base model as a checkpoint that Megatron-LM's `pretrain_gpt.py --load` reads.
 
-Without its optimizer the checkpoint is a `release`: it has a model and no step, so Megatron-LM starts from it at step 0
-with a new optimizer, without further flags. Its tensors are in one process's file; Megatron-LM reads them at any
-parallel layout.
+Without an optimizer, the exported checkpoint is a `release`: it has no step, so Megatron-LM starts from it at step 0
+with a new optimizer, without further flags. One process writes all tensors; Megatron-LM reads them at any parallel
+layout.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ from megatron_ext.training.checkpoint.incomplete_checkpoints import RELEASE
 from megatron_ext.training.checkpoint.saving import tensor_writer
 
 _CHECKPOINT_VERSION = 3.0
-"""Version of Megatron-LM's checkpoints since its rows of query, key and value have the present order."""
+"""Version of Megatron-LM's checkpoints with the current order of the rows of queries, keys and values."""
 
 
 def export_megatron(
@@ -55,14 +55,15 @@ def export_megatron(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes a Megatron-LM checkpoint; on an error nothing is left at `model_dir`.
+    """Writes a Megatron-LM checkpoint; after an error, no files are left at `model_dir`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
         model_dir: output directory, for Megatron-LM's `--load`.
         ckpt_step: step to export; the default is the newest.
         base_only: export the frozen base model without the parameters that model families added to it.
-        with_optimizer: export Adam's state, the schedule and the progress too; excludes `base_only` and `dtype`.
+        with_optimizer: also export Adam's state, the schedule and the progress; not allowed with `base_only` or
+            `dtype`.
         dtype: dtype of the exported tensors; the default is the checkpoint's.
         overwrite: replace the content of `model_dir`.
 
@@ -78,7 +79,7 @@ def export_megatron(
     run_config = read_run_config(load, ckpt_step)
     model = group_in(ModelConfig, run_config, "model")
     check_families(run_config["families"], load, base_only=base_only, target="Megatron-LM")
-    export_arguments(model, 1, 1)  # refuses what Megatron-LM lacks before the checkpoint is read
+    export_arguments(model, 1, 1)  # refuses a model that Megatron-LM lacks, before the checkpoint is read
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
     # mcore's checkpoint reader and writer need a process group, even for one process; the seed has no effect.
@@ -139,7 +140,7 @@ def _write(
 
 
 def _reader(tensors: list[Named], state: CheckpointState, dtype: torch.dtype | None) -> tensor_writer.Read:
-    """Returns a function that reads the tensor, or the layer of one, that is written next."""
+    """Returns a function that reads the next tensor to write, or the next layer of a tensor of all layers."""
     ours = {(tensor.theirs, tensor.layer): tensor.name for tensor in tensors}
 
     def read(name: str, offset: tuple[int, ...]) -> torch.Tensor:
@@ -160,12 +161,13 @@ def _messages(model: ModelConfig, rows: int, kind: str, optimizer: OptimizerExpo
     messages = [f"{what} for pretrain_gpt.py --load, {kind}, {rows:,} rows of the vocabulary"]
     if optimizer is not None:
         messages.append(
-            "pretrain_gpt.py continues it with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and the "
+            "pretrain_gpt.py continues it with --use-distributed-optimizer "
+            "--dist-ckpt-optim-fully-reshardable and the "
             "run's own flags"
         )
     flags = flags_beside_checkpoint(model)
     if flags:
-        messages.append(f"--use-checkpoint-args does not read {flags}: give this to pretrain_gpt.py")
+        messages.append(f"--use-checkpoint-args does not read {flags}: pass these flags to pretrain_gpt.py")
     return messages
 
 
@@ -196,7 +198,9 @@ _RUN_ARGUMENTS: dict[str, Any] = {
 
 def _tokenizer_arguments(config: TokenizerConfig) -> dict[str, Any]:
     names = ["tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern"]
-    if config.vocab_size is not None:  # the flag's value, which for a NullTokenizer is not the number of ids
+    if (
+        config.vocab_size is not None
+    ):  # export the flag's value, which for a NullTokenizer is not the number of ids
         names.append("vocab_size")
     return {name: getattr(config, name) for name in names}
 
@@ -215,7 +219,7 @@ def _check_complete(tensors: list[Named], state: CheckpointState) -> None:
 def _shards(
     tensors: list[Named], state: CheckpointState, num_layers: int, dtype: torch.dtype | None
 ) -> dict[str, ShardedTensor]:
-    """Returns the tensors to write, without data: those of layers as parts of one tensor."""
+    """Returns the tensors to write, without data; a tensor of one layer is part of a tensor of all layers."""
     shards = {}
     for tensor in tensors:
         empty = torch.empty(tensor.shape, dtype=dtype or state.dtype(tensor.name), device="meta")

@@ -1,4 +1,4 @@
-"""Imports a Megatron-LM checkpoint into a checkpoint of this package; nothing that its files name is run."""
+"""Imports a Megatron-LM checkpoint into a checkpoint of this package, without running code that its files name."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.loss_scale import LOSS_SCALE
 
 SECTION = "megatron_lm"
-"""Section of `run_config` with the arguments of a Megatron-LM run on which its schedule depends, and Adam's."""
+"""Section of `run_config` with the Megatron-LM run's arguments of the schedule and of Adam."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _TOKENIZER_FIELDS = (
@@ -74,11 +74,12 @@ def load_megatron(
     seq_length: int | None = None,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> MegatronModel:
-    """Opens a Megatron-LM checkpoint: reads its arguments and lists of tensors, and compares them; reads no tensor yet.
+    """Opens a Megatron-LM checkpoint: reads its arguments and its list of tensors and checks that they match; reads
+    no tensors yet.
 
     Args:
         model_dir: a directory of checkpoints, or of one checkpoint, in the format `torch_dist`.
-        ckpt_step: the step; None for the one that the tracker names.
+        ckpt_step: the step; None for the step in the tracker file.
         with_optimizer: whether to read Adam's state, the schedule and the progress.
         seq_length: tokens per training sequence; the default is the checkpoint's.
         tokenizer: fields of `TokenizerConfig`; all others are taken from the checkpoint's arguments.
@@ -92,7 +93,7 @@ def load_megatron(
     common, arguments, source = read_common(files)
     if _WORD_EMBEDDING not in files.tensors:
         raise ValueError(
-            f"{folder}: contains no tensor {_WORD_EMBEDDING}; it is no checkpoint of a GPT model"
+            f"{folder}: contains no tensor {_WORD_EMBEDDING}, so this is not a checkpoint of a GPT model"
         )
     rows = files.tensors[_WORD_EMBEDDING].shape[0]
     config = _tokenizer_config(arguments, tokenizer or {}, source)
@@ -122,9 +123,9 @@ def load_megatron(
 
 
 def import_megatron(model_dir: str | Path, save: str | Path, **options: Any) -> MegatronModel:
-    """Converts a Megatron-LM checkpoint to a checkpoint of this package; on an error nothing is left at `save`.
+    """Converts a Megatron-LM checkpoint to a checkpoint of this package; after an error, no files are left at `save`.
 
-    It writes the checkpoint with its tracker, and `model.yaml` with the flags of model and tokenizer, for --config.
+    Writes the checkpoint, its tracker file, and `model.yaml` with the flags of model and tokenizer, for --config.
 
     Args:
         model_dir: as in `load_megatron`.
@@ -172,7 +173,7 @@ def _optimizer_objects(files: TorchDistFiles, common: Mapping[str, Any]) -> Any:
     """Returns the optimizer's state without its tensors: parameter groups and loss scaler."""
     if not has_buffers(files):
         return common.get("optimizer")
-    # With flat buffers every group of ranks has its own, which are equal.
+    # With flat buffers, every group of ranks stores its own copy; the copies are equal.
     found: dict[str, Any] = {}
     for name in sorted(files.objects):
         match = re.match(r"optimizer\.distributed\.[^.]*\.(optimizer|grad_scaler)/", name)
@@ -186,7 +187,7 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
     kind = chosen or arguments.get("tokenizer_type")
     if not isinstance(kind, str) or tokenizer_flags(kind) is None:
         raise ValueError(
-            f"{source}: tokenizer_type {kind}: is not known here; give --tokenizer-type and its files"
+            f"{source}: tokenizer_type {kind}: not supported; give --tokenizer-type and its files"
         )
     stored = {name: arguments.get(name) for name in _TOKENIZER_FIELDS}
     if kind in ("NullTokenizer", "TikTokenizer"):
@@ -204,12 +205,13 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
 
 
 def _null_end(arguments: Mapping[str, Any], source: str) -> int:
-    """Returns the id that ends a document, since Megatron-LM 0.18 the last one of --vocab-size."""
+    """Returns the id that ends a document: from Megatron-LM 0.18 on, the last of the ids that --vocab-size counts."""
     last = int(arguments["vocab_size"]) - 1
     end = arguments["null_tokenizer_eod_id"]
     if end not in (None, last):
         raise ValueError(
-            f"{source}: --null-tokenizer-eod-id {end}: must be the last id, {last}; give --tokenizer-type and its files"
+            f"{source}: --null-tokenizer-eod-id {end}: must be the last id, {last}; give "
+            "--tokenizer-type and its files"
         )
     return last
 

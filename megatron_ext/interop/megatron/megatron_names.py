@@ -5,9 +5,10 @@
     decoder.layers.{i}.input_layernorm.weight    decoder.layers.self_attention.linear_qkv.layer_norm_weight
     decoder.layers.{i}.pre_mlp_layernorm.weight  decoder.layers.mlp.linear_fc1.layer_norm_weight
 
-Megatron-LM stores the tensors of all layers in one, unless layers differ; and it names the norms after Transformer
-Engine's layers, which contain them, or as here. Names and shapes outside of the layers are equal, and so is the order
-of rows: both use megatron-core's modules.
+Megatron-LM stores a tensor of all layers together, unless layers differ. The names of norms depend on the modules:
+Transformer Engine's linear layers contain the norm before them, and otherwise the names are as here. Outside of the
+layers, names and shapes are equal. The order of rows is equal everywhere, because both programs use megatron-core's
+modules.
 """
 
 from collections.abc import Collection, Iterator
@@ -52,24 +53,22 @@ def find_tensors(model: ModelConfig, rows: int, stored: Collection[str], source:
         source: the checkpoint's directory, for error messages.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor of the model, or has another one.
+        ValueError: the checkpoint lacks a tensor of the model, or has a tensor that the model lacks.
     """
     found = []
     for name, shape in model_tensors(model, rows):
         choices = list(_their_names(name))
         fitting = [choice for choice in choices if choice[0] in stored]
         if not fitting:
-            raise ValueError(
-                f"{source}: contains no tensor {choices[0][0]}, which the model that its arguments describe needs"
-            )
+            raise ValueError(f"{source}: contains no tensor {choices[0][0]}, which its arguments require")
         theirs, layer = fitting[0]
         found.append(Named(name, shape, theirs, layer))
     known = {tensor.theirs for tensor in found}
     extra = sorted(name for name in stored if name not in known and not _is_no_model_tensor(name))
     if extra:
         raise ValueError(
-            f"{source}: contains tensors that the model that its arguments describe does not have ({len(extra)}, such "
-            f"as {extra[0]})"
+            f"{source}: contains {len(extra)} tensors that do not belong to the model described by its "
+            f"arguments, such as {extra[0]}"
         )
     return found
 

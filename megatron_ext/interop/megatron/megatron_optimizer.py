@@ -1,8 +1,8 @@
-"""The optimizer's part of an exported Megatron-LM checkpoint: Adam's state, the schedule and the progress.
+"""Writes the optimizer's part of an exported Megatron-LM checkpoint: Adam's state, the schedule and the progress.
 
-The format is that of Megatron-LM's distributed optimizer with --dist-ckpt-optim-fully-reshardable, which is read at any
-parallel layout. megatron-core loads it into Transformer Engine's or Apex's Adam, not into torch's, which it has on a
-CPU: torch's keeps a step count per parameter.
+The format is that of Megatron-LM's distributed optimizer with --dist-ckpt-optim-fully-reshardable, which can be read
+at any parallel layout. megatron-core can load this format into the Adam of Transformer Engine or Apex, but not into
+torch's Adam, which it uses on a CPU, because torch's Adam keeps one step count per parameter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,35 +21,35 @@ from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, 
 from megatron_ext.training.engine.loss_scale import LOSS_SCALE
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""What the content metadata of a checkpoint says about its optimizer."""
+"""Entry for the optimizer in a checkpoint's content metadata."""
 
 _KINDS = ("exp_avg.", "exp_avg_sq.", "param.")
 _SCHEDULE = (
     "max_lr", "lr_warmup_steps", "lr_decay_style", "lr_decay_steps", "min_lr", "start_wd", "end_wd", "wd_incr_style",
     "wd_incr_steps",
 )  # fmt: skip
-"""What Megatron-LM's schedule stores beside its position."""
+"""Arguments that Megatron-LM's schedule stores in addition to its position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerExport:
-    """A run's state beside the model's weights."""
+    """A run's state other than the model's weights."""
 
     progress: TrainingProgress
     step: int
     """Number of updates that Adam has made."""
 
     scheduler: Mapping[str, Any]
-    """As `scheduler_state.scheduler_state_of` returns it."""
+    """Result of `scheduler_state.scheduler_state_of`."""
 
     settings: Mapping[str, Any]
     """`ADAM_ARGUMENTS` and `SCHEDULE_ARGUMENTS` of the run."""
 
     loss_scale: Mapping[str, Any] | None
-    """As `loss_scale.loss_scale_state` returns it; None without fp16."""
+    """Result of `loss_scale.loss_scale_state`; None without fp16."""
 
     def content(self) -> dict[str, Any]:
-        """Returns what Megatron-LM stores once for all ranks, beside the arguments."""
+        """Returns the content that Megatron-LM stores once for all ranks, except the arguments."""
         groups = [self._group(weight_decay) for weight_decay in (True, False)]
         optimizer: dict[str, Any] = {
             "optimizer": {"param_groups": groups},
@@ -68,7 +68,7 @@ class OptimizerExport:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """Returns Megatron-LM's arguments about the run."""
+        """Returns Megatron-LM's arguments that describe the run's progress and schedule."""
         return {
             **{name: self.settings.get(name) for name in SCHEDULE_ARGUMENTS},
             **{name: self.settings[name] for name in ADAM_ARGUMENTS},
@@ -121,12 +121,12 @@ def read_optimizer(folder: Path, run_config: Mapping[str, Any]) -> OptimizerExpo
     }
     if settings.get("decoupled_lr") is not None:
         raise ValueError(
-            f"--decoupled-lr {settings['decoupled_lr']}: its parameter groups cannot be exported; export without "
-            "--with-optimizer"
+            f"--decoupled-lr {settings['decoupled_lr']}: the optimizer's parameter groups cannot be "
+            "exported with it; export without --with-optimizer"
         )
     if not all(name in settings for name in ADAM_ARGUMENTS):
         raise ValueError(
-            f"{folder}: does not say Adam's constants, because an earlier version imported it; import it again"
+            f"{folder}: lacks Adam's constants, because an earlier version imported the checkpoint; import it again"
         )
     return OptimizerExport(
         progress=TrainingProgress(**state["progress"]),
@@ -138,11 +138,11 @@ def read_optimizer(folder: Path, run_config: Mapping[str, Any]) -> OptimizerExpo
 
 
 def optimizer_tensors(tensors: list[Named], state: CheckpointState) -> Iterator[Named]:
-    """Yields the optimizer's tensors, under their names in `state` and in Megatron-LM."""
+    """Yields the optimizer's tensors with their names in `state` and in Megatron-LM."""
     for kind in _KINDS:
         for tensor in tensors:
             theirs = f"{PREFIX}{kind}{tensor.theirs}"
             ours = f"{PREFIX}{kind}{tensor.name}"
-            # In fp32 the weights that the optimizer updates are the model's.
+            # In fp32, the optimizer updates the model's own weights.
             is_models = ours.startswith(MAIN_PARAM_PREFIX) and ours not in state
             yield replace(tensor, name=tensor.name if is_models else ours, theirs=theirs)

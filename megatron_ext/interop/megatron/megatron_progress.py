@@ -1,4 +1,4 @@
-"""Reads how far a Megatron-LM run has come: steps, samples, Adam's step count and the learning-rate schedule."""
+"""Reads the progress of a Megatron-LM run: steps, samples, Adam's step count and the learning-rate schedule."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SCHEDULE_ARGUMENTS = (
     "train_iters", "train_samples", "global_batch_size", "micro_batch_size", "weight_decay", "start_weight_decay",
     "end_weight_decay", "weight_decay_incr_style",
 )  # fmt: skip
-"""Arguments on which the schedule depends; a resumed run's error names them with both values."""
+"""Arguments on which the schedule depends. If a resumed run changes one of them, the error shows both values."""
 
 ADAM_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_eps")
 """Arguments that an export of the optimizer needs."""
@@ -22,20 +22,20 @@ _ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronProgress:
-    """What a run needs, beside tensors, to continue a Megatron-LM run."""
+    """Data, other than tensors, that is needed to continue a Megatron-LM run."""
 
     progress: TrainingProgress
     optimizer_step: int
     """Number of updates that Adam has made."""
 
     scheduler: dict[str, Any]
-    """State of the schedule, as `scheduler_state.scheduler_state_of` returns it."""
+    """State of the schedule: the result of `scheduler_state.scheduler_state_of`."""
 
     arguments: dict[str, Any]
     """`SCHEDULE_ARGUMENTS` and `ADAM_ARGUMENTS` of the run."""
 
     loss_scale: dict[str, Any] | None
-    """As `loss_scale.loss_scale_state` returns it; None without fp16."""
+    """Result of `loss_scale.loss_scale_state`; None without fp16."""
 
 
 def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], source: str) -> MegatronProgress:
@@ -47,7 +47,7 @@ def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], sourc
         source: path of the file, for error messages.
 
     Raises:
-        ValueError: something is missing, or the optimizer is not Adam.
+        ValueError: a required entry is missing, or the optimizer is not Adam.
     """
     kind = arguments.get("optimizer", "adam")
     if kind != "adam":

@@ -12,11 +12,13 @@ from megatron_ext.interop.megatron.torch_dist_files import TorchDistFiles
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX
 
 _READ_AS = {torch.float16: torch.float32}
-"""Training uses fp32 or bf16, so fp16 becomes fp32 (exactly)."""
+"""Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 is converted to fp32,
+without rounding.
+"""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MAIN = ("fp32_param", "param")  # as the plain optimizers and an old format name it, and as new formats do
+_MAIN = ("fp32_param", "param")  # the name in plain optimizers and an old format; the name in new formats
 
 
 class MegatronState(Mapping[str, torch.Tensor]):
@@ -29,7 +31,7 @@ class MegatronState(Mapping[str, torch.Tensor]):
         with_optimizer: whether to add Adam's moments and, for a model that is not in fp32, the main weights.
 
     Raises:
-        ValueError: a tensor has another shape than the arguments say, or the optimizer's tensors cannot be read.
+        ValueError: the shape of a tensor differs from the arguments, or the optimizer's tensors cannot be read.
     """
 
     def __init__(
@@ -54,19 +56,20 @@ class MegatronState(Mapping[str, torch.Tensor]):
             self._kinds = self._optimizer_kinds(tensors)
 
     def _needed(self, tensors: list[Named]) -> tuple[str, ...]:
-        """Returns the kinds of tensors that Adam needs: for a model that is not in fp32, its fp32 weights too."""
+        """Returns the kinds of tensors that Adam needs; they include fp32 weights if the model is not in fp32."""
         is_fp32 = self._files.tensors[tensors[0].theirs].dtype == torch.float32
         return _MOMENTS if is_fp32 else (*_MOMENTS, "param")
 
     def _optimizer_kinds(self, tensors: list[Named]) -> dict[str, str]:
-        """Returns the prefixes of the optimizer's tensors here, each with Megatron-LM's."""
+        """Maps the prefix of each kind of optimizer tensor here to Megatron-LM's prefix."""
         names = self._files.tensors
         main = next((kind for kind in _MAIN if f"{PREFIX}{kind}.{tensors[0].theirs}" in names), None)
         kinds = {f"{PREFIX}{kind}.": f"{PREFIX}{kind}." for kind in _MOMENTS}
         if "param" in self._needed(tensors):
             if main is None:
                 raise ValueError(
-                    f"{self._files.folder}: contains no fp32 weights of the optimizer; import without --with-optimizer"
+                    f"{self._files.folder}: contains no fp32 weights of the optimizer; import without "
+                    "--with-optimizer"
                 )
             kinds[MAIN_PARAM_PREFIX] = f"{PREFIX}{main}."
         for tensor in tensors:
@@ -89,9 +92,10 @@ class MegatronState(Mapping[str, torch.Tensor]):
             return self._buffers.read(prefix, tensor)
         stored = self._files.tensors[prefix + tensor.theirs]
         whole = self._files.tensors[tensor.theirs].shape
-        # An old format (`fully_sharded_model_space`) cuts a tensor into equal blocks and stores [blocks..., values].
+        # An old format (`fully_sharded_model_space`) divides a tensor into equal blocks and stores [blocks...,
+        # values].
         grid = stored.shape[:-1] if stored.shape != whole else None
-        lead = len(whole) - len(tensor.shape)  # the axis of all layers
+        lead = len(whole) - len(tensor.shape)  # 1 if the tensor has an axis of layers, otherwise 0
         first = () if tensor.layer is None else (tensor.layer,)
         if grid is None:
             region = (1,) * lead + tensor.shape
@@ -167,6 +171,7 @@ def check_optimizer_format(files: TorchDistFiles, folder: Path) -> None:
     if any(name.startswith("optimizer.distributed.") for name in files.objects):
         raise ValueError(
             f"{folder}: the optimizer is saved in the format dp_zero_gather_scatter, which cannot be read; load it "
-            "with Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable, or import without --with-optimizer"
+            "with Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable, or import without "
+            "--with-optimizer"
         )
     raise ValueError(f"{folder}: contains no optimizer state; import without --with-optimizer")

@@ -1,7 +1,7 @@
 """Reads tensors, or parts of them, from a checkpoint in torch's distributed format, in one process and without a group.
 
-`.metadata` lists the chunks of every tensor with their files; a chunk is read when a region that overlaps it is asked
-for. Nothing that the files name is imported, and the chunks are loaded with `weights_only=True`.
+`.metadata` lists the chunks of every tensor with their files. A chunk is read when a caller requests a region that
+overlaps it. No module that the files name is imported, and the chunks are loaded with `weights_only=True`.
 """
 
 import io
@@ -31,7 +31,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and dtype of a tensor in a checkpoint, and where its parts are."""
+    """Shape and dtype of a tensor in a checkpoint, and the files and offsets of its parts."""
 
     shape: Shape
     dtype: torch.dtype
@@ -117,7 +117,9 @@ class TorchDistFiles:
         return result
 
     def read_object(self, name: str) -> Any:
-        """Reads an object that is no tensor, such as parameter groups; nothing that it names is imported."""
+        """Reads an object that is not a tensor, such as parameter groups, without importing the modules that it
+        names.
+        """
         place = self.objects[name]
         path = self.folder / place.relative_path
         with open(path, "rb") as file:
@@ -133,7 +135,7 @@ class TorchDistFiles:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             if tuple(tensor.shape) != chunk.size:
                 raise ValueError(f"shape {list(tensor.shape)} instead of {list(chunk.size)}")
-        except Exception as error:  # damaged bytes raise whatever they lead to
+        except Exception as error:  # damaged bytes may cause any exception
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: {name} cannot be read; the file is damaged ({reason})") from None
         loaded: torch.Tensor = tensor
@@ -147,7 +149,7 @@ def _stored(metadata: Any) -> Iterator[tuple[str, StoredTensor]]:
     for name, stored in metadata.state_dict_metadata.items():
         if not hasattr(stored, "chunks"):
             continue  # an object, such as `_extra_state`
-        # Ranks that hold the same part list it several times.
+        # A part that several ranks hold is listed several times.
         chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in stored.chunks}
         parts = [(offset, size, places[name, offset]) for offset, size in chunks.items()]
         yield (

@@ -98,7 +98,7 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"neither .* in it; it holds model-q4.gguf: a model in the format of llama.cpp": _renamed(
         "model-q4.gguf"
     ),
-    r"no config.json in it; it holds consolidated.safetensors: a model in its maker's own format": _renamed(
+    r"no config.json in it; it holds consolidated.safetensors: a model in its publisher's own format": _renamed(
         "consolidated.safetensors", config=False
     ),
     r"it holds consolidated.00.pth: a model in Meta's format": _renamed("consolidated.00.pth"),
@@ -113,7 +113,7 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"no config.json in it; it holds adapter_config.json: a peft adapter, .*merge_and_unload": _adapter,
     r"neither .* in it; it holds adapter_config.json: a peft adapter": _adapter_with_config,
     r"no config.json in it; it is a cache of the Hugging Face hub; the model is in .*snapshots/a1b2": _cache,
-    r"all tensor names begin with language_model., so the model is part of a larger one": _tensors(
+    r"all tensor names begin with language_model., so the language model is part of a larger model": _tensors(
         lambda name: f"language_model.{name}"
     ),
     r"all tensor names begin with model.language_model., so": _tensors(

@@ -1,7 +1,7 @@
 """Converts the config.json of a Llama-like model to a `ModelConfig` and back; raises if that cannot be done exactly.
 
 All supported models have RMSNorm, rotary positions, a gated MLP (SwiGLU, except for Gemma) and grouped-query attention.
-What each `model_type` may have in addition:
+Each `model_type` may have, in addition:
 
     llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
     mistral      a sliding window
@@ -10,13 +10,13 @@ What each `model_type` may have in addition:
     gemma3_text  see `hf_gemma`
     gemma4_text  see `hf_gemma4`
     gemma3n_text see `hf_gemma3n`
-    phi3         a rotation of some channels only; rope scaling `longrope`; a sliding window
+    phi3         rotation of only a part of the channels; rope scaling `longrope`; a sliding window
     olmo2        norms of outputs instead of inputs, and of queries and keys over all heads; attention_bias
-    olmo3        the same; a sliding window in some layers
+    olmo3        as olmo2; a sliding window in some layers
     smollm3      layers without rotary positions; a sliding window in some layers; biases as in Llama
     granite      four multipliers; biases as in Llama
 
-All but Phi-3 may have the rope scalings `linear`, `llama3` and `yarn`, and those without windows `dynamic`.
+All except Phi-3 may have the rope scalings `linear`, `llama3` and `yarn`; models without windows may have `dynamic`.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ FUSED = ("Phi3ForCausalLM",)
 """Architectures whose files hold q, k and v in one tensor, and gate and up in another."""
 
 _LAYERED_ROTARY = ("gemma3_text", "gemma4_text", "gemma3n_text", "olmo3")
-"""Values of `model_type` with one rotary embedding for layers with a window, and one for the others."""
+"""Values of `model_type` with separate rotary embeddings for layers with and without a window."""
 
 _GEMMA = ("gemma3_text", "gemma4_text", "gemma3n_text")
 
@@ -107,7 +107,8 @@ class HFModel:
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
     """Returns the architecture that a config.json describes, and messages for the user.
 
-    transformers chooses the class by `model_type`; `architectures` only names the class that saved the model.
+    Like transformers, this function chooses the class by `model_type`; `architectures` only names the class that
+    saved the model.
 
     Raises:
         ValueError: the architecture is not one of `ARCHITECTURES`.
@@ -130,7 +131,9 @@ def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[s
             + (f" (transformers chooses the model by it, not by architectures {named[0]})" if named else "")
         )
     if named and kinds[kind] not in named:
-        return kinds[kind], (f"imported as {kinds[kind]}, as its model_type says, and not as {named[0]}",)
+        return kinds[kind], (
+            f"imported as {kinds[kind]}, according to its model_type, and not as {named[0]}",
+        )
     return kinds[kind], ()
 
 
@@ -175,7 +178,8 @@ def to_model_config(
         raise ValueError(
             f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
         )
-    # mcore pads the vocabulary to a multiple; the default divisor leaves the imported embedding unpadded.
+    # mcore pads the vocabulary to a multiple of a divisor; the default divisor leaves the imported embedding
+    # unpadded.
     divisor = make_vocab_size_divisible_by or next(
         d for d in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % d == 0
     )
@@ -237,7 +241,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     if width % 2 or width == 0:
         what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
         raise ValueError(f"{source}: {what}: must be an even number")
-    if hidden % heads:  # transformers rounds the head size down, so it must be given explicitly
+    if hidden % heads:  # transformers rounds the head size down, so the flag must state it explicitly
         size = width
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
@@ -267,7 +271,7 @@ def choose_architecture(
     Args:
         model: configuration of the base model.
         wanted: one of `ARCHITECTURES`; None chooses the first that fits.
-        per_layer: the model's per-layer embedding as a Gemma has it; None without it.
+        per_layer: the model's per-layer embedding in the form of a Gemma model; None without one.
 
     Raises:
         ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
@@ -279,16 +283,14 @@ def choose_architecture(
     }
     for flag, (ours, theirs) in obstacles.items():
         if ours != theirs:
-            raise ValueError(
-                f"{flag} {ours}: the model cannot be exported; a Llama-like model requires {theirs}"
-            )
+            raise ValueError(f"{flag} {ours}: cannot be exported; a Llama-like model requires {theirs}")
     fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind, per_layer)]
     if wanted is not None and wanted not in ARCHITECTURES:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
         raise ValueError(
-            f"--architecture {wanted}: cannot express this model's biases, norms, scales, positions or sliding windows"
-            + (f"; use {' or '.join(fitting)}" if fitting else "")
+            f"--architecture {wanted}: cannot express this model's biases, norms, scales, positions or "
+            "sliding windows" + (f"; use {' or '.join(fitting)}" if fitting else "")
         )
     if not fitting:
         raise ValueError(
@@ -339,7 +341,9 @@ _REPLACED = {
     "_name_or_path",
     "_commit_hash",
 }
-"""Fields of an imported config.json that an export drops: it writes a substitute, or they describe the old files."""
+"""Fields of an imported config.json that an export drops, because it writes substitutes, or because they describe the
+old files.
+"""
 
 
 def from_model_config(
@@ -375,7 +379,7 @@ def from_model_config(
     without_effect |= {"vocab_size_per_layer_input"} if per_layer is None else set()
     config = {**kept, **config, **{name: kept[name] for name in without_effect & kept.keys()}}
     windows = read_windows(imported, kind)
-    # An earlier version imported a model without its windows, with the shortest one as its longest position.
+    # An earlier version imported models without their windows, and took the shortest window as the longest position.
     shortest = min((window for window in windows if window is not None), default=None)
     is_earlier = shortest is not None and shortest == model.sliding_window
     if windows == model.windows or is_earlier:

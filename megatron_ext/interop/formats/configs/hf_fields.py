@@ -1,11 +1,11 @@
-"""Checks the fields of a config.json: their types and values, and whether an import can honour them.
+"""Checks the types and values of the fields of a config.json, and whether an import supports them.
 
 Each field is of one of these kinds:
 
     imported         read by `hf_config`, `hf_rope`, `hf_windows` and `hf_pieces`
     without effect   does not change the model's outputs; kept for a later export
     rejected         changes the computation in a way that is not supported here
-    unknown          not a field of the class in transformers, which ignores it; ignored here too, with a message
+    unknown          not a field of transformers' class, which ignores it; ignored here too, with a message
 
 Types and defaults follow the classes in transformers 5.23; a value that transformers rejects is rejected here too.
 """
@@ -55,7 +55,7 @@ _WINDOW_TYPES: dict[str, tuple[type, ...]] = {
 }
 # Fields that the class does not have, but that transformers' masks and caches read.
 _NO_WINDOW_TYPES: dict[str, tuple[type, ...]] = {"layer_types": (list, _NONE), "sliding_window": (int, _NONE)}
-# Classes without head_dim, whose layers use one that is in the file, and fail on null.
+# These classes have no head_dim, but their layers use a head_dim in the file and fail if it is null.
 _HEAD: dict[str, tuple[type, ...]] = {"head_dim": (int,)}
 _GEMMA: dict[str, tuple[type, ...]] = {
     "head_dim": (int,),
@@ -149,14 +149,14 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         **dict.fromkeys(MULTIPLIERS, (float, int)),
     },
 }
-"""For each model_type, the types of fields that only this model has, or that have another type in other models."""
+"""For each model_type, the types of fields that only this model_type has or that have another type elsewhere."""
 
 _NOT_IN: dict[str, set[str]] = {
     "gemma3_text": {"hidden_act"},
     "gemma4_text": {"hidden_act", "rope_scaling"},
     "gemma3n_text": {"hidden_act"},
 }
-"""For each model_type, fields of the other models that its class ignores."""
+"""For each model_type, the fields of other models that its class ignores."""
 
 _COUNTS = (
     "vocab_size",
@@ -188,7 +188,7 @@ _WITHOUT_EFFECT = {
     "attn_implementation",
     "_attn_implementation",
     "auto_map",
-    # `hf_rope` reads and checks these.
+    # `hf_rope` reads and checks the following fields.
     "rope_theta",
     "partial_rotary_factor",
     "original_max_position_embeddings",
@@ -212,18 +212,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
-    # "vision" is for image tokens only. transformers fails if there is a rope_scaling, even null.
+    # The value "vision" affects image tokens only. transformers fails if rope_scaling is present, even as null.
     "gemma4_text": {
         "use_bidirectional_attention": (None, "vision"),
         "enable_moe_block": (False,),
         "rope_scaling": (),
         "partial_rotary_factor": (None,),
     },
-    # The last layer's output is that of the first stream, whichever is active, and all others are added to.
+    # Only altup_active_idx 0 is supported: transformers always outputs the first stream, whichever is active.
     "gemma3n_text": {"altup_active_idx": (0,), "altup_correct_scale": (True,)},
     "phi3": {"resid_pdrop": (0,)},
 }
-"""The same for fields that only one model_type has."""
+"""Fields of only one model_type, for each the values that do not change the outputs."""
 
 _OWN_WITHOUT_EFFECT = {
     "gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"},
@@ -243,7 +243,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
         source: path of the file, for error messages.
 
     Returns:
-        Messages about the fields that are ignored.
+        Messages about ignored fields.
 
     Raises:
         ValueError: a field has a type or value that transformers rejects, or a value that is not supported here.
@@ -266,7 +266,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
     unknown = sorted(name for name, value in config.items() if value and name not in known)
     if unknown:
         messages.append(
-            f"{', '.join(unknown)}: not a field of transformers' {kind} configuration; ignored here, as by transformers"
+            f"{', '.join(unknown)}: not a field of transformers' {kind} configuration; ignored, as in transformers"
         )
     if config.get("auto_map"):
         messages.append("auto_map: code from the directory is not run; transformers' own class is used")
@@ -284,7 +284,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
         value = config.get(name)
         if isinstance(value, list):
             continue  # `gemma3n_values` checks it
-        least = 2 if name == "vocab_size" else 1  # one id is needed to end a document
+        least = 2 if name == "vocab_size" else 1  # a vocabulary needs at least one id, to end a document
         if value is not None and value < least:
             raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
     epsilon, deviation = config.get("rms_norm_eps", 1e-6), config.get("initializer_range", 0.02)
@@ -314,7 +314,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
 
 
 def _own_values(config: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
-    """Returns name, value, condition and its text for fields that differ between models."""
+    """Returns (name, value, condition, text of the condition) for fields that differ between models."""
     if kind not in ("gemma3_text", "gemma4_text", "gemma3n_text"):
         positive = [(name, config.get(name, 1.0), lambda v: v > 0, "above 0") for name in MULTIPLIERS]
         interval = config.get("no_rope_layer_interval", 4)

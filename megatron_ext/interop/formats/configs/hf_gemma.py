@@ -1,4 +1,5 @@
-"""Reads and writes what a Gemma 3 text model has beside a Llama: norms, scales, activation, and two rotary bases.
+"""Reads and writes the fields in which a Gemma 3 text model differs from a Llama: norms, scales, activation and two
+rotary bases.
 
     config.json                       flag
     (always)                          --geglu, --apply-layernorm-1p, --sandwich-norm, --qk-layernorm
@@ -19,11 +20,11 @@ from megatron_ext.config.groups.model.layer_shapes import LAYER_DIFFERENCES
 from megatron_ext.config.groups.model_config import ModelConfig
 
 _LOCAL_BASE = 10000.0
-"""Rotary base of layers with a window that transformers assumes if a config.json has none."""
+"""Rotary base of layers with a window that transformers assumes if a config.json specifies none."""
 
 
 def gemma_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns these fields of `ModelConfig` for a config.json that has passed `check_fields`."""
+    """Returns Gemma's fields of `ModelConfig` for a config.json that has passed `check_fields`."""
     return {
         "geglu": True,
         "apply_layernorm_1p": True,
@@ -42,19 +43,20 @@ def expresses_gemma(model: ModelConfig) -> bool:
     scale = math.isclose(_scalar(model) ** -0.5, _scale(model), rel_tol=1e-9)
     has_windows = any(window is not None for window in model.windows)
     scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
-    # Scaled frequencies in layers with a window would have to be written in transformers 5's words only.
+    # Only transformers 5 has fields for scaled frequencies in layers with a window, and transformers 4 could not read
+    # them.
     rotary = model.rotary_base_local is not None or not (has_windows and scaled)
     return always and multiplier and scale and rotary and not has_parts_of_gemma4(model)
 
 
 def has_parts_of_gemma4(model: ModelConfig) -> bool:
-    """Returns whether the model has anything that, of all architectures, only Gemma 4 has."""
+    """Returns whether the model has a part that only Gemma 4 has, among all architectures."""
     differs = any(getattr(model, name) for name in LAYER_DIFFERENCES)
     return differs or model.v_layernorm or model.layer_scalar or model.rotary_proportion != 1.0
 
 
 def gemma_fields(model: ModelConfig) -> dict[str, Any]:
-    """Returns the fields of a config.json for a model that `expresses_gemma`."""
+    """Returns the fields of a config.json for a model for which `expresses_gemma` is True."""
     has_windows = any(window is not None for window in model.windows)
     base = model.rotary_base if has_windows else _LOCAL_BASE
     return {

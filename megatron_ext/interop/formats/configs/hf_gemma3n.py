@@ -37,13 +37,13 @@ DEFAULTS: dict[str, Any] = {
     "hidden_size_per_layer_input": 256,
     "vocab_size_per_layer_input": 262144,
 }
-"""Values that transformers assumes if a config.json has none."""
+"""Values that transformers assumes for fields that a config.json lacks."""
 
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95
 
 
 def gemma3n_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], source: str) -> dict[str, Any]:
-    """Returns the fields of `ModelConfig` that are Gemma 3n's, except for the rotary embedding.
+    """Returns Gemma 3n's fields of `ModelConfig`, except those of the rotary embedding.
 
     Args:
         config: content of a config.json that has passed `check_fields`.
@@ -51,7 +51,7 @@ def gemma3n_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], so
         source: path of the file, for error messages.
 
     Raises:
-        ValueError: one of the last layers has no earlier layer of its kind, whose keys and values it could use.
+        ValueError: a layer that shares keys and values has no earlier layer of its kind to supply them.
     """
     given = {**DEFAULTS, **config}
     check_shared_layers(given["num_kv_shared_layers"], windows, source)
@@ -78,7 +78,7 @@ def gemma3n_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], so
 
 
 def sparsity_pattern(config: Mapping[str, Any]) -> list[float]:
-    """Returns the share of each layer's gates that are cut off."""
+    """Returns, for each layer, the fraction of the MLP's gates that are set to zero."""
     pattern, layers = config.get("activation_sparsity_pattern"), config["num_hidden_layers"]
     if pattern is None:
         sparse = _SPARSE_LAYERS if layers > _SPARSE_LAYERS else 0
@@ -87,7 +87,7 @@ def sparsity_pattern(config: Mapping[str, Any]) -> list[float]:
 
 
 def gemma3n_values(config: Mapping[str, Any]) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
-    """Returns name, value, condition and its text for fields whose type has been checked."""
+    """Returns (name, value, condition, text of the condition) for fields whose type has been checked."""
     given, layers = {**DEFAULTS, **config}, config["num_hidden_layers"]
 
     def is_list_of(kind: type, least: float, limit: float) -> Callable[[Any], bool]:
@@ -139,7 +139,7 @@ def gemma3n_values(config: Mapping[str, Any]) -> list[tuple[str, Any, Callable[[
 
 
 def gemma3n_per_layer(config: Mapping[str, Any]) -> PerLayer:
-    """Returns the per-layer embedding of a model."""
+    """Returns the per-layer embedding that a config.json describes."""
     given = {**DEFAULTS, **config}
     return PerLayer(
         preset="gemma3n",
@@ -149,7 +149,7 @@ def gemma3n_per_layer(config: Mapping[str, Any]) -> PerLayer:
 
 
 def has_parts_of_gemma3n(model: ModelConfig) -> bool:
-    """Returns whether the model has anything that, of all architectures, only Gemma 3n has."""
+    """Returns whether the model has a part that only Gemma 3n has, among all architectures."""
     names = ("altup_streams", "laurel_rank", "mlp_activation_sparsity")
     return any(getattr(model, name) is not None for name in names)
 
@@ -181,7 +181,7 @@ def expresses_gemma3n(model: ModelConfig, per_layer: PerLayer | None) -> bool:
 
 
 def gemma3n_fields(model: ModelConfig, per_layer: PerLayer | None) -> dict[str, Any]:
-    """Returns the fields of a config.json for a model that `expresses_gemma3n`; arguments as there."""
+    """Returns the fields of a config.json for a model for which `expresses_gemma3n` is True; same arguments."""
     assert per_layer is not None
     local = model.rotary_base if model.rotary_base_local is None else model.rotary_base_local
     return {

@@ -30,13 +30,13 @@ ROPES: dict[str, dict[str, Any]] = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
-"""Rotary parameters that transformers assumes if a config.json has none."""
+"""Rotary parameters that transformers assumes if a config.json specifies none."""
 
 _HEADS = ("head_dim", "num_key_value_heads")
 
 
 def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], source: str) -> dict[str, Any]:
-    """Returns the fields of `ModelConfig` that are Gemma 4's, except for the rotary embedding.
+    """Returns Gemma 4's fields of `ModelConfig`, except those of the rotary embedding.
 
     Args:
         config: content of a config.json that has passed `check_fields`.
@@ -59,7 +59,8 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
     _, proportion = plain_ropes(config, source)
     if not rotated_pairs(size, proportion):
         raise ValueError(
-            f"{source}: partial_rotary_factor {proportion}: rotates none of the {size} channels of a head"
+            f"{source}: partial_rotary_factor {proportion}: is too small to rotate any of the {size} "
+            "channels of a head"
         )
     fields: dict[str, Any] = {
         "geglu": True,
@@ -88,13 +89,13 @@ def check_shared_layers(shared: int, windows: tuple[int | None, ...], source: st
     first = len(windows) - shared
     if not set(windows[first:]) <= set(windows[:first]):
         raise ValueError(
-            f"{source}: num_kv_shared_layers {shared}: the first {first} layers must have each of the layer_types of "
-            "the others, which use their keys and values"
+            f"{source}: num_kv_shared_layers {shared}: every layer type of the last {shared} layers "
+            f"must also occur in the first {first} layers, which supply the keys and values"
         )
 
 
 def gemma4_per_layer(config: Mapping[str, Any]) -> PerLayer | None:
-    """Returns the per-layer embedding of a model; None for a model without it."""
+    """Returns the per-layer embedding that a config.json describes; None for a model without one."""
     width = per_layer_width(config)
     return PerLayer(preset="gemma4", width=width) if width else None
 
@@ -108,12 +109,14 @@ def per_layer_width(config: Mapping[str, Any]) -> int:
 def _heads_of_full_layers(
     config: Mapping[str, Any], windows: tuple[int | None, ...], source: str
 ) -> tuple[int, int | None]:
-    """Returns size and number of the key/value heads of layers without a window; None for no other number."""
+    """Returns the size and the number of key/value heads in layers without a window. The number is None if it is the
+    same in all layers.
+    """
     if config.get("per_layer_config") is None:
         groups = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
         return config.get("global_head_dim", 512), groups
     full = [str(layer) for layer, window in enumerate(windows) if window is None]
-    # transformers pads the numbers with zeros to the same length.
+    # transformers pads the layer numbers, which are the keys, with zeros to the same length.
     given = {str(key): own for key, own in config["per_layer_config"].items()}
     found = {key.lstrip("0") or "0" if key.isdecimal() else key: dict(own) for key, own in given.items()}
     if "full_attention" in found:
@@ -123,15 +126,17 @@ def _heads_of_full_layers(
     others = {tuple(own.get(name) for name in _HEADS) for own in (found.pop(key, {}) for key in full)}
     if unlike or found or len(others) > 1:
         raise ValueError(
-            f"{source}: per_layer_config: must give all layers with full_attention the same head_dim and "
-            "num_key_value_heads, and no other layer anything"
+            f"{source}: per_layer_config: must set the same head_dim and num_key_value_heads for all "
+            "layers with full_attention, and nothing for other layers"
         )
     ((size, groups),) = others
     return config.get("head_dim", 256) if size is None else size, groups
 
 
 def plain_ropes(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], float]:
-    """Returns the rotary parameters with `proportional` as the type that scales alike, and the proportion."""
+    """Returns the rotary parameters, in which the type `proportional` is replaced by the type with the same scaling,
+    and the proportion of rotated channels.
+    """
     ropes = dict(config.get("rope_parameters") or ROPES)
     for name in ROPES:
         if not isinstance(ropes.get(name), dict) or "rope_theta" not in ropes[name]:
@@ -179,7 +184,9 @@ def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
 
 
 def _is_double_wide(layers: tuple[LayerShape, ...]) -> bool | None:
-    """Returns whether layers that use keys of another have MLPs of twice the width; None for other differences."""
+    """Returns whether layers that use another layer's keys have MLPs of twice the width; None if widths differ
+    otherwise.
+    """
     own = {layer.ffn_hidden_size for layer in layers if layer.keys_of is None}
     others = {layer.ffn_hidden_size for layer in layers if layer.keys_of is not None}
     if len(own) > 1:
@@ -189,7 +196,7 @@ def _is_double_wide(layers: tuple[LayerShape, ...]) -> bool | None:
 
 
 def gemma4_fields(model: ModelConfig, vocab_size: int, per_layer: PerLayer | None) -> dict[str, Any]:
-    """Returns the fields of a config.json for a model that `expresses_gemma4`; arguments as there."""
+    """Returns the fields of a config.json for a model for which `expresses_gemma4` is True."""
     full = model.layers[-1]
     return {
         "hidden_activation": "gelu_pytorch_tanh",

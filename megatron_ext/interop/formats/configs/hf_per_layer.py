@@ -1,4 +1,4 @@
-"""Describes the per-layer embedding of a Gemma 4 or 3n."""
+"""Describes the per-layer embedding of a Gemma 4 or 3n model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayer:
-    """The per-layer embedding of a Gemma."""
+    """The per-layer embedding of a Gemma model."""
 
     preset: Literal["gemma4", "gemma3n"]
     """Value of --per-layer-preset."""
@@ -15,4 +15,4 @@ class PerLayer:
     """p, the per-layer hidden size."""
 
     rows: int | None = None
-    """Number of rows of a table; None for the vocabulary size, as always in Gemma 4."""
+    """Number of rows of a table; None if it is the vocabulary size, as in every Gemma 4."""

@@ -1,9 +1,9 @@
-"""Reads and writes the norms, multipliers and layers without rotary positions that a Llama does not have.
+"""Reads and writes features that Llama lacks: other norms, multipliers, and layers without rotary positions.
 
 qwen3         --qk-layernorm
 olmo2, olmo3  --post-norm, --qk-projection-norm
-smollm3       layers without rotary positions, `no_rope_layers`: --no-rope-freq. Without the list, every
-              `no_rope_layer_interval`-th layer
+smollm3       layers without rotary positions, `no_rope_layers`: --no-rope-freq. Default: every
+    `no_rope_layer_interval`-th layer
 granite       `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling`:
               --embedding-multiplier, --softmax-scale, --residual-multiplier and --logit-divisor
 gemma3_text   see `hf_gemma`
@@ -35,11 +35,11 @@ _PIECES = (
     "final_logit_softcapping",
     "no_rope_freq",
 )
-"""Fields of `ModelConfig` that a Llama leaves at their defaults."""
+"""Fields of `ModelConfig` that have their defaults in a Llama."""
 
 _OLMO = {"post_norm": True, "qk_projection_norm": True}
 _ALWAYS: dict[str, dict[str, Any]] = {"qwen3": {"qk_layernorm": True}, "olmo2": _OLMO, "olmo3": _OLMO}
-"""For each model_type, the values that it always has."""
+"""For each model_type, fields of `ModelConfig` that have the same value in all its models."""
 
 _GRANITE = {
     "embedding_multiplier": "embedding_multiplier",
@@ -51,14 +51,14 @@ _FREE = {"granite": set(_GRANITE), "smollm3": {"no_rope_freq"}}
 """For each model_type, fields that may have any value."""
 
 MULTIPLIERS = tuple(_GRANITE.values())
-"""Fields of a Granite's config.json; 1 by default."""
+"""Names of the multipliers in Granite's config.json; their defaults are 1."""
 
 
 def piece_flags(config: Mapping[str, Any], kind: str, source: str) -> dict[str, Any]:
-    """Returns these fields of `ModelConfig` for a config.json that has passed `check_fields`.
+    """Returns the fields of `ModelConfig` for these features, for a config.json that has passed `check_fields`.
 
     Raises:
-        ValueError: `no_rope_layers` does not say for every layer whether it has rotary positions.
+        ValueError: `no_rope_layers` is not a list with a 0 or 1 for every layer.
     """
     if kind == "gemma3_text":
         return gemma_flags(config)
@@ -71,21 +71,22 @@ def piece_flags(config: Mapping[str, Any], kind: str, source: str) -> dict[str, 
 
 
 def layers_without_rotary(config: Mapping[str, Any], source: str) -> tuple[bool, ...]:
-    """Returns for each layer of a SmolLM3 whether it has no rotary positions."""
+    """Returns one boolean per layer of a SmolLM3: True if the layer has no rotary positions."""
     layers, given = config["num_hidden_layers"], config.get("no_rope_layers")
     if given is None:
         every = config.get("no_rope_layer_interval", 4)
         return tuple((layer + 1) % every == 0 for layer in range(layers))
     if len(given) < layers or any(type(uses) is not int or uses not in (0, 1) for uses in given):
         raise ValueError(
-            f"{source}: no_rope_layers {str(given)[:60]}: must be 1 (with rotary positions) or 0 (without) for each of "
+            f"{source}: no_rope_layers {str(given)[:60]}: must be 1 (with rotary positions) or 0 "
+            "(without) for each of "
             f"{layers} layers"
         )
     return tuple(uses == 0 for uses in given[:layers])
 
 
 def piece_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
-    """Returns the fields of a config.json for a model that `expresses_pieces`."""
+    """Returns the fields of a config.json for a model for which `expresses_pieces` is True."""
     if kind == "gemma3_text":
         return gemma_fields(model)
     if kind == "smollm3":
@@ -97,7 +98,9 @@ def piece_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
 
 
 def expresses_pieces(model: ModelConfig, kind: str) -> bool:
-    """Returns whether a `model_type` has all pieces of the model, and the model all of its pieces."""
+    """Returns whether the model has exactly the features of a `model_type`, among those listed at the top of this
+    file.
+    """
     if kind == "gemma3_text":
         return expresses_gemma(model) and is_like_gemma(model)
     free, always = _FREE.get(kind, set()), _ALWAYS.get(kind, {})
@@ -108,13 +111,15 @@ def expresses_pieces(model: ModelConfig, kind: str) -> bool:
 
 
 def is_like_gemma(model: ModelConfig) -> bool:
-    """Returns whether the model has no pieces that Gemma lacks, beside what the two versions differ in."""
+    """Returns whether Gemma has all features of the model, apart from features that differ between Gemma's
+    versions.
+    """
     others = ("post_norm", "qk_projection_norm", "residual_multiplier", "logit_divisor", "no_rope_freq")
     return _holds(model, others, {})
 
 
 def _holds(model: ModelConfig, names: tuple[str, ...], wanted: Mapping[str, Any]) -> bool:
-    """Returns whether the fields have the wanted values, or else their defaults."""
+    """Returns whether every named field has its value in `wanted`, or its default if `wanted` does not contain it."""
     defaults = {name: type(model).__dataclass_fields__[name].default for name in names}
     return all(getattr(model, name) == wanted.get(name, default) for name, default in defaults.items())
 

@@ -6,14 +6,14 @@ Each value may be given in several places, listed in the right column. The first
     base                          `rope_theta` in the rope dict, at the top level, the model_type's default
     type                          `rope_type` in the rope dict, `type` in it, "default"
     original length               `original_max_position_embeddings` at the top level, in the rope dict, the model's
-                                  maximum position; of Phi-3 at the top level only
-    rotated share (Phi-3)         `partial_rotary_factor` in the rope dict, at the top level, 1
+                                  maximum position; for Phi-3, the top level only
+    rotated fraction (Phi-3)      `partial_rotary_factor` in the rope dict, at the top level, 1
 
 Gemma 3 and OLMo 3 have two rope dicts, `full_attention` and `sliding_attention` in `rope_parameters`; the second is for
 layers with a sliding window and cannot be scaled here. `rope_scaling` is merged into the first. The bases default to
 `rope_theta` and, for layers with a window, `rope_local_base_freq` (Gemma 3, 3n) or 5e5 (OLMo 3).
 
-What each type of rope scaling computes is in `models.ops.positions.rope_scaling`.
+The formulas of the rope scalings are in `models.ops.positions.rope_scaling`.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,9 @@ _KEYS = {
 }
 _OF_PHI3 = ("default", "longrope")
 _LOCAL_BASE = {"gemma3_text": 1e4, "gemma4_text": 1e4, "gemma3n_text": 1e4, "olmo3": 5e5}
-"""For each model_type, the base in layers with a window that transformers assumes if a config.json has none."""
+"""For each model_type, the base that transformers assumes for layers with a window if a config.json specifies
+none.
+"""
 
 _HAVE_LOCAL_BASE = ("gemma3_text", "gemma3n_text")
 
@@ -79,7 +81,9 @@ def read_rotary(config: Mapping[str, Any], positions: int, kind: str, source: st
 def read_layered_rotary(
     config: Mapping[str, Any], positions: int, kind: str, source: str, *, has_windows: bool
 ) -> Rotary:
-    """Returns the same for a Gemma 3 or OLMo 3 model; `has_windows` says whether any layer has a sliding window."""
+    """Like `read_rotary`, for a model with separate rotary embeddings for layers with and without a window;
+    `has_windows` is True if any layer has a sliding window.
+    """
     ropes: Mapping[str, Any] = config.get("rope_parameters") or {}
     unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
     if unknown:
@@ -113,7 +117,7 @@ def read_layered_rotary(
 
 
 class _Reader:
-    """Reads one rope dict, which is called `name` in messages; the other arguments are those of `read_rotary`."""
+    """Reads one rope dict, which error messages call `name`. The other arguments are those of `read_rotary`."""
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class _Reader:
         return found, [note] if extra else []
 
     def _rotated_share(self) -> dict[str, Any]:
-        """Returns the field for `partial_rotary_factor`, if it is not 1."""
+        """Returns the field of `ModelConfig` for `partial_rotary_factor`; empty if the factor is 1."""
         if self.kind == "phi3":
             share = self.rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor", 1.0))
             if share == 1 and not isinstance(share, bool):
@@ -161,8 +165,8 @@ class _Reader:
             is_number = isinstance(share, int | float) and not isinstance(share, bool)
             if not is_number or not 0 < share <= 1 or int(head * share) % 2 or int(head * share) == 0:
                 raise ValueError(
-                    f"{self.source}: partial_rotary_factor {share}: must be above 0, up to 1, and give an even number "
-                    f"of rotated channels of the {head} in a head"
+                    f"{self.source}: partial_rotary_factor {share}: must lie in (0, 1] and must rotate "
+                    f"an even number of a head's {head} channels"
                 )
             return {"rotary_percent": float(share)}
         for place in (self.rope, self.config):
@@ -296,7 +300,7 @@ def _number(name: str, value: Any, source: str, *, least: float | None = None) -
 
 
 def expresses_rotary(model: ModelConfig, kind: str) -> bool:
-    """Returns whether a `model_type` can express the model's rotary base, share and scaling."""
+    """Returns whether a `model_type` can express the model's rotary base, rotated fraction and scaling."""
     is_layered = kind in _LOCAL_BASE
     if model.rotary_base_local not in (None, model.rotary_base) and not is_layered:
         return False
@@ -312,7 +316,7 @@ def expresses_rotary(model: ModelConfig, kind: str) -> bool:
 
 
 def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
-    """Returns the fields of a config.json for a model that `expresses_rotary`."""
+    """Returns the fields of a config.json for a model for which `expresses_rotary` is True."""
     scaling = rope_scaling(model)
     fields: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_scaling": scaling}
     if kind == "phi3":
@@ -322,7 +326,7 @@ def rotary_fields(model: ModelConfig, kind: str) -> dict[str, Any]:
     if model.use_rope_scaling and model.rope_scaling_type == "dynamic":
         fields["max_position_embeddings"] = model.rope_original_max_position_embeddings
     if kind == "olmo3":
-        # transformers 4 reads the fields above only: it has one base for all layers.
+        # transformers 4 has one base for all layers, and reads only the fields above.
         base = model.rotary_base if model.rotary_base_local is None else model.rotary_base_local
         fields["rope_parameters"] = {
             "full_attention": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rotary_base},

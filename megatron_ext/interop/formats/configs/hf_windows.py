@@ -1,18 +1,18 @@
-"""Reads and writes the sliding windows of a config.json: how many tokens each layer attends to.
+"""Reads and writes the sliding windows in a config.json, the numbers of tokens that each layer attends to.
 
     llama, olmo2, granite: none
     mistral, phi3  `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer
-    gemma4_text    the same; without `layer_types`, in all but every sixth layer; never in the last layer
-    gemma3n_text   the same; without `layer_types`, in all but every fifth layer
-    olmo3          the same; without `layer_types`, in all but every fourth layer
+    gemma4_text    as gemma3_text; without `layer_types`, in all but every sixth layer; never in the last layer
+    gemma3n_text   as gemma3_text; without `layer_types`, in all but every fifth layer
+    olmo3          as gemma3_text; without `layer_types`, in all but every fourth layer
     smollm3        `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, in the layers without rotary positions
     qwen2, qwen3   `sliding_window` if `use_sliding_window`, in the layers that `layer_types` calls `sliding_attention`;
                    without `layer_types`, from layer `max_window_layers` on
 
-A window counts the tokens that a token attends to, its own included; --window-size leaves the token itself out.
+A window is the number of tokens that a token attends to, including itself; --window-size excludes the token itself.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ FIELDS = (
 """Fields of a config.json that describe windows."""
 
 Windows = tuple[int | None, ...]
-"""For each layer, the number of tokens that a token attends to, its own included; None if all earlier ones."""
+"""For each layer, the number of tokens that a token attends to, including itself; None without a window."""
 
 _DEFAULT_WINDOW = {"phi3": None, "smollm3": None, "gemma4_text": 512, "gemma3n_text": 512}
-"""Window that transformers assumes if a config.json has none; 4096 for every other `model_type`."""
+"""Window that transformers assumes if a config.json specifies none; 4096 for every other `model_type`."""
 
 _PERIODIC = ("gemma3_text", "gemma4_text", "gemma3n_text", "olmo3")
 
@@ -63,12 +63,12 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
         if ("layer_types" in config) if kind == "mistral" else config.get("layer_types"):
             raise ValueError(
                 f"{source}: layer_types cannot be imported for {kind}: transformers "
-                + ("reads the model as ministral" if kind == "mistral" else "has them for its cache only")
+                + ("reads the model as ministral" if kind == "mistral" else "uses them for its cache only")
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
     if kind in _PERIODIC:
-        if window is None:  # transformers makes a mask of the window even if no layer uses it
+        if window is None:  # transformers builds a mask for the window even if no layer uses the mask
             raise ValueError(f"{source}: sliding_window null: must be a number of at least 1")
         types = types or _periodic_types(config, kind, source)
         if kind == "gemma4_text":  # as transformers does, with a warning
@@ -127,7 +127,8 @@ def expresses_windows(model: ModelConfig, kind: str) -> bool:
 
 def _of_llama(config: Mapping[str, Any], kind: str, source: str) -> Windows:
     if config.get("sliding_window") is not None:
-        # transformers' llama ignores the window on prompts, but its KV cache drops older tokens: two different models.
+        # transformers' Llama ignores the window when it reads a prompt, but drops older tokens from the KV cache when
+        # it generates; no model here can do both.
         raise ValueError(f"{source}: sliding_window {config['sliding_window']}: {kind} requires null")
     if _SLIDING in (_layer_types(config, source) or ()):
         raise ValueError(f"{source}: layer_types: {kind} requires full_attention in every layer")

@@ -1,8 +1,8 @@
 """Converts this package's tokenizers to Hugging Face's `tokenizers` library (tokenizer.json) with equal token ids.
 
-What each kind of tokenizer becomes:
+Each kind of tokenizer is converted to:
 
-    byte-level BPE, Hugging Face      already an object of that library
+    byte-level BPE, Hugging Face      unchanged, because it is already an object of that library
     SentencePiece                     unigram or BPE over the whole text, as SentencePiece segments it
     tiktoken                          byte-level BPE whose merges are derived from the ranks
     bytes                             byte-level BPE without merges
@@ -77,7 +77,7 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     if is_bpe and symbols:
         splits += _guards(pieces)
     if splits:
-        # SentencePiece keeps a user-defined symbol whole and never segments across it.
+        # SentencePiece never divides a user-defined symbol, and no other piece overlaps it.
         library.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(splits)), "isolated")
     steps: list[Any] = [
         decoders.Replace(_SPACE, " "),
@@ -95,7 +95,7 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
 def _normalizers(rules: Any) -> Iterator[Any]:
     if rules.precompiled_charsmap:
         # `Precompiled` handles a letter with its combining marks only up to five bytes, so NFKC composes them first.
-        # NFKC would also replace the wave dash, which SentencePiece keeps; a noncharacter stands in for it meanwhile.
+        # NFKC would also replace the wave dash, which SentencePiece keeps, so a noncharacter replaces it during NFKC.
         composed = "nfkc" in rules.name
         if composed:
             yield normalizers.Replace(_WAVE_DASH, _NO_CHARACTER)
@@ -114,7 +114,7 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
     """Returns a unigram model.
 
-    Control and byte pieces, to which no text may be encoded, get a lower score than the letters they consist of.
+    Control and byte pieces get a lower score than the letters they consist of, so that no text is encoded to them.
     """
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
@@ -144,14 +144,15 @@ def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models
         unk_token=trainer.unk_piece,
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,
-        ignore_merges=has_symbols,  # no merge yields a user-defined symbol; it must be looked up whole
+        ignore_merges=has_symbols,  # no merge yields a user-defined symbol, so it must be looked up as a whole
     )
 
 
 def _guards(pieces: list[Any]) -> Iterator[str]:
-    """Yields patterns that split text such as `</s>` or `<0x41>`, so that it does not become a control or byte piece.
+    """Yields patterns that split text such as `</s>` or `<0x41>`, so that the text does not become a control or byte
+    piece.
 
-    Each pattern splits between two letters that are adjacent in no normal piece, so no other piece is split.
+    Each pattern splits between two letters that are not adjacent in any normal piece, so no normal piece is split.
     """
     pairs = {
         pair
@@ -168,8 +169,8 @@ def _guards(pieces: list[Any]) -> Iterator[str]:
 
 
 def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
-    # tiktoken has no list of merges: it merges the pair whose result has the lowest rank. So every way to split a token
-    # in two becomes a merge, in the order of the token's rank.
+    # tiktoken has no list of merges: it merges the pair whose result has the lowest rank. Therefore every way to
+    # split a token in two becomes a merge, in the order of the tokens' ranks.
     ranks = tokenizer.mergeable_ranks()
     merges: list[tuple[int, bytes, bytes]] = []
     for token, rank in ranks.items():
@@ -212,7 +213,9 @@ def _byte_level(
 
 
 def _letters() -> list[str]:
-    """Returns GPT-2's character for each byte: the byte's own if printable, else the next unused one from U+0100."""
+    """Returns GPT-2's character for each byte: the byte's own character if printable, otherwise the next unused one
+    from U+0100.
+    """
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]

@@ -39,7 +39,7 @@ _NOT_READ = (
     "vocab.txt",
     "tokenizer.model.*",
 )
-"""Patterns of tokenizer files that cannot be read; a message names such files."""
+"""Patterns of tokenizer files that cannot be read; a message for the user names such files."""
 
 
 def copy_files(source: Path, target: Path) -> list[str]:
@@ -106,12 +106,14 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
     others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
     what = f" ({', '.join(others)} cannot be read)" if others else ""
     message = f"there is no {TOKENIZER_JSON}{what}, so the checkpoint takes token ids, not text"
-    # NullTokenizer adds an end-of-document id to these.
+    # NullTokenizer adds an end-of-document id to the ids of the flag.
     return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), message
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:
-    """Returns a message about tokens that transformers added but the SentencePiece file lacks, or None."""
+    """Returns a message about tokens that transformers has added and the SentencePiece file lacks; None if there are
+    none.
+    """
     named: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         content = read_object(folder / name, "") if (folder / name).is_file() else {}

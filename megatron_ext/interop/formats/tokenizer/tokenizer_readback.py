@@ -2,7 +2,7 @@
 
 It compares:
 
-- the ids of the end-of-text and begin-of-text tokens, and whether an encoded text begins with the latter;
+- the ids of the end-of-text and begin-of-text tokens, and whether an encoded text begins with begin-of-text;
 - the ids of sample texts, of texts with special tokens, and of the text of each single id;
 - the texts decoded from the ids of the sample texts.
 """
@@ -45,31 +45,32 @@ def check_read_back(
     as_imported: bool = False,
     has_code: bool = False,
 ) -> list[str]:
-    """Raises `ValueError` unless `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
+    """Checks that `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
 
-    For some models transformers rebuilds the tokenizer by rules of the model's class instead of using tokenizer.json.
-    If this changes ids, the class in tokenizer_config.json is replaced with the general one and the check is repeated.
+    For some models, transformers ignores tokenizer.json and rebuilds the tokenizer by rules of the model's class. If
+    this changes ids, the class in tokenizer_config.json is replaced with the general class, and the check is
+    repeated.
 
     Args:
         folder: a Hugging Face directory with config.json and the tokenizer's files.
         tokenizer: the tokenizer that was exported.
         shown: name of the directory in error messages.
         as_imported: whether the files were imported with the model and the model has not been trained since. A
-            difference was then in the imported directory already, so it gives a message instead of an error.
-        has_code: whether the directory has a class of its own; transformers then reads the tokenizer as one of an
-            unknown model.
+            difference was then already present in the imported directory, so it causes a message instead of an error.
+        has_code: whether the directory has a Python file with the model's class; transformers then reads the
+            tokenizer as for an unknown model.
 
     Returns:
         Messages for the user.
 
     Raises:
-        ValueError: the tokenizers differ; the message names a text for which they do.
+        ValueError: the tokenizers differ; the message contains a text with different ids.
     """
     try:
         import transformers
     except ModuleNotFoundError:
         return ["transformers is not installed: the exported tokenizer was not read back with it"]
-    # transformers would otherwise ask the user whether to run the code.
+    # Without this configuration, transformers would ask the user whether to run the code.
     options = {"config": transformers.PreTrainedConfig()} if has_code else {}
     difference = _difference(transformers, folder, tokenizer, options)
     messages = []
