@@ -2,14 +2,15 @@
 
     y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
 
-A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), where `input` is the whole layer's input
-size in any parallel layout; B is zero. There is no dropout. How the factors are split over tensor-parallel ranks:
+A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), where `input` is the input size of the
+whole layer in any parallel layout; B is zero. There is no dropout. The factors are split over tensor-parallel ranks
+as follows:
 
     column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first and
                          then enters megatron-core's copy to the tensor-parallel region (backward: all-reduce), or under
-                         sequence parallelism a gather (backward: reduce-scatter). So the gradient that reaches A is
-                         already summed over the ranks. If x were copied instead, as in the base layer, each rank would
-                         hold only its share of A's gradient.
+                         sequence parallelism a gather (backward: reduce-scatter). Therefore the gradient that reaches
+                         A is already summed over the ranks. If x were copied instead, as in the base layer, each rank
+                         would hold only its share of A's gradient.
     row-parallel W       A is split over the input like W; the ranks' products with A are summed, and under sequence
                          parallelism also scattered. B is replicated on every rank.
 
@@ -39,7 +40,7 @@ from megatron_ext.platform import process_groups
 
 
 class LoRAAdapter(MegatronModule):
-    """This rank's part of the factors A and B of one adapter of one linear layer."""
+    """This rank's part of the factors A and B, for one adapter of one linear layer."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class LoRAAdapter(MegatronModule):
         shape: the adapter's rank and alpha.
         tp_group: the tensor-parallel group.
         splits_input: whether the base layer is row-parallel; otherwise it is column-parallel.
-        is_gated: whether the output is [gate ; up], of which each half is split over the ranks.
+        is_gated: whether the output is [gate ; up]; each half is then split over the ranks separately.
         """
         super().__init__(config)
         self.shape = shape
@@ -81,7 +82,8 @@ class LoRAAdapter(MegatronModule):
         if split is not None:
             set_tensor_model_parallel_attributes(factor, True, split, 2 if self.is_gated else 1)
         else:
-            # A replicated factor sees only this rank's rows; with this mark the engine sums its gradient over ranks.
+            # The gradient of a replicated factor covers only this rank's rows; with this attribute, the engine sums
+            # the gradient over the ranks.
             factor.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, factor)
 
@@ -92,7 +94,7 @@ class LoRAAdapter(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the factors under `{prefix}A` and `{prefix}B`; they load at any tensor-parallel size."""
+        """Returns the factors under `{prefix}A` and `{prefix}B`; they can be loaded at any tensor-parallel size."""
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

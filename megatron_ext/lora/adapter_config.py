@@ -1,4 +1,4 @@
-"""Flags of LoRA adapters over the frozen model of a checkpoint."""
+"""Flags for LoRA adapters on the frozen model of a checkpoint."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,14 @@ from megatron_ext.config.command_line.field_checks import check_at_least, check_
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """LoRA adapters of every linear module in the layers; all that the loaded checkpoint holds is frozen."""
+    """Flags for LoRA adapters on every linear module of the layers; all weights of the loaded checkpoint are
+    frozen.
+    """
 
     lora_rank: int | None = None
-    """Train LoRA adapters of this rank over the model of --load --finetune, which is frozen. Default: no adapters."""
+    """Freeze the model loaded with --load and --finetune, and train LoRA adapters of this rank. Default: no
+    adapters.
+    """
 
     lora_alpha: float = 32.0
     """Alpha of the adapters of --lora-rank; their output is scaled by alpha / rank."""

@@ -1,9 +1,9 @@
-"""Parameters and FLOPs per token of LoRA adapters, and what a step computes and saves where they train frozen layers.
+"""Counts the parameters and FLOPs of LoRA adapters, and the computation and memory of a step with frozen layers.
 
     LoRA adapters of total rank r                  r (input + output)     parameters, for each of a layer's four linears
                                                    2 r (input + output)   FLOPs
 
-What a training step computes in a layer depends on what trains:
+The computation of a training step in a layer depends on the parts that train:
 
     layer                                     computed in a training step
     trained                                   forward, gradients of inputs and weights
@@ -15,9 +15,11 @@ What a training step computes in a layer depends on what trains:
 Values per token that a layer saves for the backward pass beyond a base layer's, with h divided under sequence
 parallelism, n d and f divided by t:
 
-    trained adapters on frozen weights    2 h + f         inputs of the four linears, which a frozen layer does not keep
-                                          r per linear    their products with A
-    trained in another precision          2 h (whole) + n d + f, in that precision; without adapters in place of 2 h + f
+    trained adapters on frozen weights    2 h + f         inputs of the four linears, which a frozen layer does not
+    save
+                                          r per linear    products of these inputs with A
+    trained in another precision          2 h (undivided) + n d + f, in that precision; without adapters, instead of 2
+    h + f
 
 Unpacking four-bit weights is not a matrix product and is not counted.
 """
@@ -45,10 +47,10 @@ _FOUR_BITS = 0.5625
 
 
 def adapter_parameters(plan: SettingsByLayer, model: ModelConfig) -> int:
-    """Returns the number of parameters of all adapters, each of which is two FLOPs per token in a forward pass.
+    """Returns the number of parameters of all adapters; each costs two FLOPs per token in a forward pass.
 
     Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         model: configuration of the base model.
     """
     return sum(_adapter_parameters(settings, model, number) for number, settings in plan.items())
@@ -57,10 +59,10 @@ def adapter_parameters(plan: SettingsByLayer, model: ModelConfig) -> int:
 def adapted_work(
     plan: SettingsByLayer, model: ModelConfig, *, trains_embedding: bool, cached_layers: int = 0
 ) -> StepWork:
-    """Returns which parts of the model a training step runs and trains; the head is trained.
+    """Describes the parts of the model that a training step runs and trains; the head is trained.
 
     Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         model: configuration of the base model.
         trains_embedding: whether anything below the first layer is trained.
         cached_layers: number of layers at the start of the model that do not run.
@@ -78,7 +80,7 @@ def adapted_work(
             )
             flops += backward - linear_flops_per_token(
                 model, "qkv", layer=number
-            )  # the layer's input has no gradient
+            )  # the layer's input needs no gradient
         reached = reached or use >= Use.PARTIAL
     return StepWork(
         layers=tuple(uses),
@@ -89,10 +91,10 @@ def adapted_work(
 
 
 def adapted_activations(plan: SettingsByLayer, layout: ParallelLayout) -> FamilyActivations:
-    """Returns what adapters and precisions add to the activations of a training step.
+    """Returns the bytes that adapters and precisions add to the activations of a training step.
 
     Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         layout: the run's settings, with the work of a step.
     """
     count = layout.model.num_layers
@@ -103,9 +105,9 @@ def adapted_activations(plan: SettingsByLayer, layout: ParallelLayout) -> Family
 
 
 def _stored_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -> float:
-    """Returns what a layer's frozen matrices take beyond the run's precision."""
+    """Returns the bytes of a layer's frozen matrices minus their bytes in the run's precision."""
     if settings.trains_base:
-        return 0.0  # in fp32 they need no main weights: the sum is the same
+        return 0.0  # fp32 weights need no main weights, so the sum is the same
     run_dtype = DTYPES[layout.precision]
     dtype = compute_dtype(settings.precision, run_dtype)
     size = _FOUR_BITS if is_packed(settings.precision) else dtype.itemsize
@@ -114,13 +116,15 @@ def _stored_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) 
 
 
 def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -> float:
-    """Returns what a layer saves beyond the base layer; for `Use.PARTIAL`, all that it saves."""
+    """Returns the bytes that a layer saves in addition to the base layer's; for `Use.PARTIAL`, all bytes that it
+    saves.
+    """
     adapters, use = bool(settings.trained_adapters), layout.use(number)
     products = (
         layout.tokens * len(linear_sizes(layout.model)) * _rank(settings) * layout.element_bytes * adapters
     )
     if use is Use.PARTIAL:
-        # The input of the lowest norm has no gradient.
+        # The input of the lowest norm needs no gradient, so it is not saved.
         return layer_activation_bytes(layout, layer=number) - layout.hidden_bytes + products
     inputs = 2 * layout.hidden_bytes + layout.ffn_bytes_of(number)
     if use is Use.GRADIENT:

@@ -5,8 +5,8 @@
     nvfp4    4-bit floats (E2M1), one E4M3 scale per block of 16 weights and one fp32 scale per matrix. torchao, in
              torch operations that run on CPU and CUDA.                                          4.5 bits per weight
 
-Only storage is in four bits: a matrix product unpacks the weights and is computed in the run's precision. So both
-formats save memory, but no time, even on a machine with hardware for NVFP4.
+Only storage is in four bits: a matrix product unpacks the weights and is computed in the run's precision. Therefore
+both formats save memory but no time, even on hardware that supports NVFP4.
 
 Unpacking to fp32 and packing again gives the same bytes. A checkpoint therefore stores plain values under the weight's
 own name, loads into a layer of any precision in any parallel layout, and restores exactly the weights that were saved.
@@ -62,7 +62,8 @@ class NF4:
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]; scales are fp32."""
-        # Flattened, because on a CPU bitsandbytes 0.50.2 unpacks a matrix wrongly if 64 does not divide its rows.
+        # Flatten the matrix, because on a CPU bitsandbytes 0.50.2 unpacks a matrix wrongly if the length of its rows
+        # is not a multiple of 64.
         values = weight.detach().float().flatten()
         codes, state = self._library.quantize_4bit(values, blocksize=self.block_size, quant_type="nf4")
         return PackedTensors(codes, state.absmax.view(torch.uint8))
@@ -97,8 +98,8 @@ class NVFP4:
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]; the input size must be a multiple of 16."""
         values = weight.detach().float().contiguous()
-        # The library's scale, largest / 2688, rounded up to a power of two. Then packing the unpacked values changes
-        # nothing, and a rank's part of a matrix has the same values as in the whole matrix.
+        # The library's scale, largest / 2688, is rounded up to a power of two. As a result, packing the unpacked
+        # values changes nothing, and a rank's part of a matrix has the same values as in the whole matrix.
         largest = self._library.per_tensor_amax_to_scale(values.abs().max())
         mantissa, exponent = torch.frexp(largest.clamp(min=2.0**-100))
         whole = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
@@ -175,8 +176,10 @@ def check_part(precision: str, part: Part, ranks: int) -> None:
     together = part.row if part.splits_input else part.rows // part.pieces * part.row
     if ranks > 1 and together % block:
         raise ValueError(
-            f"precision {precision}: tensor parallelism would split blocks of {block} weights, because the matrix has "
-            f"{together} consecutive weights{where}; choose another --tensor-model-parallel-size, or layer sizes that "
+            f"precision {precision}: tensor parallelism would split blocks of {block} weights, because "
+            "the matrix has "
+            f"{together} consecutive weights{where}; choose another --tensor-model-parallel-size, or "
+            "layer sizes that "
             "keep blocks whole"
         )
 
@@ -194,7 +197,7 @@ def _load(module: str, precision: str, package: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # When imported, both libraries log missing kernels for other machines and warn about their own dependencies.
+    # During import, both libraries log missing kernels for other hardware and warn about their own dependencies.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,6 @@
 """The precision of the linear layers in a stack (a group of consecutive layers that is trained or frozen as a whole).
 
-It determines how frozen weights are stored and in which dtype the matrix products are computed:
+The precision determines the storage of frozen weights and the dtype of the matrix products:
 
     precision    frozen weights    products
     full         fp32              fp32
@@ -11,11 +11,12 @@ It determines how frozen weights are stored and in which dtype the matrix produc
 
 A linear layer casts its input to the stack's precision, multiplies, and casts the output back. Everything between the
 linear layers (residual stream, norms, attention), biases and the tensors between pipeline stages stay in the run's
-precision, so stacks of different precisions can follow one another. For a frozen weight no activation is saved. A
-trained weight is stored in the run's precision (with `full` in fp32) and cast for the product; its gradient has the
-dtype in which it is stored.
+precision, so stacks of different precisions can follow one another. A linear layer with a frozen weight saves no
+activation. A trained weight is stored in the run's precision (with `full`, in fp32) and cast for the product; its
+gradient has the dtype of the stored weight.
 
-So with --bf16 a stack of precision `full` multiplies in fp32, but its norms, biases and adapters are in bf16.
+For example, with --bf16 a stack of precision `full` multiplies in fp32, but its norms, biases and adapters are in
+bf16.
 """
 
 from collections.abc import Callable
@@ -78,16 +79,18 @@ class _MixedLinear(torch.autograd.Function):
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns the matrix product, accumulated in fp32."""
-    # On a CPU torch's fp16 product takes 25 times as long as one in fp32.
+    # On a CPU, torch's fp16 product takes 25 times as long as an fp32 product.
     if left.dtype is torch.float16 and left.device.type == "cpu":
         return (left.float() @ right.float()).half()
     return left @ right
 
 
 def _in_range(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Casts a gradient to `dtype`; for fp16 divides it by a power of two first, and also returns that power."""
-    # Gradients of a mean over thousands of tokens are below fp16's range. With this scale the largest value is in
-    # [0.5, 1); multiplying the product by it is exact except for fp16's rounding, so no loss scale is needed.
+    """Casts a gradient to `dtype`. For fp16, the gradient is first divided by a power of two, which is returned as
+    well.
+    """
+    # Gradients of a mean over thousands of tokens are below fp16's range. After the division, the largest value is in
+    # [0.5, 1). The product is later multiplied by the same power, which is exact, so no loss scale is needed.
     if dtype is not torch.float16 or grad.dtype is torch.float16:
         return grad.to(dtype), None
     largest = grad.abs().max().float()

@@ -1,9 +1,10 @@
-"""LoRA flags: which adapters a stack (a group of layers of a growing model) gets, and their rank and alpha.
+"""Flags that choose the LoRA adapters of each stack (a group of layers of a growing model), with their rank and
+alpha.
 
 A stack has at most two adapters, which add up (dual LoRA, docs/design/progressive_growth.md):
 
     stack         created with the stack
-    progressive   a smaller one, created when the next stack is added and this stack becomes part of the trunk
+    progressive   a smaller adapter, created when the next stack is added and this stack becomes part of the trunk
 
 The flag --qlora-strategy selects how rank and alpha of the stack adapters are chosen:
 
@@ -45,7 +46,9 @@ class AdapterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """LoRA adapters on every linear layer of a stack; the defaults are given in docs/design/progressive_growth.md."""
+    """Flags for LoRA adapters on every linear layer of a stack; the defaults follow
+    docs/design/progressive_growth.md.
+    """
 
     qlora_enabled: bool = True
     """Add LoRA adapters to every new stack."""
@@ -58,11 +61,13 @@ class LoRAConfig:
 
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
     """How rank and alpha of each stack are chosen: equal for all stacks (simplified), by a pattern over the stacks
-    (progressive), or from a list (variable)."""
+    (progressive), or from a list (variable).
+    """
 
     qlora_rank_pattern: Pattern | None = None
     """Pattern of the ranks with --qlora-strategy progressive. The rank of stack i is r (constant), r*2^i (increasing,
-    the default), r/2^i but at least 1 (decreasing), or r+8i (linear), where r is --qlora-rank."""
+    the default), r/2^i but at least 1 (decreasing), or r+8i (linear), where r is --qlora-rank.
+    """
 
     qlora_alpha_pattern: Pattern | None = None
     """Pattern of the alphas with --qlora-strategy progressive, as for --qlora-rank-pattern. Default: constant."""
@@ -91,7 +96,7 @@ class LoRAConfig:
             value = getattr(self, name)
             if value is not None and self.qlora_strategy != strategy:
                 raise ValueError(
-                    f"{flag_name(name)} {value} requires --qlora-strategy {strategy} (got {self.qlora_strategy})"
+                    f"{flag_name(name)} {value}: requires --qlora-strategy {strategy} (got {self.qlora_strategy})"
                 )
         if self.qlora_strategy == "variable":
             self._listed()
@@ -128,7 +133,7 @@ class LoRAConfig:
         return AdapterShape(rank=self.progressive_qlora_rank, alpha=self.progressive_qlora_alpha)
 
     def adapters(self, stack_idx: int, *, in_trunk: bool) -> dict[str, AdapterShape]:
-        """Returns a stack's adapters: maps adapter name to rank and alpha.
+        """Returns a stack's adapters as a mapping from adapter name to rank and alpha.
 
         Args:
             stack_idx: index of the stack in the order of creation, from 0.

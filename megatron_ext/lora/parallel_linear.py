@@ -1,8 +1,8 @@
 """The engine's column- and row-parallel linear layers, extended by LoRA adapters and a selectable precision.
 
-Names do not change: the weight of `linear_qkv` stays `linear_qkv.weight` in every checkpoint, and its adapters are
-`linear_qkv.adapters.{name}.A` and `.B`. Without adapters and in the run's precision the forward pass equals the
-engine's to the bit. These layers replace the engine's own even if the run uses Transformer Engine.
+The names of weights do not change: the weight of `linear_qkv` stays `linear_qkv.weight` in every checkpoint, and its
+adapters are `linear_qkv.adapters.{name}.A` and `.B`. Without adapters and in the run's precision the forward pass
+equals the engine's to the bit. These layers replace the engine's own even if the run uses Transformer Engine.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,11 +46,12 @@ class LayerSettings:
             )
         if self.trains_base and is_packed(self.precision):
             raise ValueError(
-                f"precision {self.precision}: four-bit weights cannot be trained; freeze the layers that have them"
+                f"precision {self.precision}: four-bit weights cannot be trained; freeze the layers "
+                "with this precision"
             )
 
     def changes_linears(self, params_dtype: torch.dtype) -> bool:
-        """Returns whether the engine's own linear modules do not suffice for a run with this dtype."""
+        """Returns whether a layer with these settings needs the modules of this file, in a run with this dtype."""
         is_other = compute_dtype(self.precision, params_dtype) is not params_dtype
         return bool(self.adapters) or is_other or is_packed(self.precision)
 
@@ -93,7 +94,7 @@ class AdaptedLinear(torch.nn.Module):
         self.is_stored = False
         """Whether the weight is frozen and stored in the layer's precision."""
         self.weight_scales: torch.Tensor | None
-        # Not persistent: checkpoints contain plain values, see `_save_to_state_dict`.
+        # The buffer is not persistent, because checkpoints contain plain values; see `_save_to_state_dict`.
         self.register_buffer("weight_scales", None, persistent=False)
         self.weight_shape = self.weight.shape
         self.weight.data = self.weight.data.to(self.trained_dtype)
@@ -133,7 +134,7 @@ class AdaptedLinear(torch.nn.Module):
         return packing(str(self.precision)).pack(values)
 
     def restore_weight(self) -> None:
-        """Converts the weight back to a plain, trainable tensor in `trained_dtype`; the inverse of `store_weight`."""
+        """Converts the weight back to a plain, trainable tensor in `trained_dtype`: the inverse of `store_weight`."""
         self.weight.data = self.read_weight(self.trained_dtype)
         self.weight_scales = None
         self.is_stored = False
@@ -175,7 +176,7 @@ class AdaptedLinear(torch.nn.Module):
         tp_group: Any,
         **rest: Any,
     ) -> torch.Tensor:
-        # Overrides the engine's product, which needs input and weight in one dtype.
+        # Overrides the engine's product, which requires the same dtype for input and weight.
         dtype = compute_dtype(self.precision, self.config.params_dtype)
         if input.dtype == weight.dtype == dtype:
             return super()._forward_impl(  # type: ignore[misc]
@@ -221,8 +222,8 @@ class AdaptedLinear(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # A cast of the whole model (`model.bfloat16()`) must not change a weight that has its own precision; moves
-        # between devices still apply.
+        # A cast of the whole model (`model.bfloat16()`) must not change the dtype of a weight with its own precision;
+        # moves between devices still apply.
         if not self.is_stored and self.trained_dtype == self.config.params_dtype:
             return super()._apply(fn, recurse)
         for child in self.children():

@@ -1,8 +1,8 @@
 """Freezes, stores, merges and measures the layers of a model that has `AdaptedLinear`s.
 
 An `AdaptedLinear` is a linear layer with LoRA adapters and a precision. A plan (`SettingsByLayer`) specifies both for
-every layer. It is used twice: to build the model (`parallel_linear.linear_modules`), and by `prepare_layers`, before
-the model is wrapped for data parallelism.
+every layer. The plan is used twice: to build the model (`parallel_linear.linear_modules`), and in `prepare_layers`,
+before the model is wrapped for data parallelism.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from megatron_ext.models.transformer_layer import SLOTS
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
-    """Sets which parameters train and converts frozen weights to their layer's precision, as a plan specifies.
+    """Freezes and unfreezes parameters, and converts frozen weights to their layer's precision, as a plan specifies.
 
     Call it before the model is wrapped, and again after loading weights that were not saved with this plan. Modules in
     the layers' slots belong to other model families and do not change.

@@ -5,8 +5,8 @@ layer's output: the output passes through unchanged, and in the backward pass th
 
     d(total)/d(loss) = loss scale / number of micro-batches,
 
-which the output loss gets too. This is the pattern of the engine's `MoEAuxLossAutoScaler`. The stage that owns the
-layer records the value; the training step reduces the values of all stages (`training.engine.step_values`).
+which the output loss gets too. The engine's `MoEAuxLossAutoScaler` works in the same way. The stage that owns the
+layer records the loss's value; the training step reduces the values of all stages (`training.engine.step_values`).
 """
 
 from typing import Any, ClassVar
@@ -27,16 +27,20 @@ class _Attach(torch.autograd.Function):
 
 
 class LayerLosses:
-    """Attaches losses to layer outputs and records the losses' values; state is kept in the class, once per process.
+    """Attaches losses to layer outputs and records the losses' values. The state is in class attributes, once per
+    process.
 
-    Layers deep in the model record here without a reference to the training step, as with the engine's own trackers.
+    Layers deep in the model can thus record values without a reference to the training step, as with the engine's own
+    trackers.
     """
 
     scale: float = 1.0
     """Gradient that every attached loss gets: loss scale / number of micro-batches. The training step sets it."""
 
     loss_scale: float = 1.0
-    """Factor by which all gradients are too large until the update; not 1 with --fp16. The training step sets it."""
+    """Loss scale of --fp16, by which all gradients are too large until the update; otherwise 1. The training step
+    sets it.
+    """
 
     evaluating: bool = False
     """True while the loop evaluates; `record` then also counts passes without gradients."""
@@ -50,8 +54,8 @@ class LayerLosses:
 
         Args:
             hidden_states: the layer's output, [s, b, h].
-            loss: scalar, the mean over this micro-batch (under context parallelism over this rank's part of it); under
-                sequence parallelism this rank's share of that mean.
+            loss: scalar, the mean over this micro-batch. Under context parallelism, the mean over this rank's part of
+                the micro-batch; under sequence parallelism, this rank's share of the mean.
             name: tag for logging, for example `mlp_direct_loss/layer_3`; None logs nothing.
         """
         if name is not None:
@@ -61,7 +65,7 @@ class LayerLosses:
     @classmethod
     def record(cls, name: str, value: torch.Tensor) -> None:
         """Records a scalar without gradient under the tag `name`; `value` is a mean over the tokens as in `attach`."""
-        # With activation recomputation a layer runs twice, first without gradients: count only the second run.
+        # With activation recomputation, a layer runs twice, first without gradients; count only the second run.
         if torch.is_grad_enabled() or cls.evaluating:
             value = value.detach().float()
             cls._sums[name] = cls._sums[name] + value if name in cls._sums else value
@@ -75,7 +79,7 @@ class LayerLosses:
         """
         if not cls._sums:
             return {}
-        # Division by Python numbers copies nothing to the device.
+        # Divide by Python numbers, which need no copy to the device.
         means = torch._foreach_div(list(cls._sums.values()), [float(count) for count in cls._counts.values()])
         found = dict(zip(cls._sums, means, strict=True))
         cls._sums, cls._counts = {}, {}

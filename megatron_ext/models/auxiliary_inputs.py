@@ -1,18 +1,18 @@
 """Auxiliary streams: named tensors that accompany the hidden states through the layers and from stage to stage.
 
-A model family declares `AuxiliaryStream`s. They are transported in two ways:
+A model family declares its `AuxiliaryStream`s. Streams are transported in two ways:
 
-* To the layers of a stage. The engine passes one extra tensor, `context`, to every layer and treats it as an input of
-  activation recomputation. A decoder-only layer does not use it, so all streams are packed into it as one flat tensor.
-  Only `GPTModel` and `ExtendedTransformerLayer` use that name.
+* To the layers of a stage. The engine passes one extra tensor, `context`, to every layer and treats `context` as an
+  input of activation recomputation. A decoder-only layer has no other use for `context`, so all streams are packed
+  into it as one flat tensor. Only `GPTModel` and `ExtendedTransformerLayer` use that name.
 * To the next stage. Streams with `travels=True` are appended to the hidden states as further rows of width h, so that
   the pipeline schedule sends one tensor, [k * s, b, h]. The schedule sees a longer sequence, which works with and
-  without interleaving; the interleaved schedule would refuse a wider tensor. Those with `written=True`, which a layer
-  may write, are sent as the stage's last layer has them.
+  without interleaving; the interleaved schedule would refuse a wider tensor. A stream with `written=True`, which
+  layers may overwrite, is sent with its value after the stage's last layer.
 
-Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism that is the local part of the
-sequence; a stream with `full_sequence=True` always has all rows. A model with several residual streams (AltUp) has
-hidden states of that many times s rows; auxiliary streams have s.
+Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism, these are the local part of the
+    sequence; a stream with `full_sequence=True` always has all rows. In a model with k residual streams (AltUp), the
+    hidden states have k s rows, but auxiliary streams have s rows.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ class AuxiliaryStream:
 
     width: int | None
     """Size of the last dimension on this rank. None: the width may differ per micro-batch and may be 0; at most one
-    stream of a run may have width None, and it cannot travel."""
+    stream of a run may have width None, and it cannot travel.
+    """
 
     full_sequence: bool = False
     """Whether every rank has all rows of the sequence, even under sequence parallelism."""
@@ -44,7 +45,9 @@ class AuxiliaryStream:
     """Whether the stream is sent to the next pipeline stage."""
 
     written: bool = False
-    """Whether a layer writes the stream; it holds zeros before that. The stage sends what its last layer has."""
+    """Whether layers write the stream, which holds zeros before the first write. A pipeline stage sends the value
+    after its last layer.
+    """
 
 
 class AuxiliaryInputs:
@@ -59,7 +62,7 @@ class AuxiliaryInputs:
         names = [stream.name for stream in streams]
         if len(set(names)) != len(names):
             raise ValueError(f"auxiliary streams need distinct names, got {names}")
-        # The stream of variable width comes last: its size is what remains after the others.
+        # The stream of variable width comes last, because its size is the rest of the packed tensor.
         self._to_layers = sorted((s for s in streams if s.to_layers), key=lambda stream: stream.width is None)
         if sum(stream.width is None for stream in streams) > 1:
             raise ValueError("at most one auxiliary stream may have width=None")
@@ -91,19 +94,19 @@ class AuxiliaryInputs:
         return self._split(self._travelling, joined)
 
     def with_written(self, hidden_states: torch.Tensor, layer_inputs: "LayerInputs") -> torch.Tensor:
-        """Returns the last layer's output with the streams that layers have written as further rows.
+        """Appends the streams that layers have written to the last layer's output, as further rows.
 
-        A stage's layers return one tensor, through activation recomputation too.
+        The layers of a stage can return only one tensor, in particular under activation recomputation.
         """
         values = {stream.name: layer_inputs.read(stream.name) for stream in self._written}
         return self._join(self._written, hidden_states, values)
 
     def without_written(self, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Splits what `with_written` has returned into hidden states and streams."""
+        """Splits the result of `with_written` into hidden states and streams."""
         return self._split(self._written, output)
 
     def unwritten(self, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the zeros that a stream holds until a layer writes it."""
+        """Returns the zeros that each written stream holds before a layer writes it."""
         rows, batch, _ = embedding.shape
         return {
             stream.name: embedding.new_zeros(rows * self._parts(stream), batch, stream.width or 0)
@@ -111,7 +114,7 @@ class AuxiliaryInputs:
         }
 
     def _parts(self, stream: AuxiliaryStream) -> int:
-        """Returns how many times as many rows as the hidden states the stream has on this rank."""
+        """Returns the ratio of the stream's rows to the rows of the hidden states on this rank."""
         return self._sequence_parallel_size if stream.full_sequence else 1
 
     def _factor(self, streams: list[AuxiliaryStream], hidden_size: int) -> int:
@@ -128,7 +131,7 @@ class AuxiliaryInputs:
         rows, batch, hidden_size = hidden_states.shape
         rows //= self._residual_streams
         further = self._further_rows(streams, hidden_size)
-        # A stream with the whole sequence travels as its parts beside each other, each as long as the hidden states.
+        # A stream with the whole sequence is sent as several parts side by side, each as long as the hidden states.
         found = [
             values[stream.name].view(self._parts(stream), rows, batch, -1).movedim(0, 2).flatten(2)
             for stream in streams
@@ -228,9 +231,9 @@ class LayerInputs:
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the modules and layers that follow on this stage.
+        """Replaces the stream for all later modules and layers of this stage.
 
-        The next stage gets it, too, if the stream is declared with `written=True`.
+        If the stream is declared with `written=True`, the next stage gets the new value, too.
         """
         assert self.packed is not None, f"cannot write auxiliary stream '{name}': nothing was packed"
         start, *shape = self._places[name]

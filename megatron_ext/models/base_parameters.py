@@ -12,7 +12,7 @@ ADAPTERS = "adapters"
 
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """Returns the parameters of a chunk's base model: all but those of layer slots, stage modules and adapters."""
+    """Returns the parameters of a chunk's base model: all except those of layer slots, stage modules and adapters."""
     return (parameter for name, parameter in chunk.named_parameters() if _is_base(chunk, name))
 
 

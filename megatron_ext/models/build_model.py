@@ -1,4 +1,4 @@
-"""Builds this rank's model chunks: the base model, and what model families add to its layers and pipeline stages.
+"""Builds this rank's model chunks: the base model, and the modules that model families add to its layers and stages.
 
 A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
@@ -58,16 +58,16 @@ def build_model(
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
         precision: precision of parameters and activations.
-        extensions: what the model families add to the model.
-        fuses_norms: with Transformer Engine, whether a norm is computed inside the linear layer that follows, where no
-            family reads its output; names of parameters do not change.
+        extensions: the additions of the model families.
+        fuses_norms: with Transformer Engine, whether the next linear layer computes a norm if no family reads the
+            norm's output; names of parameters do not change.
 
     Returns:
         The chunks in the order of their virtual pipeline stages.
 
     Raises:
         ValueError: two families use the same slot or replace the same linear module of a layer, or declare different
-            streams with the same name; or a flag requires Transformer Engine, which cannot be used here.
+            streams with the same name; or a flag requires Transformer Engine, which is not available.
     """
     extensions = extensions or []
     check_te(model, parallel)
@@ -101,19 +101,19 @@ def _keeps_norms(config: TransformerConfig, extensions: list[Extension]) -> bool
 
 
 def _check_fused_gradients(extensions: list[Extension]) -> None:
-    # A gradient that reaches a weight on another way than through its layer would be dropped.
+    # A gradient that reaches a weight other than through the weight's own layer would be dropped.
     for extension in extensions:
         if extension.reads_layers:
             raise ValueError(
-                f"--gradient-accumulation-fusion: the model family '{extension.name}' may use weights outside of their "
-                "layers; omit the flag"
+                f"--gradient-accumulation-fusion: the model family '{extension.name}' may use weights "
+                "outside of their layers; omit this flag"
             )
 
 
 def _merged_streams(
     model: ModelConfig, config: TransformerConfig, extensions: list[Extension]
 ) -> list[AuxiliaryStream]:
-    # Families may declare the same stream (the word embedding); it is carried once.
+    # Several families may declare the same stream, such as the word embedding; keep one of them.
     streams = [stream for extension in extensions for stream in extension.streams(config)]
     return list(dict.fromkeys([*streams, *key_value_streams(model, config.tensor_model_parallel_size)]))
 
@@ -176,21 +176,21 @@ def _build_chunk(
         module = extension.stage_module(config, stage, groups)
         if module is not None:
             chunk.add_stage_module(extension.name, module)
-    # The engine builds its position embedding in fp32 whatever `params_dtype` says.
+    # The engine builds its position embedding in fp32 whatever `params_dtype` is.
     return chunk.to(device=process_groups.device(), dtype=config.params_dtype)
 
 
 def _merged(
     kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
 ) -> dict[str, ModuleSpec]:
-    """Merges the slot modules, or the linear modules, that the model families contribute to one layer."""
+    """Merges the modules that the model families contribute to one layer: slot modules, or linear modules."""
     merged: dict[str, ModuleSpec] = {}
     for family, modules in contributions:
         for name, spec in modules.items():
             if name in merged:
                 raise ValueError(
-                    f"layer {layer_number}: the model family '{family}' uses the {kind} '{name}', which another model "
-                    "family already uses; apply them to different layers"
+                    f"layer {layer_number}: the model family '{family}' uses the {kind} '{name}', "
+                    "which another model family already uses; apply the two families to different layers"
                 )
             merged[name] = spec
     return merged

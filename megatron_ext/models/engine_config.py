@@ -1,6 +1,6 @@
 """Translates this project's configuration into megatron-core's `TransformerConfig`.
 
-No other module does this. The settings of model families are not part of `TransformerConfig`.
+No other module builds a `TransformerConfig`. It does not contain the settings of model families.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NO_CUDA_GRAPHS: dict[str, list[str]] = {
     # The engine's default, "full", is deprecated in every version; 0.18 renamed the field.
     ("cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"): []
 }
-"""Arguments of `TransformerConfig` with which no CUDA graph is captured."""
+"""Arguments of `TransformerConfig` that turn off the capture of CUDA graphs."""
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -61,7 +61,7 @@ def build_transformer_config(
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
         gated_linear_unit=model.is_gated,
         activation_func=_activation(model),
-        # Despite its name, this flag makes the engine build the activation that the layer spec names: ours.
+        # Despite its name, this flag makes the engine build the activation that the layer spec names, which is ours.
         use_te_activation_func=model.is_gated,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -70,8 +70,8 @@ def build_transformer_config(
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         attention_softmax_in_fp32=True,
-        # `initialize_parameters` sets every value. The engine's own initialization must still run: it also marks which
-        # parameters are sharded, and without these marks the gradient norm omits tensor-parallel ranks 1 and up.
+        # `initialize_parameters` sets every value later. The engine's own initialization must still run, because it
+        # also marks sharded parameters; without these marks the gradient norm omits tensor-parallel ranks 1 and up.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -92,10 +92,12 @@ def build_transformer_config(
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=_recompute_modules(parallel),
-        # True would send forward and backward tensors in one batch; gloo then gives wrong gradients with interleaving.
+        # With True, forward and backward tensors are sent in one batch, and gloo gives wrong gradients with
+        # interleaving.
         batch_p2p_comm=False,
         overlap_p2p_comm=overlaps,
-        # With overlap a stage's output is freed while it is still being sent: NCCL keeps its memory, gloo does not.
+        # With overlap, a stage's output is freed while it is still being sent. NCCL keeps the memory until then, gloo
+        # does not.
         deallocate_pipeline_outputs=pipeline > 1 and (use_cuda() or not overlaps),
         fp8=model.fp8_format,
         fp8_recipe=model.fp8_recipe,
@@ -105,15 +107,15 @@ def build_transformer_config(
         cross_entropy_fusion_impl=parallel.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=False,
         no_rope_freq=[int(is_without) for is_without in model.without_rotary] if model.no_rope_freq else None,
-        # Transformer Engine's kernel does not choose a part of an embedding that holds two (see `take_rotary`), nor
-        # does it scale its result.
+        # Transformer Engine's kernel can neither select one of two embeddings in a tensor (see `take_rotary`) nor
+        # scale its result.
         apply_rope_fusion=uses_te(model) and not model.has_two_rotaries and rotary_scale(model) == 1.0,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
         **NO_CUDA_GRAPHS,
     )
-    # This is not a field of the dataclass. If it is set, the engine sums over the stages the gradients of parameters
-    # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.
+    # This is not a field of the dataclass. If the attribute is set, the engine sums the gradients of parameters
+    # marked `pipeline_parallel` over the stages. An example is PLE's shared norm weight, which all stages hold.
     config.has_cond_embedder = True
     return config
 
@@ -132,7 +134,7 @@ def squared_relu(values: torch.Tensor) -> torch.Tensor:
 
 
 def tanh_gelu(values: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    """Returns GELU in its tanh approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     return F.gelu(values, approximate="tanh")
 
 

@@ -1,11 +1,11 @@
-"""megatron-core's GPTModel with auxiliary inputs, which model families need on every stage in addition to token ids.
+"""megatron-core's GPTModel, extended by auxiliary inputs that model families need on every stage besides token ids.
 
 A stream is a tensor that accompanies the hidden states; a travelling stream is also sent to the next pipeline stage.
-What each part of a stage's forward pass does:
+The parts of a stage's forward pass:
 
     input       takes hidden states and travelling streams; the first stage starts both from the word embedding
     families    stage modules compute the streams of this stage's layers from auxiliary inputs and travelling streams
-    AltUp       makes several residual streams of the first layer's input; see `gemma3n.altup`
+    AltUp       builds several residual streams from the first layer's input; see `gemma3n.altup`
     layers      run all layers, or only a range (`run_layers`), which can start from known hidden states
     output      joins hidden states with the travelling streams; the last stage returns logits or losses
 
@@ -43,7 +43,8 @@ WORD_EMBEDDING = "word_embedding"
 HIDDEN_STATES = "hidden_states"
 """Name of the auxiliary input from which `GPTModel.run_layers` starts.
 
-Shape [s, b, h] ([s/t, b, h] under sequence parallel)."""
+Shape [s, b, h] ([s/t, b, h] under sequence parallel).
+"""
 
 
 class GPTModel(EngineGPTModel):
@@ -73,7 +74,7 @@ class GPTModel(EngineGPTModel):
         if self.pre_process and altup_streams is not None:
             self.altup_start = StartStreams(self.config, altup_streams)
             self._keep_order_of_use()
-        # The engine transposes the word embedding, and the gradient of logits that a loss reads.
+        # The engine transposes the word embedding and the gradient of the logits.
         if self.pre_process:
             self.embedding.register_forward_hook(lambda _, __, output: plain_strides(output))
             if embedding_multiplier != 1.0:
@@ -100,7 +101,8 @@ class GPTModel(EngineGPTModel):
         self._keep_order_of_use()
 
     def _keep_order_of_use(self) -> None:
-        # The engine prefetches sharded parameters in the order of the modules.
+        # The engine prefetches sharded parameters in the order of the modules, so keep the order in which they are
+        # used.
         for later in ("decoder", "output_layer"):
             if later in self._modules:
                 self._modules[later] = self._modules.pop(later)
@@ -129,7 +131,9 @@ class GPTModel(EngineGPTModel):
 
     @property
     def cache_limit(self) -> int | None:
-        """Number of tokens beyond which a KV cache is of no use, because all hidden states change; None if none is."""
+        """Number of tokens beyond which a KV cache is of no use, because all hidden states change; None without such
+        a limit.
+        """
         rotary = self._rotary
         if not isinstance(rotary, RotaryByLength) or rotary.model.rope_scaling_type != "longrope":
             return None
@@ -158,7 +162,7 @@ class GPTModel(EngineGPTModel):
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
             auxiliary_inputs: the batch fields that model families add, by name.
-            document_bounds: [D + 1], where the documents of these sequences begin (`ops.documents`), or None.
+            document_bounds: [D + 1], the beginnings of the documents in these sequences (`ops.documents`), or None.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:
@@ -179,7 +183,8 @@ class GPTModel(EngineGPTModel):
             for name in self.stage_module_names:
                 embedding = getattr(self, name).embed(embedding, auxiliary_inputs)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
-                # With a frozen embedding: a recomputed layer gets gradients only if its input requires them.
+                # Needed if the embedding is frozen: a recomputed layer gets gradients only if its input requires
+                # them.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding if self.altup_start is None else self.altup_start(embedding)
             travelling = {WORD_EMBEDDING: embedding, **self.auxiliary.unwritten(embedding)}
@@ -197,7 +202,8 @@ class GPTModel(EngineGPTModel):
             kwargs["extra_block_kwargs"] = {"context": packed}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         if self._runs_none and not self.stage.is_last:
-            # No layer ran, so this is the received tensor; the schedule frees a tensor once it is sent.
+            # If no layer ran, the output is the received tensor itself. Copy it, because the schedule frees a tensor
+            # after sending it.
             output = output.clone()
         if self.stage.is_last:
             return output
@@ -207,7 +213,9 @@ class GPTModel(EngineGPTModel):
     def _attention_of_documents(
         self, bounds: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Returns the mask for megatron-core's own attention, whose scores are [s, s] anyway, and other arguments."""
+        """Returns a mask, for megatron-core's own attention (whose scores are [s, s] anyway), and further arguments
+        of the engine.
+        """
         attention = self.decoder.layers[0].self_attention
         if isinstance(attention.core_attention, SDPAttention):
             length = tokens.size(1) * self.pg_collection.cp.size()
@@ -220,7 +228,7 @@ class GPTModel(EngineGPTModel):
 
         Args:
             start: first layer, numbered over the whole model from 0. If it is above 0, the chunk that holds the layer
-                reads its input from the auxiliary input `HIDDEN_STATES`; earlier chunks pass on what they receive.
+                reads its input from the auxiliary input `HIDDEN_STATES`; earlier chunks pass on their input.
             end: first layer that does not run; None for the end of the model.
         """
         for layer in self.decoder.layers:

@@ -1,4 +1,4 @@
-"""Initializes every parameter with a generator seeded by its global name, and so independently of the parallel layout.
+"""Initializes every parameter with a generator seeded by its global name, independently of the parallel layout.
 
 The sharded state dict gives each local parameter's global name, shape and offset at any tensor- and pipeline-parallel
 size; the full tensor is sampled and the local part is kept. A model family chooses the distribution of its parameters
@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.models.gpt_model import GPTModel
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""The `metadata` of all `sharded_state_dict` calls: layers may differ; optimizer states load in any layout."""
+"""The `metadata` of all `sharded_state_dict` calls: layers may differ, and optimizer states load in any layout."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -60,7 +60,8 @@ def initialize_parameters(
 
 
 def _check_split(parameter: torch.Tensor, shard: ShardedTensor) -> None:
-    # A parent that is not a `MegatronModule` loses its children's sharding: ranks would get and save equal values.
+    # A parent that is not a `MegatronModule` loses its children's sharding, so that all ranks would get and save
+    # equal values.
     split = getattr(parameter, "tensor_model_parallel", False)
     if split and parallel_state.get_tensor_model_parallel_world_size() > 1:
         assert shard.local_shape != shard.global_shape, (
@@ -102,7 +103,8 @@ def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | N
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     device = shard.data.device
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    # Every rank samples the full tensor in fp32, so values depend on neither the split nor the parameter's dtype.
+    # Every rank samples the full tensor in fp32, so the values depend neither on the split nor on the parameter's
+    # dtype.
     full = torch.empty(shard.global_shape, dtype=torch.float32, device=device)
     if bound is None:
         full.normal_(0.0, std, generator=generator)

@@ -1,8 +1,8 @@
 """Builds the layer spec, which chooses the modules of a transformer layer.
 
-Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
-attention are this project's by default. Norms are modules of their own, because model families read their output; where
-none does, Transformer Engine's linear layer computes the norm before it.
+Attention and linear layers are megatron-core's, or Transformer Engine's if it is installed and there is a GPU. Norm
+and core attention are this project's by default. Norms are separate modules, because model families read their
+outputs. If no family does, Transformer Engine's linear layers compute the norms before them.
 """
 
 import functools
@@ -53,7 +53,7 @@ def layer_spec(
     Args:
         model: configuration of the base model; chooses the implementations of attention, norm and linear layers.
         auxiliary: layout of the auxiliary streams.
-        slots: maps slot name to the module that a model family puts into that slot.
+        slots: maps the name of a slot to the module that a model family puts into the slot.
         linears: maps a name in `LINEARS` to the module with which a model family replaces that linear layer.
         bidirectional: whether every position attends to all others; False for causal attention.
         fuses_norms: whether Transformer Engine's column-parallel layers compute the norms before them.
@@ -125,7 +125,7 @@ def _sizes(shape: LayerShape) -> dict[str, int]:
 
 
 def key_value_settings(model: ModelConfig, number: int, layers: Sequence[int]) -> KeyValueSettings | None:
-    """Returns what a layer's attention has beyond the engine's; None if nothing.
+    """Returns the settings of an attention that the engine lacks; None if the engine's own attention suffices.
 
     Args:
         model: configuration of the base model.
@@ -149,7 +149,7 @@ def key_value_settings(model: ModelConfig, number: int, layers: Sequence[int]) -
 
 
 def key_value_streams(model: ModelConfig, tensor_parallel_size: int) -> list[AuxiliaryStream]:
-    """Returns the streams of keys and values that several layers use: [s, b, 2 g d] on each tensor-parallel rank."""
+    """Returns the streams for keys and values that several layers use: [s, b, 2 g d] on each tensor-parallel rank."""
     sources = sorted({shape.keys_of for shape in model.layers if shape.keys_of is not None})
     return [
         AuxiliaryStream(
@@ -187,8 +187,8 @@ def _parts_of_gemma3n(model: ModelConfig) -> dict[str, ModuleSpec]:
 
 
 def _mlp(submodules: MLPSubmodules) -> ModuleSpec | Callable[..., MLP]:
-    """Returns what the engine's layer builds its MLP from."""
-    # Until 0.17 that is a spec, from 0.18 a function; a layer that is given a spec then says so in the log.
+    """Returns the MLP's entry in the spec of the engine's layer."""
+    # Up to 0.17 the entry is a spec, from 0.18 on a function; with a spec, later versions log a message.
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
@@ -207,14 +207,17 @@ def _gated_activation(model: ModelConfig, sparsity: float) -> type | ModuleSpec 
 
 def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
     """Returns the linear layer with its bias switched on."""
-    # The engine has one switch for the biases of all linear layers except qkv; here MLP and attention output differ.
+    # The engine has one switch for the biases of all linear layers except qkv; here, MLP and attention output may
+    # differ.
     if isinstance(linear, ModuleSpec):
         return ModuleSpec(module=_biased(linear.module), params=linear.params)
     return _biased(linear)
 
 
 def _of_heads(linear: type | ModuleSpec, queries: int, shape: LayerShape) -> type | ModuleSpec:
-    """Returns the query-key-value projection with as many rows as the layer has heads, where the engine has more."""
+    """Returns the query-key-value projection with rows for the layer's heads only; the engine's own has rows for keys
+    and values in every layer.
+    """
     if shape.key_value_heads == 2 * shape.num_query_groups:
         return linear
     rows = (queries + shape.key_value_heads) * shape.kv_channels
@@ -234,7 +237,7 @@ def _with_rows(linear: type, rows: int) -> type:
 
 @functools.cache
 def _biased(linear: type) -> type:
-    # Cached, so that all layers share one class: the engine compares module types.
+    # The result is cached, so that all layers share one class, because the engine compares module types.
     class Biased(linear):
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
             super().__init__(*args, bias=True, **kwargs)
@@ -251,7 +254,7 @@ def _backend(model: ModelConfig) -> BackendSpecProvider:
 
 
 def _head_norm(model: ModelConfig, norm: type, heads: int) -> type | ModuleSpec:
-    """Returns the norm of queries or keys, of which there are `heads` per token."""
+    """Returns the norm of queries or keys, for `heads` heads per token."""
     if model.qk_projection_norm:
         return ModuleSpec(module=ProjectionNorm, params={"heads": heads})
     return norm if model.qk_layernorm else IdentityOp

@@ -17,7 +17,7 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 
 @dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """Describes which part of the model a chunk holds."""
+    """Describes the part of the model that a chunk holds."""
 
     layer_numbers: tuple[int, ...]
     """Numbers of the chunk's layers, counted from 0 over the whole model."""
@@ -68,26 +68,31 @@ class Extension:
 
     name: str
     """Name of the model's attribute that holds the stage module, and therefore the prefix of the module's parameter
-    names."""
+    names.
+    """
 
     bidirectional: bool = False
     """Whether every position attends to all others instead of only to earlier ones."""
 
     reads_layers: bool = True
-    """Whether the family reads the outputs of a layer's norms, or uses its weights outside of its linear layers.
+    """Whether the family reads the outputs of a layer's norms, or uses a layer's weights outside of its linear
+    layers.
 
-    If not, Transformer Engine may compute norms inside linear layers, and sum gradients outside of autograd."""
+    If False, Transformer Engine may compute norms inside linear layers, and sum gradients outside of autograd.
+    """
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """Returns the model family's streams. The model itself supplies a travelling stream named `word_embedding`."""
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns a layer's slot modules: maps slot name to spec. Layers are numbered from 0 over the whole model."""
+        """Returns the family's modules for the slots of a layer, as specs by slot name. Layers are numbered from 0
+        over the whole model.
+        """
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns replacements of a layer's linear modules: maps a name in `layer_spec.LINEARS` to the new spec."""
+        """Returns replacements for a layer's linear modules, as specs by name (one of `layer_spec.LINEARS`)."""
         return {}
 
     def stage_module(

@@ -1,7 +1,8 @@
-"""Chooses whether a run uses Transformer Engine, and says in one line why it does not.
+"""Decides whether a run uses Transformer Engine; if not, states the reason in one line.
 
-`--transformer-impl auto` uses it wherever it can be used; whatever names it explicitly requires it. Where it cannot be
-used (not installed, another version, not importable, no GPU) megatron-core does not see it either.
+`--transformer-impl auto` uses Transformer Engine if it is available; flags that name Transformer Engine require it.
+If it is not available (not installed, an unsupported version, not importable, or no GPU), it is hidden from
+megatron-core as well.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ _ON_A_CPU = {
     "--transformer-impl transformer_engine": "--transformer-impl local",
     "--distributed-backend nccl": "--distributed-backend gloo",
 }
-"""What to give on a CPU instead of a flag that requires a GPU."""
+"""Maps a flag that requires a GPU to the flag to give instead on a CPU."""
 
 
 def uses_te(model: ModelConfig) -> bool:
@@ -30,12 +31,12 @@ def uses_te(model: ModelConfig) -> bool:
 
 
 def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises `ValueError` if a flag requires Transformer Engine, or FP8, and it cannot be used here.
+    """Raises `ValueError` if a flag requires Transformer Engine or FP8, which is not available.
 
-    Where there is no GPU, the error names every flag that requires one, NCCL's too, and what to give instead.
+    Without a GPU, the error names every flag that requires one, including NCCL's, and the flags to give instead.
     """
     flags = [*model.requires_te]
-    # The engine's recomputation of a norm reads Transformer Engine's FP8 state even when FP8 is off.
+    # When the engine recomputes a norm, it reads Transformer Engine's FP8 state even if FP8 is off.
     if parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules:
         flags.append("--recompute-modules layernorm")
     if parallel.gradient_accumulation_fusion:
@@ -58,13 +59,13 @@ def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _advice(flags: list[str]) -> str:
-    """Returns what to give instead of these flags where there is no GPU, as the end of an error; else ""."""
+    """Returns the end of an error message: the flags to give instead on a machine without a GPU; "" with a GPU."""
     instead = [_ON_A_CPU[one] for one in flags if one in _ON_A_CPU]
     return f"; on a CPU use {' '.join(instead)}" if instead and not use_cuda() else ""
 
 
 def _fp8_problem(recipe: str) -> str | None:
-    """Returns why this GPU cannot compute with an FP8 recipe, in Transformer Engine's words; None if it can."""
+    """Returns Transformer Engine's reason why this GPU cannot compute with an FP8 recipe; None if it can."""
     from transformer_engine.pytorch import fp8
 
     checks = {
@@ -76,17 +77,19 @@ def _fp8_problem(recipe: str) -> str | None:
 
 
 def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
-    """Lets Transformer Engine's linear layers add their weight gradients to `main_grad`, and autograd none."""
+    """Lets Transformer Engine's linear layers, instead of autograd, add their weight gradients to `main_grad`."""
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    # The engine's own switch is for all linear layers, and its output layer would then require Apex.
+    # The engine's own switch would also affect the output layer, which would then require Apex.
     for module in chunk.modules():
         if isinstance(module, TransformerEngineBaseModule):
             module.fuse_wgrad_accumulation = True
 
 
 def note_without_te(model: ModelConfig) -> str | None:
-    """Returns a line for a run on a GPU whose `--transformer-impl auto` does not use Transformer Engine; else None."""
+    """Returns a message if `--transformer-impl auto` does not use Transformer Engine although there is a GPU;
+    otherwise None.
+    """
     if model.transformer_impl != "auto" or not use_cuda() or transformer_engine_problem() is None:
         return None
     return f"linear layers: megatron-core's ({transformer_engine_problem()})"
@@ -95,8 +98,7 @@ def note_without_te(model: ModelConfig) -> str | None:
 def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's `model` section, without Transformer Engine if it cannot be used on this machine.
 
-    This is safe: the implementations used instead have the same weights and compute the same function, FP8's rounding
-    aside.
+    The implementations used instead have the same weights and compute the same function, except for FP8's rounding.
     """
     if transformer_engine_problem() is None:
         return dict(section)
@@ -108,6 +110,6 @@ def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         name: others[name].get(value, value) if name in others else value for name, value in section.items()
     }
-    if found.get("fp8_format") is None:  # its details would be refused without it
+    if found.get("fp8_format") is None:  # the other FP8 fields would be refused without it
         found = {name: value for name, value in found.items() if not name.startswith("fp8_")}
     return found

@@ -7,8 +7,8 @@ With the slots `before_layer`, `feed_forward` and `after_mlp` the layer computes
     x      <- x + MLP(LN2(x))               or, instead of these two lines, x <- feed_forward(layer, x, attend, streams)
     output <- after_mlp(x, streams)         with a layer scalar c: output <- c * after_mlp(x, streams)
 
-With sandwich norms, norms of their own are applied to Attention(...) and MLP(...) before the sums. Laurel adds a path
-beside the attention. With AltUp all lines but the last run on one of several residual streams; see `gemma3n`.
+With sandwich norms, Attention(...) and MLP(...) are each normalized before the sums. Laurel adds a path beside the
+attention. With AltUp, all lines except the last run on one of several residual streams; see `gemma3n`.
 
 `streams` is a `LayerInputs`, the auxiliary streams of this layer. A family fills a slot through the layer's spec. An
 empty slot (`IdentityOp`) is not called; with all three empty the layer runs megatron-core's own code path.
@@ -40,7 +40,9 @@ SLOTS = ("before_layer", "feed_forward", "after_mlp")
 
 @dataclass
 class ExtendedLayerSubmodules(TransformerLayerSubmodules):
-    """megatron-core's submodules, and slots for modules that take `config=`, `layer_number=`, `pg_collection=`."""
+    """megatron-core's submodules, and slots for modules with the arguments `config`, `layer_number`,
+    `pg_collection`.
+    """
 
     before_layer: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, streams) -> hidden_states`, called before the attention's norm."""
@@ -49,16 +51,17 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
     """`forward(layer, hidden_states, attend, streams) -> hidden_states`, replaces attention and MLP.
 
     It can use the layer's norms and MLP, and `attend(hidden_states)`, the layer's method with all other arguments
-    bound. While the module's attribute `active` is False, the slot counts as empty."""
+    bound. While the module's attribute `active` is False, the slot counts as empty.
+    """
 
     after_mlp: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, streams) -> hidden_states`, called on the layer's output."""
 
     post_attention_layernorm: ModuleSpec | type = IdentityOp
-    """Sandwich norm of the attention's output, bias included."""
+    """Sandwich norm, applied to the attention's output including its bias."""
 
     post_mlp_layernorm: ModuleSpec | type = IdentityOp
-    """Sandwich norm of the MLP's output, bias included."""
+    """Sandwich norm, applied to the MLP's output including its bias."""
 
     laurel: ModuleSpec | type = IdentityOp
     """Laurel's low-rank path; takes `config=`, `eps=`."""
@@ -70,7 +73,7 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
 class NormInLinear(torch.nn.Module):
     """Holds the weights of a norm that Transformer Engine's linear layer computes; returns its input unchanged.
 
-    Parameters thus have the names that they have with a separate norm, in checkpoints and everywhere else.
+    In this way, parameters keep the names that they have with a separate norm, in checkpoints and everywhere else.
     """
 
     def __init__(self, linear: torch.nn.Module) -> None:
@@ -79,7 +82,8 @@ class NormInLinear(torch.nn.Module):
             parameter = linear._parameters.pop(f"layer_norm_{name}", None)
             if parameter is not None:
                 self.register_parameter(name, parameter)
-                # Transformer Engine reads the attribute. Unlike an entry of `_parameters`, it is not listed.
+                # Transformer Engine reads this attribute. Unlike an entry of `_parameters`, the attribute does not
+                # appear in lists of parameters.
                 linear.__dict__[f"layer_norm_{name}"] = parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +96,7 @@ BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tenso
 def changed(
     change: Callable[[torch.Tensor], torch.Tensor], add: Callable[..., BiasDropoutAdd]
 ) -> Callable[..., BiasDropoutAdd]:
-    """Returns the engine's bias-dropout-add `add`, which changes the output with its bias before dropout and sum."""
+    """Wraps the engine's bias-dropout-add `add`: `change` is applied to output plus bias, before dropout and sum."""
 
     def choose(*args: Any) -> BiasDropoutAdd:
         add_residual = add(*args)
@@ -110,7 +114,7 @@ def changed(
 
 
 def with_sizes(config: TransformerConfig, sizes: Mapping[str, int]) -> TransformerConfig:
-    """Returns the configuration of a layer with these sizes: `config` itself where it has them."""
+    """Returns a layer's configuration with these sizes; `config` itself if it already has them."""
     changed = {name: size for name, size in sizes.items() if getattr(config, name) != size}
     if changed:
         config = copy.copy(config)
@@ -140,7 +144,7 @@ class ExtendedTransformerLayer(TransformerLayer):
         self.changes_outputs = changes_outputs
         """See `ModelConfig.changes_outputs`."""
         self.sends_written = sends_written
-        """Whether the output has the streams that layers have written as further rows, for the next stage."""
+        """Whether the output contains, as further rows for the next stage, the streams that layers have written."""
         self._separate_norm("input_layernorm", self.self_attention.linear_qkv)
         self._separate_norm("pre_mlp_layernorm", self.mlp.linear_fc1)
         for slot in SLOTS:
@@ -164,7 +168,8 @@ class ExtendedTransformerLayer(TransformerLayer):
                 setattr(self, name, norm)
                 setattr(self, adds, changed(norm, getattr(self, adds)))
         if changes_outputs:
-            # The engine enables gradients here even in a pass without them, in which the norms would save their inputs.
+            # The engine would enable gradients here even in a pass without them, so that the norms would save their
+            # inputs.
             self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._add_parts_of_gemma3n(submodules)
         self.has_scalar = has_scalar
@@ -183,7 +188,8 @@ class ExtendedTransformerLayer(TransformerLayer):
         Args:
             hidden_states: [s, b, h].
             context: the packed auxiliary streams; see `auxiliary_inputs`.
-            **kwargs: what megatron-core's block passes to every layer (mask, rotary embedding, KV cache, ...).
+            **kwargs: further arguments that megatron-core's block passes to every layer (mask, rotary embedding, KV
+              cache, ...).
 
         Returns:
             The output [s, b, h], with further rows if `sends_written`, and the packed auxiliary streams for the next
@@ -222,7 +228,7 @@ class ExtendedTransformerLayer(TransformerLayer):
     def _attention_and_mlp(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs, **kwargs: Any
     ) -> torch.Tensor:
-        """Runs all but the last slot, [s, b, h] -> [s, b, h]."""
+        """Runs the layer except for its last slot, [s, b, h] -> [s, b, h]."""
         if not isinstance(self.before_layer, IdentityOp):
             hidden_states = self.before_layer(hidden_states, layer_inputs)
         if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
@@ -246,7 +252,7 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
 
     def _separate_norm(self, name: str, linear: torch.nn.Module) -> None:
-        """Puts a `NormInLinear` in the place of a norm that the linear layer computes."""
+        """Sets a `NormInLinear` as the layer's norm if the linear layer computes this norm."""
         if hasattr(linear, "layer_norm_weight"):
             setattr(self, name, NormInLinear(linear))
 
@@ -254,12 +260,12 @@ class ExtendedTransformerLayer(TransformerLayer):
         """Returns `Attention(LN1(x))` [s, b, h], with output projection, bias, sandwich norm and dropout, but without
         the residual.
         """
-        # The engine's layer removes these two as well before it calls its attention.
+        # Like the engine's layer, remove these two before calling the attention.
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")
         }
         output = self.self_attention(self.input_layernorm(hidden_states), **kwargs)
-        # The engine's bias-dropout-add always adds a residual.
+        # The engine's bias-dropout-add always adds a residual, so pass zeros.
         zero = torch.zeros_like(hidden_states)
         return self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(
             output, zero, self.hidden_dropout

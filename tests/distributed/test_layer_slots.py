@@ -254,7 +254,7 @@ def test_two_families_in_one_slot_are_refused() -> None:
     message = run_single(_error_of_one_slot)
     assert (
         message == "layer 0: the model family 'second' uses the slot 'before_layer', which "
-        "another model family already uses; apply them to different layers"
+        "another model family already uses; apply the two families to different layers"
     )
 
 

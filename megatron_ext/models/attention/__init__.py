@@ -1,1 +1,3 @@
-"""Self-attention with what megatron-core's lacks: a bounded KV cache, and keys and values of other layers."""
+"""Self-attention with two features that megatron-core lacks: a bounded KV cache, and keys and values of other
+layers.
+"""

@@ -1,16 +1,17 @@
 """megatron-core's self-attention with a KV cache no longer than the window, and with keys and values of other layers.
 
 The engine's cache has a row for every position. Here a layer with a window of w tokens keeps the last w - 1 keys and
-values: what later queries see beside their own. Cached keys are not rotated yet; rotary attention depends on
-differences of positions only, so those that remain may be numbered from 0.
+values, to which later queries attend besides their own. Keys are cached before rotation. Since rotary attention
+depends only
+    on differences of positions, the keys that remain in the cache may be numbered from 0.
 
-The projection `linear_qkv` computes, for each key/value group, its query heads and, in this order,
+For each key/value group, the projection `linear_qkv` computes the query heads, followed by
 
     a key head and a value head     as in the engine
     a key head                      if values are keys: v = k, taken before the norm of the keys
     nothing                         if the layer uses the keys and values of an earlier layer
 
-An earlier layer whose keys and values others use writes them to an auxiliary stream, after their norms and before
+A layer that supplies keys and values to later layers writes them to an auxiliary stream, after their norms and before
 rotation. The stream passes through activation recomputation and to later pipeline stages; its layout is
 [s, b, 2 g d], a key and a value for each group. With a KV cache, the first layer of a stage that has the stream keeps
 a cache, and the others read it.
@@ -40,26 +41,30 @@ class Streams(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValueSettings:
-    """Where a layer's keys and values come from, and who else uses them."""
+    """The source of a layer's keys and values, and whether other layers use them."""
 
     values_are_keys: bool = False
-    """Whether the keys are the values, too."""
+    """Whether the keys are also used as values."""
 
     normalizes_values: bool = False
     """Whether values are divided by their root mean square."""
 
     stream: str | None = None
-    """Auxiliary stream with keys and values that several layers use; None if the layer uses its own and alone."""
+    """Auxiliary stream with keys and values that several layers use; None if the layer shares none."""
 
     reads_stream: bool = False
-    """Whether the layer takes its keys and values from the stream; else it writes them to the stream, if any."""
+    """Whether the layer reads its keys and values from the stream. If False, the layer computes them, and writes them
+    to the stream if there is one.
+    """
 
     keeps_cache: bool = True
     """Whether the layer keeps the KV cache for all layers of its stage that use the same keys and values."""
 
 
 class ExtendedSelfAttention(SelfAttention):
-    """Self-attention whose core attention may have a `window`, with keys and values as `KeyValueSettings` says."""
+    """Self-attention whose core attention may have a `window`, with keys and values according to
+    `KeyValueSettings`.
+    """
 
     def __init__(self, *args: Any, key_values: KeyValueSettings | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,11 +105,11 @@ class ExtendedSelfAttention(SelfAttention):
     def _queries_and_keys(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns queries, normalized keys, and keys without the norm, of a projection to groups of queries and key."""
+        """Splits a projection without value heads into queries, normalized keys, and keys without the norm."""
         projected, _ = self.linear_qkv(hidden_states)
         groups, ranks, rank = self.config.num_query_groups, self.tp_group.size(), self.tp_group.rank()
         copies = max(1, ranks // groups)
-        # Ranks that share a group need the whole group; each uses its part of the queries.
+        # If several ranks share a group, each needs the whole group, but uses only its part of the queries.
         if copies > 1:
             projected = all_gather_last_dim_from_tensor_parallel_region(projected, group=self.tp_group)
             projected = projected.chunk(groups, dim=-1)[rank // copies]
@@ -126,7 +131,9 @@ class ExtendedSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any, AttnMaskType, None]:
-        """Adds keys and values [s, b, g, d] to the cache; returns those that the queries may attend to."""
+        """Adds keys and values [s, b, g, d] to the cache; returns the keys and values that the queries may attend
+        to.
+        """
         if inference_context is None:
             return query, key, value, rotary_pos_emb, self.attn_mask_type, None
         cache, shared = inference_context.key_value_memory_dict, self.key_values.stream
@@ -140,19 +147,21 @@ class ExtendedSelfAttention(SelfAttention):
             )
         if shared is not None:
             cache[shared] = key, value
-        # As the engine does after the first pass.
+        # The engine, too, drops the mask after the first pass.
         kind = AttnMaskType.no_mask if inference_context.sequence_len_offset > 0 else self.attn_mask_type
         return query, key, value, rotary_pos_emb, kind, None
 
     def _add_to_window(
         self, inference_context: StaticInferenceContext, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the cached keys and values with the new ones behind them; keeps those that later queries see."""
+        """Returns the cached keys and values followed by the new ones; the cache then keeps those that later queries
+        attend to.
+        """
         cache = inference_context.key_value_memory_dict
         if inference_context.sequence_len_offset > 0:
             before = cache[self.layer_number]
             key, value = (torch.cat(pair) for pair in zip(before, (key, value), strict=True))
         first = max(0, key.size(0) - self.core_attention.window + 1)
-        # Copies, because a view would keep the keys of the whole prompt.
+        # Store copies, because a view would keep the keys of the whole prompt in memory.
         cache[self.layer_number] = key[first:].clone(), value[first:].clone()
         return key, value

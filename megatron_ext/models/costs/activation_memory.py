@@ -1,10 +1,10 @@
-"""Estimates the activations that one rank holds at the peak of a step: the base model's, and the model families'.
+"""Estimates the activations that one rank holds at the peak of a step, for the base model and the model families.
 
 Activations are the tensors that this engine's layers save for the backward pass; see `layer_activation_bytes`. With the
-1F1B schedule stage i of P holds the activations of up to P - i micro-batches at once. With the interleaved schedule and
-v chunks per stage these are 2 (P - i - 1) + (v - 1) P + 1 passes of one chunk. A layer that no gradient reaches saves
-nothing. At the peak a stage further holds the larger of two: what the loss needs on the last stage, or what the
-backward pass of a layer needs.
+1F1B schedule stage i of P holds the activations of up to P - i micro-batches at once. With the interleaved schedule
+and v chunks per stage, it holds the activations of up to 2 (P - i - 1) + (v - 1) P + 1 passes of one chunk. A layer
+that no gradient reaches saves nothing. At the peak, a stage also holds temporary tensors: of the loss (on the last
+stage) or of the backward pass of a layer, whichever is larger.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from megatron_ext.models.ops.windowed_attention import block_size
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The settings of a run on which its memory depends."""
+    """The settings of a run that determine its memory."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -72,7 +72,9 @@ class ParallelLayout:
 
     @property
     def sequence_split(self) -> int:
-        """Number of ranks over which norms and residual stream are split: TP under sequence parallelism, else 1."""
+        """Number of ranks over which norms and residual stream are split: the tensor-parallel size under sequence
+        parallelism, otherwise 1.
+        """
         parallel = self.parallel
         return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
@@ -88,7 +90,7 @@ class ParallelLayout:
 
     @property
     def ffn_bytes(self) -> float:
-        """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank; that of the widest layer."""
+        """Bytes of the MLP's inner tensor [s, b, f/t] of a micro-batch on one rank, in the widest layer."""
         return max(map(self.ffn_bytes_of, range(self.model.num_layers)))
 
     def ffn_bytes_of(self, layer: int) -> float:
@@ -98,7 +100,7 @@ class ParallelLayout:
 
     @property
     def logit_count(self) -> float:
-        """Number of a micro-batch's logits on one rank."""
+        """Number of logits of a micro-batch on one rank."""
         return self.tokens * self.padded_vocab / self.parallel.tensor_model_parallel_size
 
     @property
@@ -111,7 +113,7 @@ class ParallelLayout:
         return [layer for chunk in self.stage_chunks(stage) for layer in chunk]
 
     def stage_chunks(self, stage: int) -> list[range]:
-        """Returns the numbers of the layers of each of a stage's chunks."""
+        """Returns, for each of a stage's chunks, the numbers of its layers."""
         sizes = self.parallel.stage_sizes(self.model.num_layers)
         if self.chunks == 1:
             return [range(sum(sizes[:stage]), sum(sizes[: stage + 1]))]
@@ -131,35 +133,41 @@ class ParallelLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyActivations:
-    """Bytes that a model family adds on a rank, most of them activations; tuples have an entry for each layer."""
+    """Bytes that a model family adds on a rank, mostly activations; each tuple has one entry per layer."""
 
     layers: tuple[float, ...]
-    """What a layer saves per micro-batch beyond the base layer's; full recomputation drops it. For a layer of
-    `Use.PARTIAL`, all that it saves."""
+    """Bytes that a layer saves per micro-batch in addition to the base layer's; full recomputation drops them. For a
+    layer of `Use.PARTIAL`, all bytes that the layer saves.
+    """
 
     streams: tuple[float, ...]
-    """What is kept per micro-batch for a layer even under full recomputation."""
+    """Bytes kept per micro-batch for a layer even under full recomputation."""
 
     held: tuple[float, ...]
-    """What is held once for a layer, whatever the number of micro-batches in flight."""
+    """Bytes held once for a layer, whatever the number of micro-batches in flight."""
 
     weights: tuple[float, ...] = ()
-    """What a layer's weights take beyond the run's precision, or below it if negative; empty if nothing."""
+    """Bytes of a layer's weights minus their bytes in the run's precision, possibly negative; empty if all
+    differences are 0.
+    """
 
     state: tuple[float, ...] = ()
-    """State of a layer's parameters that the model family's own optimizer trains (`ModelCost.trained_apart`), with
-    fp32 main weights; empty if nothing."""
+    """Bytes of optimizer state, including fp32 main weights, for the parameters of a layer that the model family's
+    own optimizer trains (`ModelCost.trained_apart`); empty if there are none.
+    """
 
     at_most: tuple[float, ...] = ()
-    """The most that a step can hold for a layer; less, depending on the data. Counted as temporary; empty if
-    nothing."""
+    """Upper limit of the bytes that a step holds for a layer, if they depend on the data. They count as temporary;
+    empty if there are none.
+    """
 
     head: float = 0.0
-    """What the loss adds to the head's on the last stage."""
+    """Bytes that the loss adds to the head's activations on the last stage."""
 
     transient: float = 0.0
-    """What the forward or backward pass of one layer allocates beyond `mlp_backward_bytes` while the activations of all
-    others are kept."""
+    """Bytes that the forward or backward pass of one layer allocates in addition to `mlp_backward_bytes`, while the
+    activations of all other layers are kept.
+    """
 
 
 def stage_activation_bytes(
@@ -173,7 +181,7 @@ def stage_activation_bytes(
 def stage_temporary_bytes(
     layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations] = ()
 ) -> float:
-    """Returns what one rank of a stage allocates at the peak beyond the activations."""
+    """Returns the bytes that one rank of a stage allocates at the peak in addition to the activations."""
     kept, again = _kept_and_recomputed(layout, stage, families)
     at_loss = _loss_bytes(layout, stage, families)
     if at_loss and layout.parallel.tensor_model_parallel_size == 1:
@@ -188,7 +196,9 @@ def stage_temporary_bytes(
 def _kept_and_recomputed(
     layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]
 ) -> tuple[float, float]:
-    """Returns what a stage's layers keep until their backward pass, and what they recompute at one time."""
+    """Returns the bytes that a stage's layers keep until their backward pass, and the bytes recomputed at one
+    time.
+    """
     model, parallel = layout.model, layout.parallel
     numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
     per_chunk = len(numbers) // layout.chunks
@@ -216,13 +226,13 @@ def _kept_and_recomputed(
     if stage == 0:
         kept += in_flight / layout.chunks * end_activations(model, layout.hidden_bytes)
     if stage == 0 and model.hidden_dropout > 0:
-        # The embedding's dropout mask, one byte per value; only one of the stage's chunks has it.
+        # The embedding's dropout mask takes one byte per value; only one of the stage's chunks has it.
         kept += in_flight / layout.chunks * layout.hidden_bytes / layout.element_bytes
     return kept, again
 
 
 def _loss_bytes(layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]) -> float:
-    """Returns what the output's loss holds on a stage in a training step; 0 where there is none."""
+    """Returns the bytes that the output loss holds on a stage in a training step; 0 if the stage computes none."""
     is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
     if not is_last or (layout.work is not None and not layout.work.head_forwards):
         return 0.0
@@ -230,7 +240,7 @@ def _loss_bytes(layout: ParallelLayout, stage: int, families: Sequence[FamilyAct
 
 
 def _evaluation_bytes(layout: ParallelLayout, stage: int) -> float:
-    """Returns what an evaluation holds on a stage: its loss, even if a training step computes none."""
+    """Returns the bytes that an evaluation holds on a stage for the loss, even if a training step computes none."""
     is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
     return head_activation_bytes(layout) if is_last else 0.0
 
@@ -238,20 +248,21 @@ def _evaluation_bytes(layout: ParallelLayout, stage: int) -> float:
 def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer: int | None = None) -> float:
     """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
 
-    Full recomputation is not taken into account. A layer saves these values per token (letters as in `model_cost`):
-    inputs and outputs of the two norms (4h), inputs of sandwich norms (2h); output of the fused query-key-value
-    projection ((n + 2g) d); queries and keys again if they are rotated or normalized ((n + g) d, and n d more for
-    grouped queries that are normalized); attention output (n d); the MLP's inner tensors (GELU: 2f, gated: 3f); dropout
-    masks of one byte per value (as on a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d
-    per token of its own). With a sliding window shorter than the sequence, attention keeps joined keys and values, and
-    its output twice; with grouped queries also the keys and values of each block of queries, once for every query head
-    (as on a GPU). A layer that uses the keys and values of another saves only its queries and rotated keys. Unfused
-    core attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with dropout.
-    A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input (f).
+    Full recomputation is ignored. A layer saves these values per token (letters as in `model_cost`): inputs and
+    outputs of the two norms (4h), inputs of sandwich norms (2h); output of the fused query-key-value projection ((n +
+    2g) d); queries and keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that
+    are normalized); attention output (n d); the MLP's inner tensors (GELU: 2f, gated: 3f); dropout masks of one byte
+    per value (as on a GPU). With C context-parallel ranks, each rank keeps all keys and values (2 C g d for each of
+    its tokens). With a sliding window shorter than the sequence, attention keeps concatenated keys and values, and
+    its output twice; with grouped queries, it also keeps the keys and values of each block of queries, once for every
+    query head (as on a GPU). A layer that uses another layer's keys and values saves only its queries and rotated
+    keys. Unfused core attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with
+    dropout. A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input
+    (f).
 
     Args:
         layout: the run's settings.
-        use: how a step uses the layer. What a layer of `Use.PARTIAL` saves is counted by its model family.
+        use: how a step uses the layer. For `Use.PARTIAL`, the model family counts the saved bytes.
         layer: number of the layer; None for the mean over all layers.
     """
     if use < Use.GRADIENT:
@@ -259,7 +270,7 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
     parallel, size = layout.parallel, layout.element_bytes
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
     is_frozen = use is Use.GRADIENT
-    # A recomputed norm does not keep its output, a frozen layer does not need it.
+    # The output of a norm is not kept if the norm is recomputed, and not needed by a frozen layer.
     whole = (2 if is_frozen or "layernorm" in again else 4) * layout.hidden_bytes
     whole += 2 * layout.model.sandwich_norm * layout.hidden_bytes
     whole += layer_activations(layout.model, layout.hidden_bytes)
@@ -270,14 +281,16 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
 
 
 def mlp_backward_bytes(layout: ParallelLayout) -> float:
-    """Returns the bytes of the gradient of fc1's output, and of what the derivative of the activation needs."""
+    """Returns the temporary bytes of an MLP's backward pass: the gradient of fc1's output, and the derivative of the
+    activation.
+    """
     return (4 if layout.model.is_gated else 2) * layout.ffn_bytes
 
 
 def attention_activation_bytes(layout: ParallelLayout, layer: int | None = None) -> float:
     """Returns the bytes that a layer's attention saves between its norm and its output projection.
 
-    Without a number of a layer: the mean over all layers.
+    If `layer` is None, returns the mean over all layers.
     """
     model, parallel = layout.model, layout.parallel
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
@@ -292,17 +305,18 @@ def _saved_width(layout: ParallelLayout, layer: int) -> float:
     model, shape, ranks = layout.model, layout.model.layers[layer], layout.parallel.tensor_model_parallel_size
     groups = shape.num_query_groups / ranks
     queries = attention_width(model, layer) / ranks
-    # Ranks that share a key/value group have all of its keys and values, and gather the projections of all.
+    # Ranks that share a key/value group each have all of its keys and values, and gather the projections of all
+    # ranks.
     keys = max(1.0, groups) * shape.kv_channels
     projection = qkv_width(model, layer) / (ranks if groups >= 1 or shape.keys_of is not None else 1)
     is_windowed = attended_keys(model, layer) < model.seq_length
-    # Under context parallelism and with a sliding window attention computes in several parts: it saves the keys and
-    # values of all ranks, and the outputs of the parts, which are then joined.
+    # Under context parallelism, and with a sliding window, attention is computed in several parts: the keys and
+    # values of all ranks are saved, and so are the outputs of the parts, which are then joined.
     in_parts = is_windowed or layout.parallel.context_parallel_size > 1
     width = 2 * queries + 2 * keys * layout.parallel.context_parallel_size if in_parts else queries
     is_grouped = shape.num_query_groups < model.num_attention_heads
     if is_windowed and is_grouped:
-        # On a GPU each block of queries keeps its keys and values once for every query head.
+        # On a GPU, each block of queries keeps its keys and values once for every query head.
         window = attended_keys(model, layer)
         block, beyond = block_size(window), 1 - window / model.seq_length
         width += 2 * queries * beyond * (block + window - 1) / block
@@ -311,21 +325,26 @@ def _saved_width(layout: ParallelLayout, layer: int) -> float:
         projected = queries if model.has_qk_norm else 0
         return width + projected + queries + (keys if rotates and not in_parts else 0)
     is_changed = rotates or model.has_qk_norm
-    # A rotation does not keep the projection's output, of which the values are a part.
+    # A rotation does not keep the projection's output, so the values, which are a part of it, must be saved
+    # separately.
     keeps_values = not layout.is_half if model.v_layernorm else not in_parts
     if keeps_values or model.has_qk_norm or not rotates:
         width += projection
     if is_changed:
         width += queries + (0 if in_parts else keys)
     if model.has_qk_norm and is_grouped and (groups > 1 or model.qk_projection_norm):
-        width += queries  # queries of several groups are copied out of the projection's output
+        width += queries  # with several groups, the queries are copied out of the projection's output
     if model.v_layernorm:
-        width += (0 if in_parts else keys) + (2 * keys if layout.is_half else 0)  # normalized in fp32
+        width += (0 if in_parts else keys) + (
+            2 * keys if layout.is_half else 0
+        )  # the values are normalized in fp32
     return width
 
 
 def shared_key_bytes(layout: ParallelLayout, stage: int) -> float:
-    """Returns the bytes per micro-batch of the keys and values that layers of a stage share, over all its chunks."""
+    """Returns the bytes per micro-batch of the keys and values that layers of a stage share, summed over its
+    chunks.
+    """
     shapes = layout.model.layers
     sources = {shape.keys_of for shape in shapes if shape.keys_of is not None}
     tensor = layout.parallel.tensor_model_parallel_size
@@ -333,20 +352,21 @@ def shared_key_bytes(layout: ParallelLayout, stage: int) -> float:
         2 * max(1, shapes[source].num_query_groups // tensor) * shapes[source].kv_channels
         for source in sources
     )
-    # A chunk keeps them as it received them (the first one: as zeros), and as its layers have written them.
+    # A chunk keeps shared keys and values twice: as received (zeros in the first chunk), and as written by its
+    # layers.
     written = sum(layer in sources for layer in layout.stage_layers(stage))
     return (layout.chunks + written) * width * layout.tokens * layout.element_bytes
 
 
 def head_activation_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes that final norm, logits and loss save for the backward pass of one micro-batch."""
-    # The logits in the run's precision, and the softmax for the backward pass: megatron-core's is in fp32, the one of
-    # `cross_entropy` (without tensor parallelism) in the run's precision.
+    # Counts the logits, in the run's precision, and the softmax for the backward pass. The softmax is in fp32 with
+    # megatron-core's loss, and in the run's precision with `cross_entropy` (without tensor parallelism).
     is_split = layout.parallel.tensor_model_parallel_size > 1
     softmax = 4 if is_split else layout.element_bytes
     if is_split and layout.parallel.cross_entropy_fusion_impl == "te":
-        softmax = 0  # the gradient takes the logits' place
-    # Limited logits: their hyperbolic tangent.
+        softmax = 0  # the gradient overwrites the logits
+    # With --final-logit-softcapping, the hyperbolic tangent of the logits is kept.
     capped = layout.element_bytes * (layout.model.final_logit_softcapping is not None)
     norm = 2 * layout.hidden_bytes + end_activations(layout.model, layout.hidden_bytes)
     return norm + (layout.element_bytes + softmax + capped) * layout.logit_count

@@ -7,13 +7,14 @@ Bytes per parameter, with D data-parallel ranks:
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
     fp16      2           2          4 + 8            (4 + 8) / D          (the same)
 
---grad-reduce-in-bf16 halves the gradients of bf16, --accumulate-allreduce-grads-in-fp32 doubles those of fp16.
+--grad-reduce-in-bf16 halves the bytes of gradients in bf16; --accumulate-allreduce-grads-in-fp32 doubles them in
+fp16.
 
-Parameters that a model family's own optimizer trains have the state that the family specifies, and no gradient beside
-temporary tensors. Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or in
-that in which a model family stores them. Activations: see `activation_memory`. Temporary tensors are those of the loss,
-of the backward pass of a layer, and of model families.
-Not included: fragmentation of the allocator, and communication buffers. Leave a margin for them.
+For parameters that a model family's own optimizer trains, the family specifies the state; their gradients count as
+temporary tensors. Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or
+in the precision in which a model family stores them. For activations, see `activation_memory`. Temporary tensors
+belong to the loss, to the backward pass of a layer, and to model families. Fragmentation of the allocator and
+communication buffers are not included; leave a margin for them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,7 +54,7 @@ class StageMemory:
 
     @property
     def peak_bytes(self) -> float:
-        """Sum of all."""
+        """Sum of all entries, temporary tensors included."""
         return self.kept_bytes + self.temporary_bytes
 
 
@@ -70,7 +71,7 @@ def estimate_memory(
         family_parameters: number of parameters that all model families add to the whole model; assumed to be spread
             evenly over tensor-parallel ranks and layers.
         trained_family_parameters: number of these parameters that the engine's optimizer trains; None for all.
-        activations: what the model families add to the activations.
+        activations: activations that the model families add.
 
     Returns:
         One entry per stage, from first to last.
@@ -111,16 +112,16 @@ def estimate_memory(
 
 
 def _stage_sum(layout: ParallelLayout, stage: int, of_families: Iterable[tuple[float, ...]]) -> float:
-    """Sums the entries of a stage's layers; a model family's tuple may be empty."""
+    """Sums a tuple's entries over a stage's layers; a model family's tuple may be empty."""
     numbers = layout.stage_layers(stage)
     return sum(of_layers[number] for of_layers in of_families if of_layers for number in numbers)
 
 
 def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = False) -> int:
-    """Returns how many parameters of the base model one rank of a stage holds.
+    """Returns the number of parameters of the base model that one rank of a stage holds.
 
-    If word embedding and output layer share their weights, a single stage holds them once; with several stages the last
-    one holds a copy.
+    Shared weights of word embedding and output layer count once with a single stage; with several stages, the last
+    stage holds a copy.
 
     Args:
         layout: the run's settings.

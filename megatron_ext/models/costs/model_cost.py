@@ -3,7 +3,7 @@
 The FLOPs of each part:
 
     linear layer           2 * inputs * outputs
-    core attention         2 * (2 * k * n * d)        scores and weighted sum, over k keys: s, or w if fewer
+    core attention         2 * (2 * k * n * d)        scores and weighted sum over k keys; k = min(s, w)
     layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
     forward                L * layer + linear(h, V)
     forward and backward   3 * forward                every product has two in the backward pass
@@ -11,11 +11,11 @@ The FLOPs of each part:
 Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, w sliding window of the layer,
 V padded vocabulary.
 This is the usual 6ND (N weights, D tokens) plus attention (arXiv 2204.02311, appendix B). N counts the weights that
-take part in a matrix product: the output layer always, the word embedding's lookup never. By convention
-attention counts the full s x s square (s x w with a window) although it is causal; norms, activations and softmax are
-not counted. A function of one layer takes its number; without one it returns the mean over all layers.
-What AltUp and Laurel add is in `gemma3n_cost`. If parts are frozen, a product has fewer gradients, and layers may be
-skipped or run several times: see `step_work`. A model family reports its own part in another `ModelCost`.
+take part in a matrix product: always the output layer, never the word embedding's lookup. By convention, attention
+counts the full s x s square (s x w with a window) although it is causal; norms, activations and softmax are not
+counted. Functions with the argument `layer` take the number of a layer; for None, they return the mean over all
+layers. AltUp and Laurel are counted in `gemma3n_cost`. If parts are frozen, a product has fewer gradients, and layers
+may be skipped or run several times: see `step_work`. A model family reports its own part in another `ModelCost`.
 
 Torch's `FlopCounterMode` is used only in tests, to check these formulas: it makes a step several times slower, counts
 recomputation too, and misses the CPU's fused attention kernel.
@@ -53,8 +53,9 @@ class ModelCost:
     """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
     trained_apart: int = 0
-    """Number of the trained parameters that the model family's own optimizer trains: they have no gradient of every
-    element, and their state is in `FamilyActivations.state`."""
+    """Number of the trained parameters that the model family's own optimizer trains. They have no dense gradient, and
+    their state is in `FamilyActivations.state`.
+    """
 
     @property
     def trained_parameters(self) -> int:
@@ -113,7 +114,7 @@ def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
-    """Returns the model FLOPs per token of a training step, on which MFU is based; recomputation is not counted."""
+    """Returns the FLOPs per token of a training step from which MFU is computed; recomputation is not counted."""
     return sum(cost.training_flops_per_token for cost in costs)
 
 
@@ -146,7 +147,7 @@ def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Returns how many layers of the whole model run their forward pass twice because of full recomputation."""
+    """Returns the number of layers in the whole model whose forward pass runs twice because of full recomputation."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method == "uniform":
@@ -181,7 +182,7 @@ def mlp_flops_per_token(model: ModelConfig) -> float:
 def linear_flops_per_token(model: ModelConfig, *names: str, layer: int | None = None) -> float:
     """Returns the forward FLOPs per token of the given linear modules of a layer, named as in `linear_sizes`.
 
-    Without names: of all of them.
+    Without names, returns the FLOPs of all linear modules.
     """
 
     def weights(one: int) -> int:
@@ -192,7 +193,7 @@ def linear_flops_per_token(model: ModelConfig, *names: str, layer: int | None = 
 
 
 def mean_over_layers(model: ModelConfig, layer: int | None, value: Callable[[int], float]) -> float:
-    """Returns the value of a layer; for None the mean over all layers."""
+    """Returns `value` of a layer; if `layer` is None, the mean over all layers."""
     if layer is not None:
         return value(layer)
     return sum(map(value, range(model.num_layers))) / model.num_layers

@@ -1,17 +1,17 @@
-"""Describes how much of the base model's forward and backward pass a training step runs if parts are frozen.
+"""Describes which part of the base model's forward and backward passes a training step runs if layers are frozen.
 
-For each use of a layer, the table marks what a step computes (x). The last two columns are the FLOPs, in units of one
+For each use of a layer, the table marks the computed parts (x). The last two columns are the FLOPs, in units of one
 forward pass, of the products with weights and of core attention:
 
     use         forward   gradient of inputs   gradient of weights     weights   attention
     SKIPPED                                                            0         0
     FORWARD     x                                                      1         1
-    PARTIAL     x         partly; the model family counts it           1         1
+    PARTIAL     x         in part; the model family counts it           1         1
     GRADIENT    x         x                                            2         3
     TRAINED     x         x                    x                       3         3
 
 Core attention has no weights: its two products have two input gradients each. A trained layer always needs the gradient
-of its inputs, because its norms train. A model family that freezes parts of the model describes that in a `StepWork`,
+of its inputs, because its norms train. A model family that freezes parts of the model returns a `StepWork`,
 which `model_cost` and `memory_estimate` read.
 """
 
@@ -21,7 +21,9 @@ from enum import IntEnum
 
 
 class Use(IntEnum):
-    """What a step computes for a layer, or for the head (final norm and output layer), in increasing order of work."""
+    """The computation of a step for a layer, or for the head (final norm and output layer), in increasing order of
+    work.
+    """
 
     SKIPPED = 0
     FORWARD = 1
@@ -42,7 +44,7 @@ class Use(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """How much of the model one training step runs and trains."""
+    """The parts of the model that one training step runs and trains."""
 
     layers: tuple[Use, ...]
     """How a step uses each layer of the base model (skipped, run, or trained), in order."""
@@ -55,7 +57,8 @@ class StepWork:
 
     head_forwards: int = 1
     """Number of forward passes of the head (final norm and output layer): 0 if no loss reads the output, 2 if a
-    teacher's output is computed as well."""
+    teacher's output is computed as well.
+    """
 
     further_forwards: int = 0
     """Number of additional forward passes of all layers without the head, for example those of a teacher."""
@@ -74,7 +77,7 @@ class StepWork:
 
     @property
     def head_passes(self) -> int:
-        """FLOPs of the output layer in a training step, as a multiple of those of its own forward pass."""
+        """FLOPs of the output layer in a training step, in units of its own forward pass."""
         return self.head_forwards + self.head.weight_passes - 1 if self.head_forwards else 0
 
 

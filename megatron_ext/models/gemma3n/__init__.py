@@ -1,1 +1,1 @@
-"""Parts of a layer that Gemma 3n has beside Gemma 3's: AltUp's residual streams, Laurel, and sparse activations."""
+"""Parts of a layer that Gemma 3n has and Gemma 3 lacks: AltUp's residual streams, Laurel, and sparse activations."""

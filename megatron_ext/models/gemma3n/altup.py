@@ -1,19 +1,20 @@
-"""AltUp: several residual streams of which each layer computes one, and predicts and corrects all; as in Gemma 3n.
+"""AltUp, as in Gemma 3n: several residual streams; each layer runs on one of them, and predicts and corrects all.
 
-For a token's k streams x_1 .. x_k, of which x_1 is the active one, with m(v) = tanh(W_r RMSNorm(v) / h):
+A token has k streams x_1 .. x_k; x_1 is the active one. With m(v) = tanh(W_r RMSNorm(v) / h):
 
     predict     p_j = x_j + sum_i C[j, i] x_i,       C = W_p m(x_1), a matrix [k, k]
     layer       y = Layer(p_1)
     correct     x_j <- p_j + (1 + (W_c m(y))_j) (y - p_1)
 
-Before the first layer the streams are made of the word embedding e, after the last one they are joined. Below |v| is
-the root of the mean square of v, of at least sqrt(1e-5) in a denominator:
+Before the first layer, the streams are built from the word embedding e; after the last layer, they are joined. |v| is
+the root mean square of v; in a denominator, it is at least sqrt(1e-5):
 
     start       x_1 = e,  x_j = |e| u / |u|  with u = W_j e
     end         x = (x_1 + sum_j |x_1| v_j / |v_j|) / k  with v_j = W'_j x_j
 
-The streams travel as rows: hidden states are [k s, b, h], stream by stream. So the pipeline schedule sees a longer
-sequence. Under sequence parallelism each rank has all streams of its s/t tokens; every weight is on all ranks.
+The streams are stored as rows, one stream after the other: hidden states are [k s, b, h]. To the pipeline schedule,
+this is a longer sequence. Under sequence parallelism each rank has all streams of its s/t tokens; every weight is on
+all ranks.
 Sources: AltUp (arXiv 2301.13310); transformers' `Gemma3nTextAltUp`.
 """
 
@@ -30,7 +31,7 @@ _LEAST_SQUARE = 1e-5
 
 
 class AltUp(torch.nn.Module):
-    """Predicts the streams, runs a layer on the active one, and corrects all."""
+    """Predicts all streams, runs a layer on the active stream, and corrects all streams."""
 
     def __init__(
         self, config: TransformerConfig, eps: float, *, streams: int, coef_clip: float | None
@@ -62,7 +63,7 @@ class AltUp(torch.nn.Module):
     def _predict(self, streams: torch.Tensor) -> torch.Tensor:
         """Returns the predictions [k, s, b, h] of streams [k, s, b, h]."""
         if self.training and self.coef_clip is not None:
-            # As in the source, the weight itself is limited, so that the limit does not stop its gradient.
+            # As in transformers, the weight itself is limited in place, so that the limit does not stop the gradient.
             self.prediction.data.clamp_(-self.coef_clip, self.coef_clip)
         coefficients = F.linear(self._modalities(streams[0]), self.prediction)
         matrices = coefficients.unflatten(-1, (self.streams, self.streams))
@@ -80,7 +81,7 @@ class AltUp(torch.nn.Module):
 
 
 class StartStreams(torch.nn.Module):
-    """Makes the streams of the word embedding."""
+    """Builds the streams from the word embedding."""
 
     def __init__(self, config: TransformerConfig, streams: int) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class StartStreams(torch.nn.Module):
 
 
 class JoinStreams(torch.nn.Module):
-    """Joins the streams, and applies the final norm, whose place it takes in the engine's block."""
+    """Joins the streams and applies the final norm; replaces the final norm in the engine's block."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float, *, streams: int, norm: Any
@@ -122,16 +123,18 @@ class JoinStreams(torch.nn.Module):
 
 
 def _scaled(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Scales each vector of values [k - 1, s, b, h] to the magnitude of that in `like` [s, b, h]."""
+    """Scales each vector of values [k - 1, s, b, h] to the magnitude of the same token's vector in `like` [s, b,
+    h].
+    """
     root = like.size(-1) ** 0.5
-    # A norm's gradient at zero is zero; that of a root would be infinite.
+    # The gradient of a vector norm at zero is zero; the gradient of a square root would be infinite.
     wanted = torch.linalg.vector_norm(like, dim=-1, keepdim=True) / root
     found = values.square().mean(-1, keepdim=True).clamp_min(_LEAST_SQUARE).sqrt()
     return values * wanted / found
 
 
 class RotaryOfStreams(torch.nn.Module):
-    """A rotary embedding whose length is that of the sequence, and not of the streams' rows."""
+    """A rotary embedding whose length is the sequence length, not the k times larger number of rows."""
 
     def __init__(self, rotary: torch.nn.Module, streams: int) -> None:
         super().__init__()
@@ -146,11 +149,11 @@ class RotaryOfStreams(torch.nn.Module):
         config: TransformerConfig,
         packed_seq_params: Any = None,
     ) -> int:
-        """Returns the number of positions, as the engine's method of this name."""
+        """Returns the number of positions, like the engine's method of the same name."""
         found: int = self.rotary.get_rotary_seq_len(
             inference_context, block, hidden_states, config, packed_seq_params
         )
-        # A cache and packed documents say how long the sequence is; otherwise these are the rows.
+        # A cache or packed documents specify the length; otherwise it is the number of rows, divided by k.
         is_known = inference_context is not None or packed_seq_params is not None
         return found if is_known else found // self.streams
 

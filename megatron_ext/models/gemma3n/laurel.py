@@ -3,7 +3,7 @@
     n = LN1(x)
     x <- (x + Attention(n) + n + RMSNorm(W_right W_left n)) / sqrt(2)
 
-W_left is [r, h] and W_right is [h, r]; every tensor-parallel rank has both as a whole. Shapes: [s, b, h], under
+W_left is [r, h] and W_right is [h, r]; every tensor-parallel rank holds both completely. Shapes: [s, b, h], under
 sequence parallelism [s/t, b, h].
 Sources: LAuReL (arXiv 2411.07501); transformers' `Gemma3nTextLaurelBlock`.
 """
@@ -42,13 +42,13 @@ class Laurel(torch.nn.Module):
 def with_laurel(
     laurel: Laurel, norm: torch.nn.Module, add: Callable[..., Callable[..., torch.Tensor]]
 ) -> Callable[..., Callable[..., torch.Tensor]]:
-    """Returns the attention's bias-dropout-add `add`, after which Laurel's path is added and the sum is scaled."""
+    """Wraps the attention's bias-dropout-add `add`: adds Laurel's path to its result and scales the sum."""
 
     def choose(*args: Any) -> Callable[..., torch.Tensor]:
         add_residual = add(*args)
 
         def run(returned: Any, residual: torch.Tensor, dropout: float) -> torch.Tensor:
-            # The norm is computed again: the engine may have freed its output for recomputation.
+            # Compute the norm again, because the engine may have freed its output for recomputation.
             path = laurel(norm(residual))
             return (add_residual(returned, residual, dropout) + path) * 0.5**0.5
 

@@ -1,10 +1,10 @@
-"""Gated activations of which only the largest gates remain: Gaussian top-k, as in Gemma 3n.
+"""Gated activations in which only the largest gates are nonzero: Gaussian top-k, as in Gemma 3n.
 
     Sparse(x) = act(relu(gate - (mean + z deviation))) * up,   [gate ; up] = W_fc1 x
 
-Mean and deviation are those of a token's f gate values. If these are normally distributed, a share of `sparsity` lies
-below the cutoff: z is the standard normal's quantile of that share. Under tensor parallelism each rank has f/t of the
-values, and one gather of mean and variance gives those of all.
+Mean and deviation are taken over a token's f gate values. z is the standard normal quantile of `sparsity`, so that
+this fraction of normally distributed values lies below the cutoff. Under tensor parallelism, each rank has f/t of the
+values; one gather of the ranks' means and variances gives the mean and variance of all f values.
 Source: Gemma 3n, after "Spark Transformer" (arXiv 2506.06644). Shapes: [s, b, 2 f/t] -> [s, b, f/t].
 """
 
@@ -21,7 +21,7 @@ from megatron_ext.models.ops.gated_activations import GELU_TANH, SILU, GateActiv
 
 
 class _Sparse(torch.autograd.Function):
-    """Saves its input and two numbers per token; the backward pass computes the rest again."""
+    """The autograd function. It saves its input and two numbers per token; the backward pass recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -43,7 +43,8 @@ class _Sparse(torch.autograd.Function):
         torch.mul(grads[0], ctx.activation.value(above), out=grad_up)
         ctx.activation.write_gradient(grads[0] * up, above, grad_gate)
         grad_gate.mul_(above > 0)
-        # The cutoff's gradient is minus the sum; its own derivative is (1 + z (gate - mean) / deviation) / f.
+        # The gradient of the cutoff is minus the sum of the gates' gradients; the derivative of the cutoff with
+        # respect to a gate is (1 + z (gate - mean) / deviation) / f.
         total = grad_gate.sum(-1, keepdim=True, dtype=torch.float32)
         if ctx.group.size() > 1:
             dist.all_reduce(total, group=ctx.group)
@@ -65,7 +66,8 @@ def _moments(gate: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor
         of_ranks = own.new_empty(group.size() * 2, *mean.shape)
         dist.all_gather_into_tensor(of_ranks, own, group=group)
         means, variances = of_ranks.unflatten(0, (-1, 2)).unbind(1)
-        # All ranks have equally many values: the variance is the mean within ranks plus that between them.
+        # All ranks have equally many values, so the variance is the mean of the ranks' variances plus the variance of
+        # their means.
         between, mean = torch.var_mean(means, dim=0, correction=0)
         variance = variances.mean(0) + between
     return mean, variance.sqrt_()
@@ -77,7 +79,7 @@ class SparseGatedActivation(MegatronModule):
     def __init__(self, config: TransformerConfig, *, sparsity: float, has_gelu: bool) -> None:
         """Args:
         config: the engine's configuration.
-        sparsity: share of the gates that are cut off, above 0 and below 1.
+        sparsity: fraction of the gates that are set to zero, above 0 and below 1.
         has_gelu: whether the activation is GELU in its tanh approximation; else SiLU.
         """
         super().__init__(config)

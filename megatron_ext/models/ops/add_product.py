@@ -20,7 +20,8 @@ class _AddProduct(torch.autograd.Function):
         ctx.save_for_backward(coefficients, factor)
         ctx.start = start
         part = _part(total, start, factor.size(1))
-        # `part` is both addend and output: one GEMM with accumulation, and no temporary of the output's size.
+        # `part` is both addend and output, so one GEMM accumulates into it without a temporary tensor of the output's
+        # size.
         torch.addmm(part, coefficients.reshape(-1, factor.size(0)), factor, out=part)
         return total
 
@@ -58,6 +59,7 @@ def add_product(
         The sum [s, b, m]: `total` itself, or a copy if `total` was a view.
     """
     if total._is_view():
-        # The tensor-parallel reduction and Transformer Engine return views, which autograd does not let us modify.
+        # The tensor-parallel reduction and Transformer Engine return views, which must not be modified in place under
+        # autograd.
         total = total.clone()
     return _AddProduct.apply(total, coefficients, factor, start)

@@ -7,8 +7,8 @@ With a KV cache the queries are the last `s_q` of the `s_k` positions.
 Under context parallelism a rank has two chunks of every sequence (`context_parallel`). Rotated keys and values are
 gathered over the ranks; each of the two chunks of queries attends to the keys up to its own end.
 
-With a sliding window of `w` tokens a query attends to the last `w` of these keys only (`windowed_attention`). Where
-sequences hold several documents, it attends to keys of its own document only (`documents`).
+With a sliding window of `w` tokens, a query attends only to the last `w` of these keys (`windowed_attention`). If a
+sequence holds several documents, a query attends only to keys of its own document (`documents`).
 """
 
 import contextlib
@@ -61,12 +61,14 @@ class SDPAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.window = window
-        """Number of keys that a query attends to, its own included; None for all earlier keys."""
+        """Number of keys that a query attends to, including its own; None for all earlier keys."""
         group = None if pg_collection is None else pg_collection.cp
         self.context_group = group if group is not None and group.size() > 1 else None
-        """The ranks that share each sequence; None if there is one."""
+        """The ranks that share each sequence; None if a single rank holds it."""
         self.rotary_part = rotary_part
-        """Where in the rotary embedding this layer's part begins, and its size; None for all; see `take_rotary`."""
+        """Start and size of this layer's part of the rotary embedding; None for the whole embedding; see
+        `take_rotary`.
+        """
         self.rotary_scale = rotary_scale
         """Factor of rotated queries and keys."""
         self.rotates = rotates
@@ -80,9 +82,10 @@ class SDPAttention(torch.nn.Module):
         Args:
             angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation;
                 [positions, b, 1, r] where each sequence has an embedding of its own (`RotaryByLength`).
-                Where layers have different embeddings, each half holds all of them, one after the other.
+                If layers have different embeddings, each half holds all of these, one after the other.
         """
-        # The engine caches its embedding, so the same object arrives at every call: keep cos and sin while it does.
+        # The engine caches its embedding, so the same object arrives at every call. Keep cos and sin as long as the
+        # object is the same.
         if angles is not self._angles and self.rotates:
             self._angles, self._cos_sin = angles, None
 
@@ -99,7 +102,8 @@ class SDPAttention(torch.nn.Module):
                 half = half.narrow(-1, *self.rotary_part)
             pair = half.cos() * self.rotary_scale, half.sin() * self.rotary_scale
             self._cos_sin = pair[0].to(query.dtype), pair[1].to(query.dtype)
-        # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.
+        # Queries are at the last positions of the keys. A KV cache holds keys before rotation, so all keys are
+        # rotated here.
         end, start = key.size(0), key.size(0) - query.size(0)
         cos, sin = self._cos_sin
         return rotate(query, cos[start:end], sin[start:end]), rotate(key, cos[:end], sin[:end])
@@ -107,7 +111,7 @@ class SDPAttention(torch.nn.Module):
     def _rotated_by_te(
         self, angles: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # One kernel, which takes sine and cosine in fp32 and rounds only the result.
+        # A single kernel, which reads sine and cosine in fp32 and rounds only the result.
         end, start = key.size(0), key.size(0) - query.size(0)
         rotated = partial(apply_rotary_pos_emb, config=self.config)
         return rotated(query, angles[start:end]), rotated(key, angles[:end])
@@ -143,7 +147,7 @@ class SDPAttention(torch.nn.Module):
         query, key = self._rotated(query, key)
         group = self.context_group
         if group is not None:
-            # Joined, so that both are gathered by one collective.
+            # Concatenate keys and values, so that one collective gathers both.
             whole = gather_sequence(torch.cat([key, value], dim=-1), group)
             key, value = whole.split([key.size(-1), value.size(-1)], dim=-1)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -257,15 +261,17 @@ class SDPAttention(torch.nn.Module):
             return None, kind is not AttnMaskType.no_mask
         if queries == 1:
             return None, False
-        # torch aligns `is_causal` at the first key; with a KV cache the queries end at the last one.
+        # torch aligns `is_causal` at the first key, but with a KV cache the last query belongs to the last key.
         return allowed_keys(queries, keys, query.device), False
 
     def _decodes(self, kind: AttnMaskType) -> bool:
-        """Returns whether a causal model decodes with a cache; `attention_mask` does not apply then."""
+        """Returns whether a causal model decodes with a cache; `attention_mask` is then ignored."""
         return kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
 
     def _window_mask(self, queries: int, keys: int) -> torch.Tensor:
-        """Returns [s_q, s_k], True where a key is not too early; `attention_mask` says which later ones are allowed."""
+        """Returns a mask [s_q, s_k], True if a key is not before the window; `attention_mask` excludes keys that are
+        too late.
+        """
         assert self.window is not None
         positions = torch.arange(keys - queries, keys)
         if self.context_group is not None:
@@ -276,7 +282,7 @@ class SDPAttention(torch.nn.Module):
         if dropout == 0.0 or self.config.sequence_parallel:
             return (
                 contextlib.nullcontext()
-            )  # under sequence parallel the engine has already entered this stream
+            )  # under sequence parallelism, the engine has already entered this random stream
         # Each tensor-parallel rank has different heads, so each needs a different dropout mask.
         return tensor_parallel.get_cuda_rng_tracker().fork()
 

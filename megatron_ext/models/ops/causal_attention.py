@@ -32,7 +32,7 @@ def attend_at_end(
         scale: factor of the scores; None for d^-0.5.
     """
     queries, keys, is_grouped = query.size(2), key.size(2), query.size(1) != key.size(1)
-    if queries == 1:  # attends to all keys
+    if queries == 1:  # a single query attends to all keys
         return F.scaled_dot_product_attention(
             query, key, value, None, dropout, scale=scale, enable_gqa=is_grouped
         )
@@ -41,7 +41,7 @@ def attend_at_end(
     if queries != keys and dropout == 0.0:
         result: torch.Tensor = _TwoBlocks.apply(query, key, value, scale)
         return result
-    # On the CPU torch has no fused attention with dropout, so the scores are materialized with the mask or without it.
+    # On the CPU, torch has no fused attention with dropout, so the scores are materialized with or without a mask.
     mask = None if queries == keys else allowed_keys(queries, keys, query.device)
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
@@ -51,11 +51,11 @@ def attend_at_end(
 def attend_on_gpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float | None
 ) -> torch.Tensor:
-    """Computes the same with torch's kernels that align the causal mask at the last key; arguments as above.
+    """Like `attend_at_end`, but with those kernels of torch that align the causal mask at the last key.
 
-    Where a shape or type has no fused kernel, torch builds the mask.
+    If there is no fused kernel for a shape or dtype, torch builds the mask.
     """
-    from torch.nn.attention.bias import (  # imports torch's compiler, which takes seconds
+    from torch.nn.attention.bias import (  # importing this module also imports torch's compiler, which takes seconds
         CausalBias,
         CausalVariant,
     )
@@ -66,13 +66,15 @@ def attend_on_gpu(
 
 
 def allowed_keys(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """Returns the mask [s_q, s_k] of this attention, True where it is allowed."""
+    """Returns the mask [s_q, s_k] of this attention, True if a query may attend to a key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(diagonal=keys - queries)
 
 
 @dataclass(frozen=True)
 class _LowerRight:
-    """Stands for torch's `causal_lower_right`, a tensor of [2, s_q, s_k] values that nothing reads."""
+    """Replaces torch's `causal_lower_right`, which would allocate a tensor of [2, s_q, s_k] values that nothing
+    reads.
+    """
 
     seq_len_q: int
     seq_len_kv: int
@@ -83,14 +85,15 @@ class _LowerRight:
 
 
 class _TwoBlocks(torch.autograd.Function):
-    """On the CPU torch fuses causal attention only for equally many queries and keys.
+    """Causal attention in two fused passes, since torch's fused CPU kernel requires equally many queries and keys.
 
-    Two fused passes, one over the keys before the first query and one over the last s_q keys, give outputs o_1, o_2
-    and logarithms l_1, l_2 of their softmax's denominators. The whole is
+    The passes, one over the keys before the first query and one over the last s_q keys, give outputs o_1, o_2 and the
+    logarithms l_1, l_2 of their softmax's denominators. The result is
 
         o = (1 - w) o_1 + w o_2,      w = sigmoid(l_2 - l_1),      l = log(e^l_1 + e^l_2)
 
-    The backward pass of a block with o and l in place of its own gives that block's part of the gradients.
+    The backward pass of each block, called with o and l instead of the block's own values, gives the block's part of
+    the gradients.
     """
 
     @staticmethod

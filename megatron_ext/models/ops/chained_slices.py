@@ -1,7 +1,7 @@
-"""Slices of one tensor whose gradients are added into one buffer.
+"""Takes slices of one tensor and adds the slices' gradients into a single buffer.
 
-The backward pass of a plain slice allocates a zero-filled tensor of full size for every slice. Here the gradient passes
-through the chain of slices, and each adds its part in place to the same buffer.
+The backward pass of a plain slice allocates a zero-filled tensor of full size for every slice. Here, one buffer
+passes through the chain of slices in the backward pass, and each slice adds its gradient to the buffer in place.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def take_slice(tensor: torch.Tensor, dim: int, start: int, size: int) -> tuple[t
     """Returns a view of the rows `start` to `start + size` of dimension `dim`, and the tensor for the next slice.
 
     Args:
-        tensor: of any shape; what the previous call returned second, or the whole tensor.
+        tensor: tensor of any shape; for later slices, the second result of the previous call.
         dim: dimension that is sliced.
         start: first row.
         size: number of rows.

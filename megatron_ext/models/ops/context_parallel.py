@@ -1,9 +1,10 @@
-"""Context parallelism: each of C ranks holds a part of every sequence, as two of its 2 C equal chunks.
+"""Context parallelism: each of C ranks holds two of the 2 C equal chunks of every sequence.
 
     rank r holds chunk r, then chunk 2 C - 1 - r
 
-Under causal attention a later chunk attends to more keys than an earlier one; all these pairs attend to equally many.
-megatron-core uses the same order: it slices its rotary table by itself, and a batch must be sliced alike.
+Under causal attention, a later chunk attends to more keys than an earlier one, but all of these pairs attend to
+equally many keys. megatron-core uses the same order when it slices its rotary table, so a batch must be sliced in
+this order.
 """
 
 import torch
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 _SEQUENCE_DIMENSIONS = {"attention_mask": 2}
-"""Dimensions along which batch fields are sliced, other than the second one: a mask [b, 1, s, s] keeps all keys."""
+"""Dimensions along which batch fields are sliced, if not the second one: a mask [b, 1, s, s] is sliced over queries
+and keeps all keys.
+"""
 
 
 def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
@@ -27,7 +30,7 @@ def positions_of_rank(length: int, group: dist.ProcessGroup) -> torch.Tensor:
 def part_of_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
     """Returns this rank's part of a micro-batch of whole sequences.
 
-    Fields with one value per sequence, [b], stay as they are.
+    Fields with one value per sequence, [b], are returned unchanged.
 
     Raises:
         ValueError: the length of the sequences is not divisible by 2 C.
@@ -58,7 +61,7 @@ def gather_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     """
     ranks = group.size()
     gathered = gather_from_sequence_parallel_region(part, group=group)
-    # Of rank r's two chunks the first is at place 2 r, the second at 2 r + 1.
+    # The two chunks of rank r are at places 2 r and 2 r + 1.
     chunks = gathered.view(2 * ranks, -1, *part.shape[1:]).unbind()
     places = [
         2 * number if number < ranks else 2 * (2 * ranks - 1 - number) + 1 for number in range(2 * ranks)

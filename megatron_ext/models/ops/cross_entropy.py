@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Size of one block's fp32 values in bytes: what a CPU's cache holds, or a small part of a GPU's memory."""
+"""Bytes of one block's fp32 values: fits into a CPU's cache, or is a small part of a GPU's memory."""
 
 
 def blocks(rows: torch.Tensor, device: str | None = None) -> Iterator[slice]:
@@ -39,7 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
             log_probabilities = torch.log_softmax(rows[block], dim=-1, dtype=torch.float32)
             losses[block] = log_probabilities.gather(-1, index[block]).squeeze(-1).neg_()
             softmax[block] = log_probabilities.exp_()
-            del log_probabilities  # or two blocks would exist at once
+            del log_probabilities  # otherwise two blocks would exist at once
         ctx.save_for_backward(softmax, index)
         ctx.shape = logits.shape
         return losses.view(labels.shape)

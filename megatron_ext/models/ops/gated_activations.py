@@ -23,7 +23,7 @@ class GateActivation(NamedTuple):
     value: Callable[[torch.Tensor], torch.Tensor]
     write_gradient: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor], object
-    ]  # of the output, input; to be filled
+    ]  # arguments: gradient of the output, input, result to be filled
 
 
 SILU = GateActivation(
@@ -104,7 +104,9 @@ class _TESwiGLU(torch.autograd.Function):
 
 
 class TESwiGLU(MegatronModule):
-    """SwiGLU with Transformer Engine's kernels; its own module would add entries to checkpoints."""
+    """SwiGLU with Transformer Engine's kernels. Transformer Engine's own module is not used, because it would add
+    entries to checkpoints.
+    """
 
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         """Applies SwiGLU, [s, b, 2 f/t] -> [s, b, f/t]."""

@@ -54,7 +54,7 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         eps: added to the mean square before the root.
     """
     if hidden_states.is_cuda and weight.dtype != hidden_states.dtype:
-        # A weight around 1 would lose half of its bits in bf16.
+        # The weight is in fp32 here, because in bf16 a weight around 1 would lose half of its bits.
         return F.rms_norm(hidden_states.float(), weight.shape, weight, eps).to(hidden_states.dtype)
     if hidden_states.is_cuda:
         return F.rms_norm(hidden_states, weight.shape, weight, eps)
@@ -67,7 +67,7 @@ def unit_rms(values: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def full_weight(norm: Any) -> torch.Tensor:
-    """Returns the factor [h] of a norm, ours or Transformer Engine's; in fp32 if it is stored as weight - 1."""
+    """Returns the weight [h] of a norm, this package's or Transformer Engine's; in fp32 if weight - 1 is stored."""
     is_centered = getattr(norm, "zero_centered", None)
     if is_centered is None:
         is_centered = getattr(norm, "zero_centered_gamma", False)
@@ -82,7 +82,7 @@ class WeightedNorm(torch.nn.Module):
         config: megatron-core's transformer configuration.
         hidden_size: size of the last dimension.
         eps: added to the mean square, or the variance, before the root.
-        zero_centered: whether the parameter is weight - 1; None for what the configuration says.
+        zero_centered: whether the parameter is weight - 1; None for the configuration's setting.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class LayerNorm(WeightedNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalizes the last dimension, [..., h] -> [..., h]."""
         if self.zero_centered:
-            # A weight around 1 would lose half of its bits in bf16.
+            # The weight is in fp32 here, because in bf16 a weight around 1 would lose half of its bits.
             exact = F.layer_norm(
                 hidden_states.float(), self.weight.shape, full_weight(self), self.bias.float(), self.eps
             )
@@ -125,7 +125,7 @@ class LayerNorm(WeightedNorm):
 
 
 class _RMSNormOverRanks(torch.autograd.Function):
-    """RMSNorm over the last dimension of all ranks of a group together, each of which holds a part of it."""
+    """RMSNorm over a last dimension that is divided among the ranks of a group."""
 
     @staticmethod
     def forward(
@@ -156,7 +156,7 @@ def _summed(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 class ProjectionNorm(torch.nn.Module):
-    """RMSNorm of all heads of a token together, on tensor-parallel ranks that have some of the heads each.
+    """RMSNorm over all heads of a token together, which are divided among the tensor-parallel ranks.
 
     The weight is split over the ranks like the heads.
 
@@ -179,7 +179,7 @@ class ProjectionNorm(torch.nn.Module):
         self.weight = replicated_parameter(
             config, self.width // ranks, value=0.0 if self.zero_centered else 1.0
         )
-        # Each rank has the whole sequence here, so its gradient is complete.
+        # Each rank has the whole sequence here, so the weight's gradient is complete.
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
@@ -208,7 +208,7 @@ class Norm:
 
 
 def replicated_parameter(config: TransformerConfig, *shape: int, value: float = 0.0) -> torch.nn.Parameter:
-    """Returns a parameter, filled with `value`, that every tensor-parallel rank holds as a whole."""
+    """Returns a parameter, filled with `value`, that every tensor-parallel rank holds completely."""
     start = torch.full(shape, value, dtype=config.params_dtype, device=process_groups.device())
     parameter = torch.nn.Parameter(start)
     # Under sequence parallelism each tensor-parallel rank sees part of the sequence: the engine sums the gradients of

@@ -1,4 +1,4 @@
-"""The output of an attention or MLP module, with its bias, as a tensor that nothing changes later."""
+"""Adds the bias to the output of an attention or MLP module; later operations do not change the result."""
 
 import torch
 
@@ -9,7 +9,7 @@ def output_with_bias(returned: tuple[torch.Tensor, torch.Tensor | None]) -> torc
     The copy is needed because, in a pass without gradients, the engine adds the residual to the output in place.
 
     Args:
-        returned: what the engine's attention or MLP returns, its output [s, b, h] and its bias [h] or None.
+        returned: result of the engine's attention or MLP: output [s, b, h], and bias [h] or None.
     """
     output, bias = returned
     return output.clone() if bias is None else output + bias

@@ -20,12 +20,12 @@ def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     """Returns the angle per position of each channel pair, `base^(-2i/r)`, in radians, with the configured scaling.
 
     Linear scaling divides every frequency by a factor F (arXiv 2306.15595). The other scalings are in `rope_scaling`;
-    of those that depend on the length of the sequence, the result is the one for sequences up to the original length.
+    for scalings that depend on the length of the sequence, the result is for sequences up to the original length.
     With a `rotary_proportion` below 1 the lowest frequencies are 0, so that these channels are not rotated (Gemma 4).
 
     Returns:
-        [r / 2], fp32, on the CPU. Where layers with a window have an embedding of their own, the frequencies of the
-        other layers, then those of layers with a window; these are not scaled if they have a base of their own.
+        [r / 2], fp32, on the CPU. If layers with a window have a separate embedding, the frequencies of all other
+        layers come first, then those of layers with a window. The latter are not scaled if they have a separate base.
     """
     full, local = _rotated_channels(model)
     frequencies = _unscaled(full, model.rotary_base)
@@ -40,7 +40,7 @@ def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
 
 
 def rotary_part(model: ModelConfig, number: int) -> tuple[int, int] | None:
-    """Returns where in `rotary_frequencies` those of a layer begin, and how many they are; None if it uses all.
+    """Returns the start and the number of a layer's frequencies in `rotary_frequencies`; None if it uses all.
 
     Args:
         model: configuration of the base model.
@@ -53,7 +53,7 @@ def rotary_part(model: ModelConfig, number: int) -> tuple[int, int] | None:
 
 
 def _rotated_channels(model: ModelConfig) -> tuple[int, int]:
-    """Returns r for layers without a sliding window, and for those with one."""
+    """Returns r for layers without a sliding window, and r for layers with one."""
     channels = model.resolved_kv_channels
     full = channels if model.kv_channels_full is None else model.kv_channels_full
     return int(full * model.rotary_percent), int(channels * model.rotary_percent)

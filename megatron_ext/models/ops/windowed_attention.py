@@ -1,8 +1,8 @@
-"""Causal attention within a sliding window, in blocks of queries: neither [s_q, s_k] scores nor a mask of that size.
+"""Causal attention within a sliding window, in blocks of queries, without scores or a mask of size [s_q, s_k].
 
 The query at position p attends to the keys p - w + 1 .. p, at most w of them. Queries are at the last positions of the
-keys, as in `causal_attention`. The queries below position w attend to all earlier keys. Of the others, each block of B
-attends to the B + w - 1 keys that at least one of its queries sees, under a mask of this size:
+keys, as in `causal_attention`. The queries below position w attend to all earlier keys. The other queries are divided
+into blocks of B. Each block attends, under a mask, to the B + w - 1 keys within the windows of its queries:
 
     B = w / 2, but at least 128 and at most 512
 
@@ -34,14 +34,14 @@ def attend_in_window(
         query: [b, n, s_q, d].
         key: [b, g, s_k, d]; s_k must be at least s_q.
         value: [b, g, s_k, d].
-        window: w, the number of keys that a query attends to, its own included.
+        window: w, the number of keys that a query attends to, including its own.
         dropout: rate at which attention weights are dropped.
         scale: factor of the scores; None for d^-0.5.
     """
     queries, keys = query.size(2), key.size(2)
     if keys <= window:
         return attend_at_end(query, key, value, dropout=dropout, scale=scale)
-    # Joined, so that each block's keys and values are taken, and their gradients added, by one operation.
+    # Concatenate keys and values, so that one operation takes both for a block, and one adds both gradients.
     joined = torch.cat([key, value], dim=-1)
     before = keys - queries
     outputs = []
@@ -88,7 +88,7 @@ def _attend(
 ) -> torch.Tensor:
     is_grouped = query.size(1) != key.size(1)
     if is_grouped and query.is_cuda:
-        # On a GPU no fused kernel takes both a mask and grouped keys.
+        # On a GPU, no fused kernel supports both a mask and grouped keys.
         repeats = query.size(1) // key.size(1)
         key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
         is_grouped = False

@@ -96,7 +96,7 @@ def test_two_families_cannot_bring_the_same_linear_layer() -> None:
     message = run_single(_two_families)
     assert (
         message == "layer 0: the model family 'adapted' uses the linear layer 'linear_qkv', which "
-        "another model family already uses; apply them to different layers"
+        "another model family already uses; apply the two families to different layers"
     )
 
 

@@ -1,1 +1,1 @@
-"""Several documents in one sequence, which do not attend to one another."""
+"""Attention for sequences that hold several documents, which do not attend to one another."""

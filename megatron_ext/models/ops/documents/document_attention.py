@@ -1,9 +1,10 @@
-"""Attention of each document to itself, in sequences that hold several: neither [s, s] scores nor a mask of that size.
+"""Attention of each document to itself in sequences of several documents, without scores or a mask of size [s, s].
 
-Queries are at the positions `first`, `first + 1`, ... of every sequence, which holds s_k keys. Those of one document
-attend to this document's keys: to all of them, or, with causal attention, to those up to their own position and within
-the window. A document is one call of `causal_attention` or `windowed_attention`; on a GPU one kernel computes all
-documents where torch has one. Shapes: queries [b, n, s_q, d], keys and values [b, g, s_k, d], where g divides n.
+Queries are at the positions `first`, `first + 1`, ... of every sequence, which holds s_k keys. The queries of a
+document attend to the keys of the same document. With causal attention, they attend only to keys up to their own
+position and within the window. Each document takes one call of `causal_attention` or `windowed_attention`; on a GPU,
+one kernel computes all documents if torch has such a kernel. Shapes: queries [b, n, s_q, d], keys and values [b, g,
+s_k, d], where g divides n.
 """
 
 import functools
@@ -42,8 +43,8 @@ def attend_to_documents(
         value: [b, g, s_k, d].
         bounds: [D + 1] in host memory; see `document_bounds`.
         first: position of the first query.
-        causal: whether a token attends to no later ones.
-        window: number of keys that a causal query attends to, its own included; None for all earlier ones.
+        causal: whether attention is causal.
+        window: number of keys that a causal query attends to, including its own; None for all earlier keys.
         dropout: rate at which attention weights are dropped.
         scale: factor of the scores; None for d^-0.5.
     """
@@ -52,7 +53,7 @@ def attend_to_documents(
     batch, heads, queries, _ = query.shape
     length, sizes = key.size(2), [key.size(-1), value.size(-1)]
     pieces = list(_pieces(bounds.tolist(), length, first, first + queries, causal))
-    # Joined, so that a document's keys and values are taken, and their gradients added, by one operation.
+    # Concatenate keys and values, so that one operation takes both for a document, and one adds both gradients.
     joined = _end_to_end(torch.cat([key, value], dim=-1))
     outputs = []
     by_document = _end_to_end(query).split([count for count, _, _ in pieces], dim=2)
@@ -67,9 +68,11 @@ def attend_to_documents(
 def _pieces(
     bounds: list[int], length: int, first: int, end: int, causal: bool
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields, for each document with queries from `first` to `end` of its sequence, their number and its keys' range.
+    """Yields (number of queries, begin of keys, end of keys) for each document with queries at positions `first` to
+    `end`.
 
-    The range is in the sequences laid end to end. Causal queries do not reach the keys after the last of them.
+    The keys' range counts positions in the concatenated sequences. With causal attention, it ends at the document's
+    last query.
     """
     for start, stop in itertools.pairwise(bounds):
         row = start // length * length
@@ -136,7 +139,7 @@ def _in_one_kernel(
     numbers = bounds.tolist()
     longest = max(end - start for start, end in itertools.pairwise(numbers))
     on_device = bounds.to(query.device, non_blocking=True)
-    # The kernel's left window does not count the query's own key.
+    # The kernel's left window excludes the query's own key.
     left = -1 if window is None else window - 1
     context = _kernel()(
         *tokens,

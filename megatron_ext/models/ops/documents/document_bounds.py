@@ -1,8 +1,9 @@
-"""Where documents begin in the sequences of a micro-batch, as batch fields and as megatron-core passes it to attention.
+"""The beginnings of documents in a micro-batch, as batch fields and in the form that megatron-core passes to
+attention.
 
-A dataset marks each document's first token. The marks of a micro-batch [b, s] become bounds: the positions of these
-tokens in the rows laid end to end, and b * s at the end, D + 1 numbers for D documents. A row begins a document.
-Attention reads the bounds as numbers, so they stay in host memory, whatever device the batch is on.
+A dataset marks each document's first token. The marks of a micro-batch [b, s] are converted to bounds, D + 1 numbers
+for D documents: the positions of the marked tokens in the concatenated rows, followed by b * s. Every row begins a
+new document. Attention reads the bounds as numbers, so they stay in host memory, whatever device the batch is on.
 """
 
 import numpy as np
@@ -15,7 +16,8 @@ DOCUMENT_BOUNDS = "document_bounds"
 
 def document_bounds(starts: torch.Tensor) -> torch.Tensor:
     """Returns the bounds [D + 1] int32, in host memory, for marks [b, s]."""
-    # By numpy, because a rehearsal can read a tensor that is made of an array; each of its rows is one document.
+    # Use numpy, because a rehearsal can read the values of a tensor only if it was made from an array; there, each
+    # row is one document.
     marks = starts.cpu().numpy().copy()
     marks[:, 0] = True
     return torch.from_numpy(np.append(np.flatnonzero(marks), marks.size).astype(np.int32))
@@ -34,9 +36,11 @@ def document_lengths(bounds: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def packed_documents(bounds: torch.Tensor, length: int) -> PackedSeqParams:
-    """Returns what megatron-core hands from the model to every layer's core attention.
+    """Returns the bounds in the form in which megatron-core passes them from the model to every layer's core
+    attention.
 
-    The engine sizes its rotary table by the two maxima and leaves the format `sbhd`, [s, b, n, d], as it is.
+    The engine takes the length of its rotary table from the two maxima, and does not change tensors in the format
+    `sbhd`, [s, b, n, d].
 
     Args:
         bounds: [D + 1].
@@ -52,12 +56,12 @@ def packed_documents(bounds: torch.Tensor, length: int) -> PackedSeqParams:
 
 
 def forbidden_pairs(bounds: torch.Tensor, length: int, *, causal: bool) -> torch.Tensor:
-    """Returns the mask [b, 1, s, s] of this attention, True where it is forbidden, for attention that needs one.
+    """Returns the mask [b, 1, s, s], True if attention is forbidden, for implementations that need a mask.
 
     Args:
         bounds: [D + 1].
         length: s, the number of tokens of a sequence.
-        causal: whether a token attends to no later ones.
+        causal: whether attention is causal.
     """
     documents = torch.arange(bounds.numel() - 1).repeat_interleave(bounds.diff()).view(-1, length)
     forbidden = documents.unsqueeze(2) != documents.unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Rotary frequencies that are scaled for sequences longer than the model was first trained on."""
+"""Scales rotary frequencies for sequences longer than those on which the model was first trained."""

@@ -1,13 +1,12 @@
-"""How --rope-scaling-type changes the rotary frequencies, with the results of transformers.
+"""The formulas of --rope-scaling-type for the rotary frequencies; the results equal those of transformers.
 
 Letters: r rotated channels of a head, F the scaling factor, L the original length, `f_i = base^(-2i/r)` a frequency,
-`t_i = L f_i / (2 pi)` the turns that it makes over the original length, `lo` and `hi` the low and high frequency
-factor.
+`t_i = L f_i / (2 pi)` its number of turns over the original length, `lo` and `hi` the low and high frequency factors.
 
     llama3    arXiv 2407.21783: f / F for t <= lo, f for t >= hi, interpolated linearly in t in between
-    yarn      arXiv 2309.00071: the same, but interpolated linearly in i, between the whole i around t = hi and t = lo;
-              rotated queries and keys are multiplied by `rotary_scale`
-    dynamic   for a sequence of s > L tokens: f with base (F s / L - F + 1)^(r / (r - 2)) times as large
+    yarn      arXiv 2309.00071: as llama3, but interpolated linearly in i, from the last integer i with t >= hi to the
+        first with t <= lo; rotated queries and keys are multiplied by `rotary_scale`
+    dynamic   for a sequence of s > L tokens: f with the base multiplied by (F s / L - F + 1)^(r / (r - 2))
     longrope  arXiv 2402.13753: f / short_i in sequences up to L, f / long_i in longer ones; with `rotary_scale`
 """
 
@@ -38,7 +37,7 @@ def yarn_scale(factor: float, weight: float = 1.0) -> float:
 
 
 def depends_on_length(model: ModelConfig) -> bool:
-    """Returns whether the frequencies are others in long sequences."""
+    """Returns whether the frequencies depend on the length of the sequence."""
     return model.use_rope_scaling and model.rope_scaling_type in ("dynamic", "longrope")
 
 
@@ -54,7 +53,7 @@ def scaled(model: ModelConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _kept_by_yarn(model: ModelConfig, pairs: int) -> torch.Tensor:
-    """Returns for each frequency the share [r / 2] of it that is not divided."""
+    """Returns, for each frequency, the weight [r / 2] of the undivided frequency in the interpolation."""
     first = max(math.floor(_index_of(model, model.rope_high_freq_factor, pairs)), 0)
     last = min(math.ceil(_index_of(model, model.rope_low_freq_factor, pairs)), 2 * pairs - 1)
     width = last - first if last != first else 0.001

@@ -1,9 +1,9 @@
 """megatron-core's rotary embedding with frequencies that depend on the length of the sequence (`rope_scaling`).
 
-In a pass without a KV cache, all positions have the frequencies of the whole sequence. In generation, the positions of
-the first pass have the frequencies of its length, and each later position p those of length p + 1: as in transformers,
-where a key stays in the cache as it was rotated. Where sequences hold several documents, a document's positions have
-the frequencies of its own length, as if it were alone.
+In a pass without a KV cache, all positions have the frequencies of the whole sequence. In generation, the positions
+of the first pass have the frequencies for the length of that pass, and each later position p has the frequencies for
+length p + 1. This equals transformers, which caches keys after their rotation. If sequences hold several documents, the
+positions of a document have the frequencies for the document's own length, as if it were alone.
 """
 
 from typing import Any
