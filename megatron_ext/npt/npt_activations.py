@@ -1,18 +1,19 @@
-"""What NPT adds to the activations of a rank: its layers' tensors, those of their losses, and the teacher's states.
+"""Counts the activations that NPT adds on a rank: tensors of its layers and their losses, and the teacher's states.
 
 Values per token that an NPT layer keeps for its NP components, with the hidden size h divided under sequence
 parallelism and f divided by t:
 
-    n                 h         the MLP's normed input, which the factors multiply; a trained base keeps it anyway
-    a                 h         the attention output; in place of the input of a second norm
-    activation        f         with a delta of `down`; a trained base keeps it anyway
-    coefficients      r each    per target low_rank: 4, outer_product: 3, and 2 in fp32, key_value: 3
+    n                 h         the MLP's normed input, which the factors are multiplied by; a trained base keeps it
+        anyway
+    a                 h         the attention output, which replaces the input of a second norm
+    activation        f         with a delta of `down`: the input of `down`; a trained base keeps it anyway
+    coefficients      r each    per target; low_rank: 4, outer_product: 3 and 2 more in fp32, key_value: 3
     loss              h fp32    the error of the MLP's output; 2 h more for a cosine
-    local losses      n, the MLP's inner tensor and the coefficients once more, where the inputs have gradients
+    local losses      n, the MLP's inner tensor and the coefficients a second time, if the inputs have gradients
 
-The teacher's inputs to the layers, h each, are fields of a batch and packed into a stream; under pipeline parallelism
-the fields of all micro-batches exist at once. The fidelity loss holds the logits in fp32 (twice if there is more than
-one sequence), their gradient in fp32, the teacher's logits, and three blocks of fp32 values.
+The teacher's inputs to the layers (h per layer) are fields of a batch and are also packed into a stream; under
+pipeline parallelism, the fields of all micro-batches exist at once. The fidelity loss holds the logits in fp32 (twice
+if there is more than one sequence), their gradient in fp32, the teacher's logits, and three blocks of fp32 values.
 """
 
 from collections.abc import Mapping
@@ -37,14 +38,14 @@ def npt_activations(
     weights: Mapping[int, float],
     fidelity_loss: str = "kl",
 ) -> FamilyActivations:
-    """Returns what NPT adds to the activations of a training step.
+    """Returns the bytes that NPT adds to the activations of a training step.
 
     Args:
         settings: NPT's configuration.
         layout: the run's settings.
         objective: the losses and the curriculum stage of the step.
         weights: maps the index of each trained NPT layer to the weight of its losses.
-        fidelity_loss: how fidelity is measured, `kl` or `mse`.
+        fidelity_loss: the measure of fidelity, `kl` or `mse`.
     """
     count = layout.model.num_layers
     if objective.layer_parallel:
@@ -74,7 +75,9 @@ def npt_activations(
 def _layer_parallel(
     settings: NPTModuleConfig, layout: ParallelLayout, objective: StepObjective, weights: Mapping[int, float]
 ) -> FamilyActivations:
-    """Returns the three states per trained layer that the teacher stores, and what one layer at a time needs."""
+    """Returns the bytes of layer-parallel training: the teacher's three states per trained layer, and the needs of
+    one layer at a time.
+    """
     count, states = layout.model.num_layers, 3 * layout.hidden_bytes * _stored_batches(layout)
     alone = LayerGradients(use=Use.PARTIAL, trains=True, to_attention=False, to_mlp=False)
     of_one = max(
@@ -91,14 +94,16 @@ def _layer_parallel(
 
 
 def _stored_batches(layout: ParallelLayout) -> int:
-    """Returns for how many micro-batches the teacher's states are stored at the same time."""
+    """Returns the number of micro-batches for which the teacher's states are stored at the same time."""
     return layout.num_microbatches if layout.parallel.pipeline_model_parallel_size > 1 else 1
 
 
 def _layer_bytes(
     settings: NPTModuleConfig, layout: ParallelLayout, number: int, gradients: LayerGradients
 ) -> float:
-    """Returns what a layer saves beyond the base layer; for `Use.PARTIAL`, all that it saves."""
+    """Returns the bytes that a layer saves in addition to the base layer's; for `Use.PARTIAL`, all bytes that it
+    saves.
+    """
     if not gradients.any:
         return 0.0
     hidden = layout.hidden_bytes
@@ -120,7 +125,7 @@ def _loss_bytes(
     number: int,
     gradients: LayerGradients,
 ) -> float:
-    """Returns what a layer's losses save: the errors, and for local losses the MLP on detached inputs."""
+    """Returns the bytes that a layer's losses save: the errors and, for local losses, the MLP on detached inputs."""
     losses = objective.layer
     if not losses.compares_outputs:
         return 0.0
@@ -133,18 +138,22 @@ def _loss_bytes(
 
 
 def _comparison_bytes(layout: ParallelLayout) -> float:
-    """Returns what comparing a layer's output with its target allocates beyond an MLP's backward pass."""
+    """Returns the bytes that the comparison of a layer's output with its target allocates in addition to an MLP's
+    backward pass.
+    """
     # The outputs, the target, and squares in fp32.
     compared = 5 * layout.hidden_bytes + 3 * _wide_hidden_bytes(layout)
     return max(0.0, compared - mlp_backward_bytes(layout))
 
 
 def _fidelity_bytes(layout: ParallelLayout, objective: StepObjective, kind: str) -> float:
-    """Returns what the fidelity loss holds beyond the head's logits and, with a cross-entropy, its softmax."""
+    """Returns the bytes that the fidelity loss holds in addition to the head's logits and to the cross-entropy's
+    softmax (if any).
+    """
     wide = 4 * layout.logit_count
     copies = 2 + (layout.micro_batch_size > 1)
     softmax = wide if layout.parallel.tensor_model_parallel_size > 1 else wide / 4 * layout.element_bytes
-    # For the mean square error one whole tensor is computed, not blocks.
+    # The mean square error is computed for one whole tensor, not in blocks.
     blocks = 3 * min(BLOCK_BYTES["cuda"], wide) if kind == "kl" else wide
     return copies * wide + blocks - (0.0 if objective.lm else softmax)
 
@@ -163,7 +172,9 @@ def _reads_activation(settings: NPTModuleConfig) -> bool:
 
 
 def _coefficient_bytes(settings: NPTModuleConfig, layout: ParallelLayout, number: int) -> float:
-    """Returns the bytes of the products of a layer's factors; the last ones, u, are gathered over the sequence."""
+    """Returns the bytes of the products of a layer's factors; the last products, u, are gathered over the
+    sequence.
+    """
     ranks = sum(settings.rank(number, target, layout.model.num_layers) for target in settings.targets)
     size = layout.element_bytes
     # outer_product computes in fp32.

@@ -1,7 +1,7 @@
-"""Parameters and FLOPs per token of the NP components, in a forward pass and in a training step.
+"""Counts the parameters and FLOPs of the NP components, in a forward pass and in a training step.
 
-For one converted layer and one target (weight matrix that gets a delta), the NP components have this many parameters,
-and a forward pass this many FLOPs per token; `affine` is added for outer_product with the constant c_a:
+The table holds, for one converted layer and one target (a weight matrix that gets a delta), the parameters of the NP
+components and the FLOPs per token of a forward pass. `affine` is added for outer_product with the constant c_a:
 
     target           low_rank              outer_product         affine      key_value
     gate, up, fc1    k r (h + f)           k r (2 h + f)         k h         2 r h          parameters
@@ -9,25 +9,26 @@ and a forward pass this many FLOPs per token; `affine` is added for outer_produc
     down             k r (2 h + f)         k r (2 h + f)         k f         2 r h          parameters
                      2 k r (2 h + f)       2 k r (2 h + f)       2 k f       4 r h          FLOPs
 
-For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, two products. In
-key_value gate and up are one target, fc1.
+For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, but two products.
+In key_value, gate and up are one target, fc1.
 
-What a training step with a frozen base computes (`npt_work`):
+The computation of a training step with a frozen base (`npt_work`):
 
     layers below the first trained one      forward only
     the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
     layers above                            forward and input gradients; NP: all gradients, or only input gradients
-    teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
+    teacher, if a loss or a blend needs it  one more forward pass, including the output layer
     direct MLP, equivalence loss            one more forward pass of the MLP
-    the same, local                         in layers whose inputs have gradients, further a forward and backward pass
+    the same, local                         the same; and in layers whose inputs have gradients, a forward and
+    backward pass
                                             of the modulated MLP on detached inputs
 
-In layer-parallel training the layers up to the last trained one run forward, and for each trained layer the modulated
-MLP once more, as in the first trained layer of the table; nothing else runs.
+In layer-parallel training, the layers up to the last trained one run forward. In addition, the modulated MLP of each
+trained layer runs forward and backward, as in the first trained layer of the table; nothing else runs.
 
-A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
-gradient of zero is counted, because it is run. Products of size r are not counted: those for the losses on the factors
-(reconstruction, regularization) and for the measurements every `--npt-log-interval` steps.
+A layer whose input comes only from the teacher counts like the first trained layer. A backward pass whose gradient is
+zero is counted, because it is computed. Small products of size r are not counted; they occur in the losses on the
+factors (reconstruction, regularization) and in the measurements every `--npt-log-interval` steps.
 """
 
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
 def npt_work(
     settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, weights: Mapping[int, float]
 ) -> StepWork:
-    """Returns which parts of the model a training step runs and trains.
+    """Describes the parts of the model that a training step runs and trains.
 
     Args:
         settings: NPT's configuration.
@@ -142,7 +143,7 @@ def gradients_of(
     settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool
 ) -> LayerGradients:
     """Returns the gradients that a layer computes; `reached` means that a trained layer lies below it."""
-    # NPT layers that are not trained always get the student's hidden states as inputs; see `NPTFamily.begin_step`.
+    # The input of an NPT layer that is not trained is always the student's hidden state; see `NPTFamily.begin_step`.
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
     to_mlp = reached and (not trains or stage.mlp_share > 0)
@@ -162,12 +163,14 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
 
 
 def _base_flops(model: ModelConfig, layer: LayerGradients, has_gain: bool) -> float:
-    """Returns a PARTIAL layer's backward FLOPs per token in the base: those of fc2 and of parts that need gradients."""
+    """Returns the backward FLOPs per token of a PARTIAL layer's base weights: fc2, and all parts that need
+    gradients.
+    """
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
     attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
-    # In key_value the input of fc1 depends on the factors and on the attention output.
+    # In key_value, the input of fc1 depends on the factors and on the attention output.
     to_fc1 = layer.to_mlp or has_gain
     return fc2 + fc1 * to_fc1 + attention * layer.to_attention
 
@@ -184,10 +187,10 @@ def _local_flops(
         return 0.0
     mlp = mlp_flops_per_token(model)
     if layer.use is Use.TRAINED:
-        # The norm's weights train too, so that the MLP's input has a gradient.
+        # The norm's weights train too, so the MLP's input needs a gradient.
         backward, again = 2 * mlp, replace(layer, to_attention=False)
     else:
-        # In key_value the input of fc1 depends on the factors.
+        # In key_value, the input of fc1 depends on the factors.
         backward = mlp if settings.has_gain else linear_flops_per_token(model, "fc2")
         again = replace(layer, to_attention=False, to_mlp=False)
     return mlp + backward + _np_flops(settings, model, number, again)

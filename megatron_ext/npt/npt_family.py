@@ -1,6 +1,6 @@
-"""NPT in a training run: its additions to the model, the frozen base, its cost, and the losses of each step.
+"""The model family NPT: its additions to the model, the frozen base, its cost, and the losses of each step.
 
-Tools that evaluate or generate use `NPTFamily` without a training configuration; then it only extends the model.
+Without a training configuration, as in tools that evaluate or generate, `NPTFamily` only extends the model.
 """
 
 import math
@@ -90,11 +90,11 @@ class NPTFamily(Family):
         return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
-        """Returns what NPT adds to the model: NP components in the chosen layers."""
+        """Returns NPT's extension of the model: NP components in the chosen layers."""
         return NPTExtension(self.settings)
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks that NPT can use the model's layers."""
+        """Raises `ValueError` if layers of the model differ in size, which NPT does not support."""
         self.settings.check_model(model.is_gated, model.changes_outputs)
         refuse_layer_sizes(model, "the model family npt")
 
@@ -103,7 +103,9 @@ class NPTFamily(Family):
         return npt_cost(self.settings, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns which parts of the model a step runs and trains; omits a teacher pass that the cache replaces."""
+        """Describes the parts of the model that a step runs and trains, without a teacher pass that the cache
+        replaces.
+        """
         training, layers = self.training, self._trained(model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
@@ -114,7 +116,7 @@ class NPTFamily(Family):
         return replace(work, layers=layers, further_forwards=0)
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
-        """Returns what NPT adds to the activations of a step."""
+        """Returns the bytes that NPT adds to the activations of a step."""
         training, layers = self.training, self._trained(layout.model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
@@ -132,7 +134,7 @@ class NPTFamily(Family):
                 module.requires_grad_(False)
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Sets the inputs and losses of the NPT layers for this step; in an evaluation the layers have no losses."""
+        """Sets the inputs and losses of the NPT layers for this step; in an evaluation, the layers have no losses."""
         training = self.training
         self._objective = None
         for module in np_modules(chunks).values():
@@ -168,7 +170,8 @@ class NPTFamily(Family):
         num_layers = chunks[0].config.num_layers
         if objective.layer_parallel:
             assert self.training is not None
-            # A resumed run computes the states again, so every pass must see them as the cache stores them.
+            # Round the states as in the cache: a resumed run computes them again, and all passes must see equal
+            # values.
             dtype = torch.bfloat16 if self.training.teacher_cache_steps else None
             wanted = Wanted(layers=self._trained(num_layers), mlps=True, dtype=dtype)
         else:
@@ -181,7 +184,7 @@ class NPTFamily(Family):
         return self._objective is not None and self._objective.layer_parallel
 
     def backward(self, chunks: list[GPTModel], batch: Batch) -> None:
-        """Trains every layer by itself, on the teacher's states in the micro-batch."""
+        """Trains every layer separately, on the teacher's states in the micro-batch."""
         train_layers(chunks, batch)
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -194,7 +197,7 @@ class NPTFamily(Family):
         """Returns the base model's loss on the same batches, and the ratio of the two perplexities, NPT / base."""
         if self.training is None or not self.settings.freeze_base:
             return {}
-        # A frozen base has the same loss in every evaluation of a split: compute it once.
+        # A frozen base has the same loss in every evaluation of a split, so compute the loss once.
         if split not in self._base_losses:
             with deactivated(chunks):
                 self._base_losses[split] = evaluate()
@@ -208,7 +211,7 @@ class NPTFamily(Family):
         return summarize(values, self.training.objective(iteration, self.total_steps))
 
     def needs_values(self, iteration: int) -> bool:
-        """Returns whether a text sample of the model after this step is due."""
+        """Returns whether a text sample must be generated after this step."""
         every = self.training.generation_steps if self.training is not None else None
         return every is not None and every > 0 and iteration % every == 0
 
@@ -240,7 +243,7 @@ class NPTFamily(Family):
         return {"watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         if "watch" in state:
             self.watch.load_state_dict(state["watch"])
 

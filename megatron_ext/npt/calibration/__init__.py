@@ -1,1 +1,3 @@
-"""Factors of the form key_value in closed form, from second moments of one pass of the base model over tokens."""
+"""Calibration: computes initial NP factors, with which NPT layers are near the base layers, from the base model and
+some tokens.
+"""

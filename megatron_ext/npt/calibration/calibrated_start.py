@@ -1,11 +1,11 @@
-"""Calibrates the NP weights of a run (`--np-init-strategy calibrated`), and keeps the result in its directory.
+"""Calibrates the NP weights of a run (`--np-init-strategy calibrated`), and stores the result in the run's directory.
 
     {save}/calibrated/npt_weights.pt, .safetensors, config.json     NP weights, as in `final/`, with the chosen ranks
     {save}/calibrated/spectrum.json                                 the singular values behind the ranks
 
-The directory is written at the end and renamed, so a killed calibration leaves nothing. A command that is repeated
-reads the directory if it was calibrated for the same base model, data and settings. The result does not depend on the
-parallel layout, but for rounding.
+The directory is written at the end and then renamed, so a killed calibration leaves no files. A repeated command
+reads the directory if the base model, the data and the settings are the same. Apart from rounding, the result does
+not depend on the parallel layout.
 """
 
 import json
@@ -50,7 +50,8 @@ _FORMAT = "megatron_ext.npt_spectrum/1"
 
 
 def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> Path:
-    """Calibrates, unless a repeated command has done so already; returns the file of the NP weights. Collective.
+    """Calibrates, unless an earlier start of the run has already done so; returns the file of the NP weights.
+    Collective.
 
     Args:
         config: the run's configuration, resolved, with --save and with layers as numbers.
@@ -88,7 +89,7 @@ def _description(config: NPTRunConfig, base: BaseCheckpoint) -> dict[str, Any]:
     """Returns everything on which the result depends, as JSON values."""
     training = config.npt
     return {
-        "factors": "A [h, r], B [r, h]",  # an earlier version wrote B [r, output]
+        "factors": "A [h, r], B [r, h]",  # part of the description, because an earlier version wrote B as [r, output]
         "np": group_to_dict(config.np),
         "tokens": training.calibration_tokens,
         "metric": training.calibration_metric,
@@ -120,7 +121,7 @@ def _base_model(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer
 
 
 def _without_recomputation(parallel: ParallelConfig) -> ParallelConfig:
-    # A recomputed layer would run twice, and its hooks with it.
+    # A recomputed layer would run twice, and so would its hooks.
     defaults = ParallelConfig()
     names = [name for name in ParallelConfig.__dataclass_fields__ if name.startswith("recompute_")]
     return replace(parallel, **{name: getattr(defaults, name) for name in names})
@@ -165,7 +166,7 @@ def _with_ranks(
     spectra: dict[Place, Spectrum] = {}
     for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
         number = layer.layer_number - 1
-        of_layer = moments.pop(number, None)  # frees it
+        of_layer = moments.pop(number, None)  # free the moments of this layer
         if of_layer is not None:
             spectra |= {
                 (number, target): found for target, found in _spectra(config, layer, of_layer).items()
@@ -187,15 +188,15 @@ def _chosen_ranks(
 ) -> dict[Place, int]:
     model = config.model
     if allowed.kl is not None:
-        # A gain is twice the KL per token that the rank removes; see `moments`.
+        # The gain of a rank is twice the KL per token that the rank removes; see `moments`.
         return choose_ranks(gains, error=2 * allowed.kl)
     assert allowed.share is not None
     layers, cost = len(config.np.layers(model.num_layers)), 2 * model.hidden_size
     parameters = allowed.share * layer_parameters(model) * layers
     if parameters < cost * len(gains):
         raise ValueError(
-            f"--np-rank {config.np.np_rank}: the budget is {parameters:,.0f} parameters; rank 1 needs "
-            f"{cost * len(gains):,}"
+            f"--np-rank {config.np.np_rank}: the budget is {parameters:,.0f} parameters, but rank 1 "
+            f"everywhere needs {cost * len(gains):,}; raise the limit"
         )
     return choose_ranks(gains, total=int(parameters // cost))
 
@@ -210,16 +211,20 @@ def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -
     if components * max(ranks.values()) > hidden_size:
         times = f"times {components} components " if components > 1 else ""
         raise ValueError(
-            f"--np-rank {settings.np_rank}: {times}must be at most the hidden size {hidden_size} for a calibrated start"
+            f"--np-rank {settings.np_rank}: {times}must be at most the hidden size {hidden_size} for a "
+            "calibrated start"
         )
     return ranks
 
 
 def _gains(config: NPTRunConfig, found: Spectrum) -> list[float]:
-    """Returns how much each further rank lowers the error: of the loss, or relative to the target without gradients."""
+    """Returns the gain of each further rank: the reduction of the loss or, without gradients, of the relative
+    error.
+    """
     squares = found.squares
     if config.npt.calibration_metric == "output":
-        # Sizes of different layers' outputs say nothing about their effect; shares of their own size are comparable.
+        # Absolute errors of different layers are not comparable without gradients; errors relative to the layer's
+        # output are.
         squares = squares / squares.sum()
     gains: list[float] = squares.tolist()
     return gains
@@ -254,7 +259,9 @@ def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.T
 
 
 def _found(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[Place, dict[str, Any]]:
-    """Returns the report's entries for key_value, one for each target; errors are in the calibration's metric."""
+    """Returns the report's entries for key_value, one for each target; errors are measured in the calibration's
+    metric.
+    """
     return {
         place: _entry(found, rank, float(found.squares[rank:].sum() / found.squares.sum()))
         for place, (found, rank) in spectra.items()
@@ -295,9 +302,11 @@ def _report(
 def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
     predicts_kl = settings.np_form == "key_value" and report["metric"] == "fisher"
     of_what = (
-        "predicted KL of a layer without deltas" if predicts_kl else "square of what the deltas should write"
+        "predicted KL of a layer without deltas"
+        if predicts_kl
+        else "square of the values that the deltas should add"
     )
-    print_on_first_rank(f"rank of each layer, and the share of the {of_what} that it leaves:")
+    print_on_first_rank(f"rank of each layer, and the remaining fraction of the {of_what}:")
     for number, targets in report["layers"].items():
         parts = [
             f"{name} rank {found['rank']}, {found['error_left']:.2%} left"
@@ -310,15 +319,15 @@ def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
 def _named_entries(
     targets: Mapping[str, Mapping[str, Any]], settings: NPTModuleConfig
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Returns the entries of one layer by the run's names of the targets; gate and up share a rank and an error."""
+    """Returns the entries of one layer with the targets' names in the run; gate and up share a rank and an error."""
     of_fc1 = next(found for target, found in targets.items() if target != DOWN)
     entries = [of_fc1, *(found for target, found in targets.items() if target == DOWN)]
-    # The documents' forms have no entry for `down` if the residual is kept.
+    # low_rank and outer_product have no entry for `down` if the residual is kept.
     return list(zip(settings.named_targets, entries, strict=False))
 
 
 def chosen_settings(weights: Path, requested: NPTModuleConfig) -> NPTModuleConfig:
     """Returns the requested settings with the ranks of the calibrated weights, on every rank; collective."""
     found = on_first_rank(lambda: read_np_settings(str(weights)))
-    assert found is not None, "the calibration writes the settings beside the weights"
+    assert found is not None, "the calibration has written the settings beside the weights"
     return replace(requested, np_rank=found.np_rank)

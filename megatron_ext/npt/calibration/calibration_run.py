@@ -1,6 +1,6 @@
-"""Runs the base model over calibration tokens: chooses the samples of each step, and observes the layers through hooks.
+"""Runs the base model on calibration tokens: chooses the samples of each step, and observes the layers through hooks.
 
-Each of the calibration's passes reads the same samples, the first ones of the data.
+Every pass of the calibration reads the same samples, the first samples of the data.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -33,7 +33,7 @@ class Step:
     """The step's micro-batches, as many as there are pipeline stages."""
 
     kept: list[torch.Tensor]
-    """For each micro-batch, which of its samples count, [b]."""
+    """For each micro-batch, a boolean mask [b] of the samples that count."""
 
     samples: int
     """Number of samples over all data-parallel ranks, including those that do not count."""
@@ -93,7 +93,7 @@ class MLPInput:
     """Values in one layer of the base model when its MLP begins; [s, b, h] ([s/t, b, h] under SP) unless stated."""
 
     kept: torch.Tensor
-    """Which of the micro-batch's samples count, [b]."""
+    """Boolean mask [b] of the micro-batch's samples that count."""
 
     attention: torch.Tensor
     """The attention output a."""
@@ -109,7 +109,7 @@ class MLPInput:
 
 
 class LayerHooks:
-    """Hooks on the chosen layers of one rank; a subclass defines what is done with the observed values.
+    """Hooks on the chosen layers of one rank; subclasses process the observed values.
 
     Every layer runs the micro-batches in order; within a layer, attention runs before the MLP.
     """
@@ -137,7 +137,7 @@ class LayerHooks:
         self._kept, self._passes = step.kept, {}
 
     def kept(self, number: int) -> torch.Tensor:
-        """Returns which samples count in the micro-batch that layer `number` runs, [b]."""
+        """Returns a boolean mask [b] of the samples that count in the current micro-batch of layer `number`."""
         return self._kept[self._passes[number]]
 
     def remove(self) -> None:
@@ -146,7 +146,7 @@ class LayerHooks:
             handle.remove()
 
     def before_mlp(self, layer: Any, seen: MLPInput) -> None:
-        """Called for each layer and micro-batch when the layer's second norm has run."""
+        """Called for each layer and micro-batch after the layer's second norm."""
         raise TypeError(f"{type(self).__name__} must implement before_mlp()")
 
     def _add(self, layer: Any) -> None:
@@ -169,7 +169,7 @@ class LayerHooks:
 
 
 def sum_over_ranks(parts: Iterable[torch.Tensor], sequence_parallel: bool) -> None:
-    """Adds up sums over tokens, of which every rank has seen its own; in place, collective."""
+    """Adds up, in place, the sums over each rank's own tokens. Collective."""
     groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
     if sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())

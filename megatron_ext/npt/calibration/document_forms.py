@@ -1,22 +1,23 @@
-"""Calibrated factors of the documents' forms, low_rank and outer_product: as near to the base layer as they come.
+"""Calibrates the factors of low_rank and outer_product (the forms in docs/design), to be near the base layers.
 
-A delta adds u B to W n, where the base layer computes W m = W n + W (m - n). But for a scalar per token, m - n is
-linear in a (see `key_value`), whereas u is a product of something read from the target's input and something read from
-a. So the first factor is made a scalar, and u linear in a, as nearly as the form allows:
+A delta adds u B to W n, whereas the base layer computes W m = W n + W (m - n). Apart from a scalar per token, m - n is
+linear in a (see `key_value`). In these forms, u is a product of two values: one is computed from the target's
+input, the other from a. Therefore the calibration makes the first value a scalar per token, and the second one linear
+in a, as nearly as the form allows. For this it computes:
 
-    kappa     read from the input x of the target. gate, up, fc1: n . kappa = 1 / rms(h + a), by least squares.
+    kappa     multiplies the target's input x. gate, up, fc1: n . kappa = 1 / rms(h + a), by least squares.
               down: x . kappa = 1, with kappa = W_down^T q and q . (W_down x) = 1, by least squares
     omega     a . omega = 1, by least squares
-    D         the best directions of a, [h, r]: the first columns of A of `factors`
+    D         the best directions of a, [h, r]: the first columns of A in `factors`
 
-    low_rank          A = D + kappa times a factor, so that n A is mainly n . kappa and a A mainly a D; tanh is nearly
-                      linear, because a A is small.  down: A = D, and every column of A_in is kappa
-    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], and omega keeps
-                      the root mean square of z nearly constant; for down the last row of W_a_up is kappa, so that the
-                      division by rms(W_a_up x) is one by |x . kappa|.  Requires --np-affine
+    low_rank          A = D + kappa times a factor, so that n A is mainly n . kappa, and a A is mainly a D. Since a A
+                      is small, tanh is nearly linear.  down: A = D, and every column of A_in is kappa
+    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], where omega keeps
+                      the root mean square of z nearly constant. For down, the last row of W_a_up is kappa, so that the
+                      division by rms(W_a_up x) is a division by |x . kappa|.  Requires --np-affine
 
-Then B follows from u by least squares, for the form as it is. gate, up, fc1: B = R W^T, where u R = m - n. down, for
---np-residual drop: u B = a; for keep B is 0. Neither form can represent the other part of m - n, (rho - 1) n.
+Then B is fitted to the actual u by least squares. gate, up, fc1: B = R W^T, where u R = m - n. down: u B = a for
+--np-residual drop; B is 0 for keep. Neither form can represent the other part of m - n, (rho - 1) n.
 
 The calibration reads the tokens three times: for the `moments`, which give D; for kappa and omega; for R and B.
 """
@@ -43,19 +44,21 @@ from megatron_ext.npt.weights.np_factors import whole_factors
 from megatron_ext.training.interface.family_interface import Batch
 
 _SIZE = 0.2
-"""Root mean square of a A for low_rank: small enough for tanh to be nearly linear, large enough for Adam's steps."""
+"""Root mean square of a A for low_rank: small enough that tanh is nearly linear, and large compared with Adam's
+steps.
+"""
 
 _RATIO = 10.0
-"""How much larger n . kappa is than n D, in A of low_rank."""
+"""Ratio of n . kappa to n D, in A of low_rank."""
 
 _ORTHOGONAL = 2.0
-"""Weight with which a . kappa is kept small, as part of A of low_rank reads a too; relative to the size of n."""
+"""Penalty on a . kappa relative to the size of n: A of low_rank contains kappa and also multiplies a."""
 
 _CONSTANT = 3.0
-"""How much larger a . omega is than z without it."""
+"""Ratio of a . omega to the rest of z."""
 
 Target = tuple[int, str]
-"""A layer, from 0, and a target."""
+"""Number of a layer, from 0, and name of a target."""
 
 
 @dataclass
@@ -98,18 +101,18 @@ def calibrate_form(
     batches: Callable[[], Iterator[Batch]],
     samples: int,
 ) -> tuple[dict[str, torch.Tensor], dict[Target, float]]:
-    """Returns the calibrated factors of this stage's layers, as whole tensors by key, and their errors; collective.
+    """Returns the calibrated factors of this stage's layers, as whole tensors by key, and their errors. Collective.
 
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
         settings: form, targets and ranks.
-        spectra: the directions of this stage's layers, and ranks of one component.
+        spectra: the directions of a for this stage's layers, and the ranks of one component.
         batches: returns this data-parallel rank's micro-batches, from the first on.
         samples: number of samples to use.
 
     Returns:
-        The factors; and for each layer and target the squared error that the fit of B leaves, relative to the square
-        of what is fitted.
+        The factors; and, for each layer and target, the squared error of the fit of B, relative to the square of the
+        fitted values.
     """
     layers = {number for number, _ in spectra}
     chosen = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 in layers]
@@ -124,7 +127,7 @@ def calibrate_form(
     parts: dict[Target, Modulation] = {}
     for layer in chosen:
         number = layer.layer_number - 1
-        parts |= _with_reads(settings, layer, reads.pop(number), spectra)  # frees the sums
+        parts |= _with_reads(settings, layer, reads.pop(number), spectra)  # free the sums of this layer
     fits = _fits(chunks, settings, parts, batches, samples)
     errors = _write_outputs(chosen, parts, fits)
     tensors: dict[str, torch.Tensor] = {}
@@ -142,7 +145,7 @@ def _share(chunks: list[GPTModel], sums: Iterator[LeastSquares]) -> None:
 def _with_reads(
     settings: NPTModuleConfig, layer: Any, reads: _Reads, spectra: Mapping[Place, tuple[Spectrum, int]]
 ) -> dict[Target, Modulation]:
-    """Returns the targets of a layer with all factors but the output factor, which is zero."""
+    """Returns the targets of a layer with all factors set, except for the output factor, which is zero."""
     number, group = layer.layer_number - 1, layer.pg_collection.tp
     parts: dict[Target, Modulation] = {}
     for target in settings.targets:
@@ -163,7 +166,9 @@ def _with_reads(
 
 
 def _agreed(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the first rank's values on every rank of the group, whatever the others' rounding; collective."""
+    """Returns the first rank's values on every rank of the group, so that rounding cannot make ranks differ.
+    Collective.
+    """
     values = values.contiguous()
     dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
     return values
@@ -172,7 +177,7 @@ def _agreed(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def _directions(found: Spectrum, count: int, reads: _Reads, layer: Any, target: str) -> torch.Tensor:
     """Returns D [h, count], scaled so that each column of a D has a mean square of 1."""
     columns = found.reads[:, :count]
-    # A column's sign is arbitrary, but not without effect on low_rank.
+    # The sign of a column is arbitrary but affects low_rank, so make the largest element positive.
     columns = columns * columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
     if target != DOWN:
         columns = centred(columns.t(), layer.config).t()
@@ -231,7 +236,7 @@ def _fits(
     batches: Callable[[], Iterator[Batch]],
     samples: int,
 ) -> dict[Place, LeastSquares]:
-    """Returns the sums of u and of what u B replaces: m - n, and a for `down`; collective."""
+    """Returns the least-squares sums of u and of the values to fit: m - n, or a for `down`. Collective."""
     fits: dict[Place, LeastSquares] = {}
     readers: dict[Place, Modulation] = {}
     for (number, target), part in parts.items():

@@ -1,17 +1,17 @@
 """Ranks and factors of the form key_value, from the moments of a layer.
 
-    C = E x x^T        the covariance of what is read: u for fc1, a for `down`; see `moments`
-    M                  the metric of an error of x: its error is E (x - x')^T M (x - x')
+    C = E x x^T        the covariance of x, which is u for fc1 and a for `down`; see `moments`
+    M                  the metric for errors of x: an approximation x' has the error E (x - x')^T M (x - x')
     C^1/2 M C^1/2 = Y diag(s^2) Y^T                   s^2 in descending order
 
-The best map of rank r, x' = P x, keeps the first r columns Y_r; its error is the sum of s_i^2 over i > r (Eckart and
-Young, applied to M^1/2 C^1/2, whose right singular vectors are Y):
+The best map of rank r, x' = P x, keeps the first r columns Y_r of Y. Its error is the sum of s_i^2 over i > r (Eckart
+and Young, applied to M^1/2 C^1/2, whose right singular vectors are Y):
 
     x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r D  [h, r]        B = D^-1 Y_r^T C^1/2  [r, h]
 
-The diagonal D does not change the map. It gives column i of A and row i of B the same norm: on a real model the norms
-differ by a factor of several hundred without it, and Adam, whose steps have the same size everywhere, then changes A
-too much and B hardly at all.
+The diagonal matrix D does not change the map. It gives column i of A and row i of B the same norm. In a real model,
+these norms would otherwise differ by a factor of several hundred; Adam, whose steps have the same size everywhere,
+would then change A too much and B hardly at all.
 
 Without gradients M is diag(g) W^T W diag(g) for fc1, and the identity for `down`. Everything is in fp64.
 """
@@ -24,7 +24,7 @@ import torch
 FC1, DOWN = "fc1", "down"
 
 Place = tuple[int, str]
-"""A layer, from 0, and fc1 or down. The documents' forms use fc1's directions for gate and up."""
+"""Number of a layer, from 0, and fc1 or down. low_rank and outer_product use fc1's directions for gate and up."""
 
 
 def place_of(layer: int, target: str) -> Place:
@@ -33,10 +33,10 @@ def place_of(layer: int, target: str) -> Place:
 
 
 _SMALLEST = 3e-7
-"""Smallest eigenvalue of C, relative to the largest, that is inverted as it is; smaller ones are raised to it."""
+"""Lower limit of the eigenvalues of C, relative to the largest; smaller ones are raised to it before inversion."""
 
 _RIDGE = 1e-7
-"""Added to the diagonal of C and M, relative to its mean, so that directions without tokens stay harmless."""
+"""Added to the diagonals of C and M, relative to their means, so that a direction without data does no harm."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Spectrum:
     """The best maps of every rank, for one target of one layer."""
 
     squares: torch.Tensor
-    """s^2 [h], in descending order: how much each further rank lowers the error."""
+    """s^2 [h], in descending order: the reduction of the error by each further rank."""
 
     reads: torch.Tensor
     """C^-1/2 Y, [h, h]."""
@@ -60,7 +60,7 @@ class Spectrum:
 
 
 def decompose(covariance: torch.Tensor, metric: torch.Tensor) -> Spectrum:
-    """Returns the best maps of x of every rank, where `metric` measures the error of x.
+    """Returns the best maps of x for every rank; `metric` measures the error.
 
     Args:
         covariance: C, [h, h] in fp64.
@@ -84,7 +84,7 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 def choose_ranks(
     gains: Mapping[Place, list[float]], total: int | None = None, error: float = 0.0
 ) -> dict[Place, int]:
-    """Chooses ranks: those with the smallest error among all with the sum `total`, or the smallest that reach `error`.
+    """Chooses the ranks with the smallest total error whose sum is `total`, or the smallest ranks that reach `error`.
 
     Args:
         gains: maps (layer, target) to the gain of each further rank, in descending order.
@@ -95,7 +95,7 @@ def choose_ranks(
         The ranks, each at least 1.
     """
     ranks = dict.fromkeys(gains, 1)
-    # Gains fall with the rank, so that the largest ones are the first ranks of every place.
+    # Gains fall with the rank, so the largest gains always belong to the first ranks of a place.
     offers = sorted((-gain, place) for place, of_place in gains.items() for gain in of_place[1:])
     left = -sum(offer for offer, _ in offers)
     for offer, place in offers[: None if total is None else total - len(gains)]:

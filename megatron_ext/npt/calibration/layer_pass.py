@@ -1,4 +1,4 @@
-"""Runs the base model over calibration tokens and calls a function with the values that each layer computes."""
+"""Runs the base model on calibration tokens and calls a function with the values that each layer computes."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class LayerTokens:
     """Values that one layer of the base model computes for a micro-batch."""
 
     kept: torch.Tensor
-    """Which of the samples count, [b]."""
+    """Boolean mask [b] of the samples that count."""
 
     attention: torch.Tensor
     """a, [s, b, h] ([s/t, b, h] with sequence parallelism)."""
@@ -44,7 +44,9 @@ class LayerTokens:
 
 
 Visit = Callable[[int, Any, LayerTokens], None]
-"""Gets the index of a layer, the layer and its tokens; all ranks of a tensor-parallel group call it together."""
+"""A function of the index of a layer, the layer, and its tokens; all ranks of a tensor-parallel group call it
+together.
+"""
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def visit_layers(
     *,
     name: str,
 ) -> None:
-    """Runs the base model over the first samples; collective.
+    """Runs the base model on the first samples. Collective.
 
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
@@ -80,7 +82,7 @@ def visit_layers(
 
 
 class _Hooks(LayerHooks):
-    """Hooks that collect the tensors of a layer and hand them on when its MLP has run."""
+    """Hooks that collect the tensors of a layer and pass them to `visit` after its MLP has run."""
 
     def __init__(self, chunks: list[GPTModel], layers: Collection[int], visit: Visit) -> None:
         super().__init__(chunks, layers)
@@ -94,11 +96,11 @@ class _Hooks(LayerHooks):
             )
 
     def before_mlp(self, layer: Any, seen: MLPInput) -> None:
-        """Begins the layer's tokens."""
+        """Stores the values that are known before the MLP."""
         self._tokens = LayerTokens(
             kept=seen.kept,
             attention=seen.attention,
-            # `forward`, because calling the module would call its hooks.
+            # Call `forward`, because calling the module would also call its hooks.
             normed=layer.pre_mlp_layernorm.forward(seen.residual - seen.attention),
             mlp_input=seen.normed,
             inverse_rms=seen.inverse_rms,

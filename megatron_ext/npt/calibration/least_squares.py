@@ -1,11 +1,11 @@
-"""Least squares from sums over tokens: finds the linear map from x to y with the smallest error, keeping no token.
+"""Finds the linear map from x to y with the smallest squared error, from sums over tokens (no token is stored).
 
-    X = sum x x^T [k, k],  Y = sum x y^T [k, j],  |y|^2 summed        x [k] and y [j] of each token
+    X = sum x x^T [k, k],  Y = sum x y^T [k, j],  sum |y|^2           x [k] and y [j] belong to one token
     R = (X + penalties)^-1 Y                                          y' = x R
     error left = (|y|^2 - 2 <R, Y> + <R, X R>) / |y|^2                relative to the square of y
 
-The sums are additive over micro-batches and ranks. Everything is in fp64. X is scaled to a diagonal of ones before a
-ridge is added to it, so that the result does not depend on the units of x.
+The sums of micro-batches and ranks can be added up. All values are in fp64. X is scaled to a diagonal of ones before
+a ridge is added, so that the result does not depend on the units of x.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from megatron_ext.platform import process_groups
 
 RIDGE = 1e-4
-"""Added to the diagonal of X, relative to it, so that directions without tokens stay harmless."""
+"""Added to the diagonal of the scaled X, so that a direction without data does no harm."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LeastSquares:
         """Returns R, [k, j].
 
         Args:
-            penalty: P [k, k]: the sum over columns r of R of r^T P r is added to the squared error.
+            penalty: P, [k, k]. The term r^T P r, summed over the columns r of R, is added to the squared error.
         """
         scales = self.inputs.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
         matrix = self.inputs if penalty is None else self.inputs + penalty

@@ -1,17 +1,18 @@
 """Second moments of the base model's layers, accumulated in one pass over calibration tokens.
 
-    u = c(a) / rms(h + a)            what fc1 reads of the attention output; c centres it for LayerNorm only
+    u = c(a) / rms(h + a)            the attention output's part of fc1's input; c subtracts the mean (LayerNorm only)
     inputs       E u u^T             attention     E a a^T
     metric       E d d^T,  d = dL/du           output      E e e^T,  e = dL/d(layer output)
 
-L is the model's negative log-likelihood of labels that are sampled from the model itself: then E d d^T is the Fisher
-information, and 1/2 E (d . x)^2 the loss KL(base || changed) of a small change x of u, to second order. `attention` and
-`output` are the same for `down`, which returns a to the residual stream. Without gradients (`metric` "output") the
-metric is that of fc1's output, diag(g) W^T W diag(g), with the norm's weight g; `factors` computes it from the weights.
+L is the model's negative log-likelihood of labels that are sampled from the model itself. Then E d d^T is the Fisher
+information: to second order, a small change x of u causes a KL(base || changed) of 1/2 E (d . x)^2. `attention` and
+`output` are the same quantities for `down`, which adds a to the residual stream. Without gradients (`metric`
+"output"), `factors` computes the metric of fc1's output from the weights: diag(g) W^T W diag(g), with the norm's
+weight g.
 
-Every matrix is [h, h] in fp64, a mean over tokens: those of all data-parallel ranks and, under sequence parallelism, of
-all tensor-parallel ranks. Ranks hold the moments of their own stage's layers. Which labels are sampled depends on the
-sample and the seed, not on the parallel layout.
+Every matrix is [h, h] in fp64, a mean over the tokens of all data-parallel ranks and, under sequence parallelism, of
+all tensor-parallel ranks. A rank holds the moments of its own stage's layers. The sampled labels depend on the sample
+and the seed, not on the parallel layout.
 """
 
 from collections.abc import Collection, Iterator
@@ -40,7 +41,7 @@ from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import NoLoss, OutputLoss
 
 _ROWS_AT_ONCE = 1 << 24
-"""Number of probabilities that a rank sums up at a time."""
+"""Number of probabilities that a rank adds up at a time."""
 
 
 @dataclass
@@ -92,8 +93,8 @@ def collect_moments(
     try:
         for step in calibration_steps(batches, samples, seed, name=name):
             hooks.begin(step)
-            # The loss of `run_microbatches` is on average a mean over the tokens of a data-parallel rank.
-            # megatron-core multiplies it by the context-parallel size.
+            # The loss of `run_microbatches` is a mean over the tokens of a data-parallel rank, which megatron-core
+            # multiplies by the context-parallel size.
             hooks.scale = step.tokens / parallel_state.get_data_parallel_world_size(
                 with_context_parallel=True
             )
@@ -115,7 +116,7 @@ class _Hooks(LayerHooks):
     def __init__(self, chunks: list[GPTModel], layers: Collection[int], gradients: bool) -> None:
         super().__init__(chunks, layers)
         self.scale = 1.0
-        """Factor that turns gradients of the run's loss into those of the sum over tokens."""
+        """Factor that converts gradients of the run's loss to gradients of the sum over tokens."""
         self.moments = {
             layer.layer_number - 1: LayerMoments.zeros(layer.config.hidden_size) for layer in self.layers
         }
@@ -136,7 +137,7 @@ class _Hooks(LayerHooks):
             )
 
     def before_mlp(self, layer: Any, seen: MLPInput) -> None:
-        """Adds the products of the MLP's input; adds those of its gradient in the backward pass."""
+        """Adds the products of the MLP's input now, and the products of its gradient in the backward pass."""
         moments, kept = self.moments[layer.layer_number - 1], seen.kept
         attention = seen.attention.float()
         _add_products(moments.inputs, centred(attention, layer.config) * seen.inverse_rms, kept)
@@ -153,7 +154,7 @@ class _Hooks(LayerHooks):
 
 
 def _need_gradient(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Lets a gradient reach the first layer of a chunk, although no parameter needs one."""
+    """Lets a gradient reach the first layer of a chunk, although all parameters are frozen."""
     hidden_states = args[0] if args else kwargs["hidden_states"]
     if not hidden_states.requires_grad:
         hidden_states = hidden_states.detach().requires_grad_()
@@ -186,7 +187,8 @@ class _SampledLoss(OutputLoss):
 
 
 def sample_labels(logits: torch.Tensor, uniform: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Samples a token from every softmax by inverting its distribution function; independent of the layout.
+    """Samples a token from every softmax by inverting the distribution function; the result does not depend on the
+    layout.
 
     Args:
         logits: [s, b, V/t].
@@ -206,7 +208,7 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, group: dist.ProcessGrou
     totals = [torch.empty_like(summed[..., -1]) for _ in range(group.size())]
     dist.all_gather(totals, summed[..., -1].contiguous(), group=group)
     before = torch.stack([torch.zeros_like(uniform), *totals]).cumsum(0)
-    # The label is the number of tokens whose share of the distribution lies below the random number.
+    # The label is the number of tokens whose cumulative probability lies below the random number.
     threshold = uniform * before[-1] - before[group.rank()]
     found = (summed <= threshold.unsqueeze(-1)).sum(-1)
     dist.all_reduce(found, group=group)

@@ -1,1 +1,1 @@
-"""Evaluates an NPT model against its base model: comparison of the layers, report, generated texts."""
+"""Evaluates an NPT model against its base model: compares the layers, writes a report, and generates texts."""

@@ -1,16 +1,17 @@
 """Measures how much memory the NP components of one layer need in a training step, in two forms.
 
-In the materialised form, every token's weight update (delta) is built as a matrix; in the factored form it is not. The
-MLP of one layer runs with frozen base weights. The measured values are the memory kept for the backward pass, and the
-peak during forward and backward. Each is measured at two token counts, so that weights and their gradients cancel in
-the difference, and the base MLP's memory is subtracted. If f is proportional to h, the result in bytes per token is
+In the materialised form, every token's weight update (delta) is built as a matrix; in the factored form it is not.
+The MLP of one layer runs with frozen base weights. Two values are measured: the memory kept for the backward pass,
+and the peak during the forward and backward passes. Each is measured at two token counts, so that weights and their
+gradients cancel in the difference; the base MLP's memory is then subtracted. If f is proportional to h, the result in
+bytes per token is
 
     materialised    c h^2           deltas and their gradients
     factored        c0 + c1 h       products of size r, temporary gradients of size h
 
-The constants c, c0 and c1 are fitted by least squares to the measured model sizes; with them, the memory at other sizes
-is projected, for example that of a 7B model. All L layers hold their kept memory at the same time, but only one layer
-is at its peak: the total is L kept + (peak - kept).
+The constants c, c0 and c1 are fitted by least squares to the measured model sizes; they project the memory at other
+sizes, for example of a 7B model. All L layers hold their kept memory at the same time, but only one layer is at its
+peak: the total is L kept + (peak - kept).
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def measure_memory(
     )
     layer: Any = chunks[0].decoder.layers[0]
     layer.mlp.requires_grad_(False)
-    layer.pre_mlp_layernorm = torch.nn.Identity()  # the norm's own memory is the base layer's
+    layer.pre_mlp_layernorm = torch.nn.Identity()  # the memory of the norm belongs to the base layer
     forms: dict[str, Callable[..., torch.Tensor]] = {
         "base": lambda normed, _: layer.mlp(normed)[0],
         "factored": lambda *inputs: layer.feed_forward.mlp_output(layer, *inputs),

@@ -112,10 +112,10 @@ def _layers(page: Page, report: dict[str, Any]) -> None:
 def _errors(page: Page, report: dict[str, Any]) -> None:
     page.heading("Errors of the converted MLPs, and the layers that hold the model back")
     page.paragraph(
-        "Error of a token: |MLP output - target| / |target|, on the layer's input in the base model. Untrained: "
-        f"without deltas. Massive: |target|^2 above {report['mlp_error']['massive_above']:g} times the median; share: "
-        "of the sum of all |target|^2. Last column: how much smaller KL(base || NPT) is with this layer as its base "
-        "layer."
+        "Error of a token: |MLP output - target| / |target|, on the layer's input in the base model. "
+        "Untrained: without deltas. Massive: |target|^2 above {report['mlp_error']['massive_above']:g} "
+        "times the median; share: fraction of the sum of all |target|^2. Last column: reduction of "
+        "KL(base || NPT) if this layer is replaced by its base layer."
     )
     if report["layer_ablation"] is not None:
         page.paragraph(held_back(report["layer_ablation"]))
@@ -178,7 +178,7 @@ def _counts(parameters: dict[str, Any]) -> list[list[Any]]:
 
 
 def _distance(metric: str, value: float | None) -> float | None:
-    """Converts a metric so that larger values mean farther from the base layer."""
+    """Converts a metric so that larger values mean a larger distance from the base layer."""
     return 1 - value if metric == "cosine_similarity" and value is not None else value
 
 

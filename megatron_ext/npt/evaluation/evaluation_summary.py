@@ -20,7 +20,7 @@ def print_summary(report: dict[str, Any]) -> None:
     table.add_row("perplexity ratio", "1", _four(ratio, 6), _verdict(perplexity["as_expected"], "1 ± 0.05"))
     untrained = _four(perplexity["untrained_ratio"], 6)
     is_calibrated = perplexity["untrained_seed"] is None
-    # A calibrated model is converted without training, too; its reference has no deltas.
+    # A calibrated model is not yet trained either; its reference has no deltas.
     row = (
         ("  without deltas", "1", untrained, "")
         if is_calibrated
@@ -41,10 +41,13 @@ def print_summary(report: dict[str, Any]) -> None:
     console = Console(width=100)
     console.print(table)
     console.print(
-        "delta: what attention adds to an MLP's weights for a token. Explained in docs/npt_evaluation.md."
+        "delta: the update of an MLP's weights for a token. The columns are explained in docs/npt_evaluation.md."
     )
     console.print(_layer_table(report))
-    console.print("same input: both layers read the base model's; free-running: each reads its own model's.")
+    console.print(
+        "same input: both layers get the layer's input in the base model; free-running: "
+        "each gets its own model's."
+    )
     console.print(_error_table(report))
     console.print(_ERROR_LEGEND)
     if report["layer_ablation"] is not None:
@@ -69,7 +72,9 @@ def delta_expectation(delta: dict[str, Any]) -> str:
 
 
 def held_back(ablation: dict[str, Any]) -> str:
-    """Returns a sentence that names the layers that hold the model back; `ablation` is the section of the report."""
+    """Returns a sentence that names the layers with the largest effect on the KL; `ablation` is the section of the
+    report.
+    """
     found, tokens = ablation["holding_back"], f"on {ablation['tokens']:,} tokens"
     if not found["layers"]:
         return f"KL(base || NPT) {_four(ablation['kl'])} {tokens}: no layer holds the model back."
@@ -94,7 +99,9 @@ def _layer_table(report: dict[str, Any]) -> Table:
             for mode in modes
             for value in (
                 mode[number]["mse"],
-                _one_minus(mode[number]["cosine_similarity"]),  # four digits of the cosine itself would be 1
+                _one_minus(
+                    mode[number]["cosine_similarity"]
+                ),  # four digits of the cosine itself would round to 1
                 mode[number]["relative_error"],
             )
         ]
@@ -103,7 +110,7 @@ def _layer_table(report: dict[str, Any]) -> Table:
 
 
 def _error_table(report: dict[str, Any]) -> Table:
-    """Error per token relative to its target, massive tokens, and what the model gains without the layer."""
+    """Returns a table of the relative error per token, massive tokens, and the KL without each layer."""
     table = Table(title="error of the MLP per token, relative to its target; KL without the layer")
     for column in ERROR_COLUMNS:
         table.add_column(column, justify="right")
@@ -122,11 +129,12 @@ ERROR_COLUMNS = (
     "their share",
     "KL without, less by",
 )
-"""Headings of `error_rows`; `their share` is the massive tokens' share of the targets' sum of squares."""
+"""Headings of `error_rows`; `their share` is the fraction of the targets' sum of squares that massive tokens have."""
 
 _ERROR_LEGEND = (
-    "massive tokens: those whose squared target is above 100 times the median; their share of all squared targets. "
-    "KL without, less by: how much KL(base || NPT) falls if this layer is the base model's again."
+    "massive tokens: tokens whose squared target is above 100 times the median; their share: fraction "
+    "of all squared targets. KL without, less by: reduction of KL(base || NPT) if this layer is "
+    "replaced by its base layer."
 )
 
 

@@ -1,14 +1,14 @@
-"""Finds the NPT layers that hold the model back: each one in turn runs as its base layer again.
+"""Finds the NPT layers that hold the model back, by running each of them in turn as its base layer.
 
     KL                mean over tokens of KL(base || NPT), nats
-    KL without j      the same with layer j as its base layer; the other layers stay converted
-    reduction         KL - KL without j: how much of the model's distance from the base model goes with layer j
+    KL without j      the same, but layer j runs as its base layer; all other layers stay converted
+    reduction         KL - KL without j: the part of the model's distance from the base model that layer j causes
 
-A layer's own error does not tell this, because the layers above may enlarge or remove it. The layers that
-hold the model back are the fewest whose reductions add up to half of all reductions. To check them, they run as base
-layers together.
+A layer's own error does not show its effect, because the layers above may enlarge or remove the error. The layers
+that hold the model back are the smallest group whose reductions add up to half of all reductions. As a check, all
+layers of this group run together as base layers.
 
-A run without layer j starts at layer j, with the input that the layer had in the run of the whole NPT model.
+A run without layer j starts at layer j, with the layer's input from the run of the whole NPT model.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def ablate_layers(
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
         families: the model families, which supply the model's auxiliary inputs.
         layers: indices of the model's NPT layers, from 0, over all pipeline stages.
-        read: returns the micro-batches, from the beginning; called twice.
+        read: function that returns the micro-batches from the beginning; called twice.
     """
     families = [*families, _KnownInputs()]
     sums = np.zeros((1 + len(layers), 4))
@@ -72,7 +72,9 @@ def ablate_layers(
 
 
 def holding_back(reductions: dict[int, float]) -> list[int]:
-    """Returns the fewest layers whose reductions add up to half of all positive ones, the largest first."""
+    """Returns the smallest group of layers whose reductions add up to half of all positive reductions, the largest
+    first.
+    """
     positive = {layer: value for layer, value in reductions.items() if value > 0}
     half, chosen, found = sum(positive.values()) / 2, list[int](), 0.0
     for layer in sorted(positive, key=lambda layer: -positive[layer]):
@@ -101,14 +103,15 @@ def _base_outputs(chunks: list[GPTModel], families: list[Family], step: list[Bat
 def _mean_kl(sums: Sums) -> tuple[int, list[float]]:
     """Adds up the rows of all ranks; returns the number of tokens and the mean KL of each row."""
     whole = torch.from_numpy(sums).to(process_groups.device())
-    # The first sum is over the ranks' windows; the second shares the result of the last stage with all stages.
+    # The first reduction adds up the ranks' windows; the second gives every pipeline stage the result of the last
+    # one.
     dist.all_reduce(whole, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(whole, group=parallel_state.get_pipeline_model_parallel_group())
     return int(whole[0, 0]), (whole[:, 3] / whole[:, 0]).tolist()
 
 
 class _KnownInputs(Family):
-    """Passes the known input of the layer at which a run starts to the model."""
+    """Supplies the known input of the layer at which a run starts."""
 
     name = "layer_ablation"
 
@@ -121,7 +124,7 @@ class _KnownInputs(Family):
 def _recorded_inputs(
     chunks: list[GPTModel], layers: tuple[int, ...], inputs: dict[int, list[torch.Tensor]]
 ) -> Iterator[None]:
-    """In this context every micro-batch's input to each of the layers is appended to `inputs`."""
+    """Returns a context in which each layer's input is appended to `inputs`, for every micro-batch."""
     with contextlib.ExitStack() as undo:
         for chunk in chunks:
             for layer in chunk.decoder.layers:

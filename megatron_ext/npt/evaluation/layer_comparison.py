@@ -3,13 +3,13 @@
 Every micro-batch is run twice: by the base model (the same model with NP components inactive), and by the NPT model.
 The output of each base layer is compared with that of the NPT layer, which is computed in two ways:
 
-    same input      the NPT layer runs on the input that the layer has in the base model (teacher-forced)
-    free-running    the NPT layer runs on the input that it has in the NPT model
+    same input      the NPT layer gets the layer's input in the base model (teacher-forced)
+    free-running    the NPT layer gets its own input in the NPT model
 
-The run with the same input also gives the squares of `layer_errors`, and the run of the NPT model the norms of every
-token's delta, v_a and v_b. The last pipeline stage adds -log p(token) of both models and
-KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above 0 are compared. Hidden states
-have the shape [s, b, h]; sequence parallelism is not supported.
+The run with the same input also gives the squares for `layer_errors`; the run of the NPT model also gives the norms
+of every token's delta, v_a and v_b. The last pipeline stage adds -log p(token) of both models and KL(base || NPT) =
+sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above 0 are compared. Hidden states have the shape
+[s, b, h]; sequence parallelism is not supported.
 """
 
 import contextlib
@@ -50,11 +50,13 @@ class Findings:
 
     layers: dict[tuple[str, int], Sums] = field(default_factory=dict)
     """Maps (how, layer), where `how` is SAME_INPUT or FREE_RUNNING, to five numbers: the number of tokens, and the sums
-    of squared difference, cosine, squared base output, and squared update (what the base layer adds to its input)."""
+    of squared difference, cosine, squared base output, and squared update (base output - base input).
+    """
 
     vectors: dict[tuple[int, str], Sums] = field(default_factory=dict)
     """Maps (layer, target) to four numbers: the number of tokens, and the sums of |v_a|, of |v_b|, and of the cosine of
-    v_a and the attention output."""
+    v_a and the attention output.
+    """
 
     deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     """Maps (layer, target) to |delta|_F of every token."""
@@ -103,7 +105,7 @@ class _Observer:
         self._base: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         """Maps each layer to its input and output in the base model, for each micro-batch."""
         self._base_mlp: torch.Tensor | None = None
-        """MLP(LN2(h + a)) of the base layer that ran last."""
+        """MLP(LN2(h + a)) of the most recent base layer."""
         self._activated: torch.Tensor | None = None
         self._undo = contextlib.ExitStack()
 

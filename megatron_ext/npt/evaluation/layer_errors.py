@@ -1,15 +1,15 @@
-"""Error of each NPT layer's MLP per token, relative to that token's target.
+"""Computes the error of each NPT layer's MLP per token, relative to the token's target.
 
-The target is the one that the layer losses train towards (`layer_losses`). Both layers get the layer's input h in the
-base model, and therefore the same attention output a:
+The target is the same as in training (`layer_losses`). Both layers get the layer's input h in the base model, and
+therefore have the same attention output a:
 
     target              keep  MLP(LN2(h + a))           drop  a + MLP(LN2(h + a))
     error of a token    |MLP*(LN2(h)) - target| / |target|,     the norm over the hidden size
-    untrained           the same with MLP(LN2(h)), without deltas, in place of MLP*(LN2(h))
+    untrained           the same, but with MLP(LN2(h)) (without deltas) instead of MLP*(LN2(h))
     overall             sqrt(sum of |difference|^2 / sum of |target|^2), sums over all tokens
 
-A token is massive if its |target|^2 is above 100 times the median. Where massive tokens have most of the sum of
-squares, `overall` describes them alone; median and percentiles describe all tokens.
+A token is massive if its |target|^2 is above 100 times the median. If massive tokens have most of the sum of squares,
+`overall` describes only them; median and percentiles describe all tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def layer_errors(squares: Mapping[int, Sequence[Squares]]) -> dict[int, dict[str
     """Returns the report on every layer.
 
     Args:
-        squares: maps each layer to the parts, in any order, that together hold all tokens.
+        squares: maps each layer to arrays that together hold all tokens, in any order.
     """
     return {number: _of_layer(np.concatenate(parts)) for number, parts in sorted(squares.items())}
 

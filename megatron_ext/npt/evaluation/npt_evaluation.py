@@ -37,9 +37,9 @@ from megatron_ext.training.interface.family_interface import Family
 
 FORMAT = "megatron_ext.npt_evaluation/1"
 DELTA_THRESHOLD = 0.01
-"""The average Frobenius norm of the deltas is expected to be below this; from docs/design/npt_equivalence.md."""
+"""Expected upper limit of the deltas' average Frobenius norm, from docs/design/npt_equivalence.md."""
 RATIO_TOLERANCE = 0.05
-"""The perplexity ratio is expected to differ from 1 by at most this; from docs/design/npt_equivalence.md."""
+"""Expected largest difference of the perplexity ratio from 1, from docs/design/npt_equivalence.md."""
 
 _MODES = {
     SAME_INPUT: "teacher-forced: both the NPT layer and the base layer get the layer's input in the base model",
@@ -203,7 +203,7 @@ def _deltas(found: Findings, norms: dict[tuple[int, str], float]) -> dict[str, A
             "relative_norm": distribution(relative[number, target]),
             "weight_norm": norms[number, target],
         }
-    nothing = np.zeros(0)  # for `concatenate`, if all layers are inactive
+    nothing = np.zeros(0)  # `concatenate` needs at least one array, even if all layers are inactive
     overall = distribution(np.concatenate([nothing, *values.values()]), histogram=True)
     average = overall["mean"]
     return {

@@ -26,13 +26,14 @@ def paired_generations(
         families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the model's tokenizer.
         prompts: the texts to continue.
-        sampling: settings of the sampled continuations; the greedy ones use the same settings with temperature 0. With
-            temperature 0 there are only greedy ones.
+        sampling: settings of the sampled continuations; the greedy ones use the same settings with temperature 0.
+            With temperature 0, there are only greedy continuations.
 
     Returns:
         A dictionary for each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and
         `npt` (the new texts), `identical`, `first_difference` (the number of equal tokens at the beginning), `tokens`
-        (those of the longer text), and `agreeing_tokens` (the number of positions with the same token in both texts).
+        (the number of tokens in the longer text), and `agreeing_tokens` (the number of positions with the same token
+        in both texts).
 
     Raises:
         ValueError: a prompt has no tokens or is too long.

@@ -1,7 +1,7 @@
-"""Replaces what the MLP of every NPT layer computes, temporarily.
+"""Temporarily replaces the computation of the MLP in every NPT layer. One replacement is defined here:
 
-without deltas      MLP(LN2(h)): the converted layer before anything is learned. The MLP reads the norm of the layer's
-                    input, and the attention output does not change it.
+without deltas      MLP(LN2(h)): the converted layer before anything is learned. The MLP's input is the normed input
+of the layer, and the attention output has no effect on the MLP.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_layers import base_mlp, np_modules
 
 MLPOutput = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Has the arguments and the result of `NPFeedForward.mlp_output`."""
+"""A function with the arguments and the result of `NPFeedForward.mlp_output`."""
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def replaced_mlp(chunks: list[GPTModel], make: Callable[[NPFeedForward], MLPOutp
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        make: takes an NPT layer's module and returns the function; may use the module's own `mlp_output`.
+        make: takes an NPT layer's module and returns the replacement, which may call the module's own `mlp_output`.
     """
     modules = np_modules(chunks).values()
     for module in modules:

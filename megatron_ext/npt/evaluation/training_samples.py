@@ -1,7 +1,8 @@
 """Generates text samples during training: greedy continuations of a prompt by the base model and by the NPT model.
 
 Generation uses the model that is being trained, in its parallel layout, with a KV cache. Some layouts do not support
-generation, such as sequence parallelism and virtual pipeline stages; a run that uses one is refused before it starts.
+generation, such as sequence parallelism and virtual pipeline stages; with such a layout, a run with text samples is
+refused before it starts.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig, check_fits_window
@@ -35,7 +36,7 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
     ):
         if is_in_the_way:
             raise ValueError(
-                f"--generation-steps {generation_steps} is not supported with {flag}; omit one of the two"
+                f"--generation-steps {generation_steps}: not supported with {flag}; omit one of the two"
             )
 
 
@@ -43,7 +44,7 @@ def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -
     """Checks that a text sample, including its prompt, fits into the model's sliding window.
 
     Raises:
-        ValueError: prompt and sample are too long together.
+        ValueError: prompt and sample together are too long.
     """
     if model.sliding_window is not None:
         length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS

@@ -1,11 +1,11 @@
-"""Form key_value: writes what the base layer's MLP would read of `a`, at the key that the NPT layer is reading.
+"""Form key_value: the delta adds the effect that `a` has on the base layer's MLP input.
 
-    n = LN2(h),  m = LN2(h + a)                            the NPT layer reads n, the base layer reads m
+    n = LN2(h),  m = LN2(h + a)                            input of the MLP in the NPT layer, and in the base layer
     m = b + rho (n - b) + g * c(a) / rms(h + a)            rho = rms(h) / rms(h + a), the gain
 
 g and b are weight and bias of the norm. RMSNorm: c(x) = x, b = 0. LayerNorm: c(x) = x - mean(x). In both cases
-rms(x) = sqrt(mean(c(x)^2) + eps), with the norm's eps. But for two scalars per token, m - n is linear in a. A map of
-rank r takes the place of the identity, once for fc1 (gate and up together) and once for `down`:
+rms(x) = sqrt(mean(c(x)^2) + eps), with the norm's eps. Apart from two scalars per token, m - n is linear in a. Maps A
+B of rank r replace the identity, one for fc1 (gate and up together) and one for `down`:
 
     fc1     y = W (b + rho (n - b) + g * (u A B))          u = c(a) / rms(h + a)           A: [h, r], B: [r, h]
     down    y = W x + a A B                                                                A: [h, r], B: [r, h]
@@ -13,10 +13,11 @@ rank r takes the place of the identity, once for fc1 (gate and up together) and 
     as a delta of the weight:  v (x) key + (rho - 1) W     v = W d,  d = g * (u A B) + (1 - rho) b,  key = n / |n|^2
                     down       v (x) key                   v = a A B,                                key = x / |x|^2
 
-v (x) key is the form outer_product with the right factor n / |n|^2 instead of a generated v_a. With A B = I, which
-needs r = h, y of fc1 equals W m, and the layer equals the base layer; with A B = I, `down` returns a, which
---np-residual drop leaves out. `np_scale` multiplies the delta: it multiplies u, a and rho - 1. Because v is W times a
-vector of width h, only the input of fc1 changes, and the factors have 2 r h parameters whatever the width of the MLP.
+v (x) key, the outer product of value and key, is the form outer_product with the right factor n / |n|^2 instead of a
+generated v_a. With A B = I, which requires r = h, y of fc1 equals W m, so that the layer equals the base layer; and
+the delta of `down` adds a, which --np-residual drop leaves out. `np_scale` multiplies the delta, that is u, a and rho
+- 1. Since v is W times a vector of width h, only the input of fc1 changes, and the factors have 2 r h parameters
+whatever the width of the MLP.
 
 Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel); rho and 1 / rms(h + a) [s, b, 1] in fp32. The factors
 are replicated over tensor-parallel ranks.
@@ -45,7 +46,9 @@ class KeyValueModulation(Modulation):
         self.add_factor("B", (rank, hidden), self.output_std(rank**-0.5))
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns |x|^2 [.., 1] in fp32, the square of the key's inverse length; only norms of the delta need it."""
+        """Returns |x|^2 [.., 1] in fp32, the inverse square of the key's length; only the norms of the delta use
+        it.
+        """
         return x.float().square().sum(-1, keepdim=True)
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
@@ -57,7 +60,7 @@ class KeyValueModulation(Modulation):
     def fc1_input(
         self, norm: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
     ) -> torch.Tensor:
-        """Returns b + rho (n - b) + g * (u A B), what fc1 reads, [s, b, h].
+        """Returns the input of fc1, b + rho (n - b) + g * (u A B), [s, b, h].
 
         Args:
             norm: LN2, the norm before the MLP.
@@ -76,7 +79,9 @@ class KeyValueModulation(Modulation):
 
 
 class _Gain(torch.autograd.Function):
-    """rho and 1 / rms(h + a). Keeps h and a for the backward pass, which exist anyway, but not h + a in fp32."""
+    """Computes rho and 1 / rms(h + a). For the backward pass it saves h and a, which exist anyway, but not h + a in
+    fp32.
+    """
 
     @staticmethod
     def forward(
@@ -98,7 +103,7 @@ class _Gain(torch.autograd.Function):
         size = hidden_states.size(-1)
         h = centred(hidden_states.float(), ctx.config)
         m = centred(attention_output.float(), ctx.config) + h
-        # The derivatives by the two mean squares, times that of a mean square by its vector, 2 x / size.
+        # The derivatives with respect to the two mean squares, times the derivative of a mean square, 2 x / size.
         by_m = -(grad_gain * gain + grad_inverse * inverse_rms) * inverse_rms.square() / size
         by_h = grad_gain * gain / of_h / size
         grad_a = by_m * m
@@ -107,7 +112,7 @@ class _Gain(torch.autograd.Function):
 
 
 def _mean_square(values: torch.Tensor) -> torch.Tensor:
-    # Without a tensor of squares.
+    # The vector norm needs no tensor of squares.
     return torch.linalg.vector_norm(values, dim=-1, keepdim=True).square() / values.size(-1)
 
 
@@ -117,7 +122,7 @@ def norm_gain(
     settings: NPTModuleConfig,
     config: TransformerConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns 1 + scale (rho - 1), the gain that is applied, and 1 / rms(h + a), both [s, b, 1] in fp32.
+    """Returns the applied gain, 1 + scale (rho - 1), and 1 / rms(h + a), both [s, b, 1] in fp32.
 
     Args:
         hidden_states: h, [s, b, h] ([s/t, b, h] under sequence parallel).

@@ -8,7 +8,7 @@ from megatron_ext.models.auxiliary_inputs import LayerInputs
 
 
 class LayerStep(Protocol):
-    """What one NPT layer calls in one training step; the training objective implements it."""
+    """Methods that an NPT layer calls in a training step; implemented by the training objective."""
 
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs

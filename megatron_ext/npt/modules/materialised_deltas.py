@@ -2,8 +2,9 @@
 
     y = W x + delta x,      delta [n, output, input]: one matrix for each of n tokens and each changed weight matrix W
 
-Used only to measure how much memory and time the factored form of `modulation` saves, not in training. This is the
-first of the two formulations in docs/design/npt_equivalence.md. It does not support tensor parallelism.
+This form is not used in training, but only to measure the memory and time that the factored form of `modulation`
+saves. It is the first of the two formulations in docs/design/npt_equivalence.md. It does not support tensor
+parallelism.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 The base layer computes y = W x. With the delta, which is applied in factored form, the layer computes
 
-    y = W x + u B         u: r values per token and component; the delta itself, [output, input] per token, is not built
+    y = W x + u B         u: r values per token and component. The delta itself, [output, input] per token, is not
+    built.
 
 Two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight matrix, whose input x has width f:
 
@@ -54,7 +55,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform import process_groups
 
 EPS = 1e-6
-"""Added to mean squares before division, so that an attention output of zero gives a delta of zero."""
+"""Added to a mean square before a division, so that an attention output of zero gives a delta of zero."""
 
 
 class Modulation(MegatronModule):
@@ -90,7 +91,8 @@ class Modulation(MegatronModule):
         self.output_size, self.input_size = widths if self.reads_ffn else widths[::-1]
         self.split_dims: dict[str, int] = {}
         """Maps each split factor to the dimension split over the tensor-parallel ranks; other factors are
-        replicated."""
+        replicated.
+        """
         self.build()
 
     def build(self) -> None:
@@ -104,7 +106,7 @@ class Modulation(MegatronModule):
         """
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies the target's input x by the factors that take x; for `down`, each rank gets a partial sum.
+        """Multiplies the target's input x by the factors for x; for `down`, each rank gets a partial sum.
 
         Args:
             x: [s, b, input] ([s/t, b, h] with sequence parallelism, [s, b, f/t] for `down`).
@@ -128,7 +130,9 @@ class Modulation(MegatronModule):
         return self.combine(self.read_whole(x), attention_output)
 
     def read_whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the products of `read`, for `down` summed over the ranks; [s/t, b, ..] with sequence parallelism."""
+        """Returns the complete products of `read`, summed over the ranks for `down`; [s/t, b, ..] with sequence
+        parallelism.
+        """
         products = self.read(x)
         if not self.reads_ffn or self.groups.tp.size() == 1:
             return products
@@ -161,8 +165,8 @@ class Modulation(MegatronModule):
         if of_ffn is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=of_ffn, stride=1)
         else:
-            # With sequence parallelism, a rank's gradient of a replicated factor covers only this rank's tokens; this
-            # mark makes the engine sum the gradient over the tensor-parallel ranks.
+            # With sequence parallelism, a rank's gradient of a replicated factor covers only this rank's tokens; with
+            # this attribute, the engine sums the gradient over the tensor-parallel ranks.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
@@ -170,20 +174,24 @@ class Modulation(MegatronModule):
         """Creates the output factor, B or W_b_up.
 
         Args:
-            scale: standard deviation that would give a delta of unit size; the one used is `np_init_scale` times this.
+            scale: standard deviation that would give a delta of unit size; it is multiplied by `np_init_scale`.
         """
         shape = (self.total_rank, self.output_size)
         self.add_factor(self.output_name, shape, self.output_std(scale), of_ffn=None if self.reads_ffn else 1)
 
     def output_std(self, scale: float) -> float:
-        """Returns the standard deviation of the output factor's initial values; the argument as in the method above."""
+        """Returns the standard deviation of the output factor's initial values; for `scale`, see
+        `add_output_factor`.
+        """
         settings = self.settings
         return scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the factors as sharded tensors named `{prefix}{name}`, which load at any tensor-parallel size."""
+        """Returns the factors as sharded tensors named `{prefix}{name}`, which can be loaded at any tensor-parallel
+        size.
+        """
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -195,7 +203,7 @@ class Modulation(MegatronModule):
 
 
 class LowRankModulation(Modulation):
-    """Form low_rank: delta = B diag(tanh(a A)) A^T; see the formulas at the top of this file."""
+    """Form low_rank: delta = scale * B diag(tanh(a A)) A^T; see the formulas at the top of this file."""
 
     output_name = "B"
 
@@ -217,7 +225,7 @@ class LowRankModulation(Modulation):
 
 
 class OuterProductModulation(Modulation):
-    """Form outer_product: delta = sum of v_b (x) v_a; see the formulas at the top of this file."""
+    """Form outer_product: delta = a sum of outer products v_b (x) v_a; see the formulas at the top of this file."""
 
     output_name = "W_b_up"
 
@@ -233,15 +241,16 @@ class OuterProductModulation(Modulation):
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """Returns [W_a_up x ; c_a . x], [.., k r + k], or [.., k r] without c_a."""
-        # One product instead of two, because reading x costs more than concatenating the factors.
+        # Compute one product instead of two, because reading x twice costs more than concatenating the factors.
         reader = torch.cat([self.W_a_up, self.c_a]) if self.settings.has_affine else self.W_a_up
         return x @ reader.t()
 
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Returns scale / sqrt(k r) * (v_a . x) * z, [.., k r]; computed in fp32."""
         settings = self.settings
-        # z itself is not divided by its root mean square. It occurs twice in u (in v_a and as a factor), so the scalar
-        # s is multiplied twice by 1 / rms(z); c_a, which does not depend on z, is added in between.
+        # z itself is not divided by its root mean square. It occurs twice in u (in v_a and as a factor), so the
+        # scalar s is multiplied by 1 / rms(z) twice: before and after adding the term of c_a, which does not depend
+        # on z.
         z, read = self.code(attention_output), self.by_component(products)
         s = (z * read).sum(-1) * self.rank**-0.5
         inverse_rms = self.inverse_rms(z) if settings.np_normalize else None

@@ -1,13 +1,15 @@
-"""Values of --np-rank: one rank, a rank per NPT layer, another rank for `down`, or a limit for the calibration.
+"""Reads values of --np-rank: one rank, a rank per NPT layer, a separate rank for `down`, or a limit for the
+calibration.
 
     64                  all layers and targets
     64/192              gate, up and fc1 have rank 64, `down` has 192
     64,96/192,32        one entry per NPT layer, in ascending order of the layers
-    auto:0.15           the calibration chooses the ranks; NP parameters are 15 % of the converted layers' own
-    auto:kl=0.01        the same; as few as keep the predicted KL(base || NPT) per token below 0.01 nats
+    auto:0.15           the calibration chooses ranks with which the NP parameters are 15 % of the converted layers'
+    own auto:kl=0.01        the calibration chooses the smallest ranks with a predicted KL(base || NPT) of at most
+    0.01 nats per token
 
-Stored settings contain numbers only: an int if one rank holds everywhere, otherwise text in the second or third form.
-The command line imports this file, so it must not import torch.
+Stored settings never contain `auto`: they are an int if all ranks are equal, otherwise text in the second or third
+form. The command line imports this file, so it must not import torch.
 """
 
 from collections.abc import Iterable
@@ -20,14 +22,16 @@ _AUTO, _KL = "auto:", "kl="
 
 
 class Limit(NamedTuple):
-    """What `auto:` limits: one of a share of the converted layers' parameters, and a predicted KL per token."""
+    """The limit after `auto:`, which is either a fraction of the converted layers' parameters or a predicted KL per
+    token.
+    """
 
     share: float | None
     kl: float | None
 
 
 def normalised(value: int | str) -> int | str:
-    """Returns a value of --np-rank as it is stored; one plain number becomes an int.
+    """Returns a value of --np-rank in the form in which it is stored; a single number becomes an int.
 
     Raises:
         ValueError: the value has another format, a rank is below 1, or a limit is not above 0.
@@ -49,7 +53,8 @@ def parse_ranks(value: int | str) -> list[Rank]:
             numbers = []
         if len(numbers) not in (1, 2):
             raise ValueError(
-                f"--np-rank {value}: must be a whole number, two for fc1 and down such as 64/192, a list of these with "
+                f"--np-rank {value}: must be a whole number, two for fc1 and down such as 64/192, a "
+                "list of these with "
                 "one entry per NPT layer such as 64,96/192,32, or auto:SHARE such as auto:0.15, or auto:kl=0.01"
             )
         if min(numbers) < 1:
@@ -67,7 +72,7 @@ def format_ranks(ranks: Iterable[Rank]) -> int | str:
 
 
 def described(value: int | str) -> str:
-    """Returns ranks for a message: the number, or for a list of ranks the smallest and the largest."""
+    """Returns text for a message: the rank, or the smallest and the largest of several ranks."""
     ranks = parse_ranks(value)
     if len(ranks) == 1:
         return str(value)
@@ -76,7 +81,7 @@ def described(value: int | str) -> str:
 
 
 def limit(value: int | str) -> Limit | None:
-    """Returns the limit of `auto:`; None for ranks that are given as numbers.
+    """Returns the limit after `auto:`; None if the value is numeric.
 
     Raises:
         ValueError: the limit is not a number above 0, or a share is above 1.
@@ -96,7 +101,9 @@ def limit(value: int | str) -> Limit | None:
         return Limit(None, number)
     if number > 1:
         example = number / 100 if number <= 100 else 0.15
-        raise ValueError(f"--np-rank {value}: the share is a fraction of 1, such as auto:{example:g}")
+        raise ValueError(
+            f"--np-rank {value}: the share must be a fraction of at most 1, such as auto:{example:g}"
+        )
     return Limit(number, None)
 
 
@@ -114,9 +121,13 @@ def rank_of(value: int | str, place: int, count: int, target: str) -> int:
     """
     if limit(value) is not None:
         raise ValueError(
-            f"--np-rank {value}: no rank is chosen yet; --np-init-strategy calibrated chooses the ranks"
+            f"--np-rank {value}: no rank has been chosen yet; use --np-init-strategy calibrated, which "
+            "chooses the ranks"
         )
     entries = parse_ranks(value)
     if len(entries) not in (1, count):
-        raise ValueError(f"--np-rank {value}: has {len(entries)} entries for {count} NPT layers")
+        raise ValueError(
+            f"--np-rank {value}: must have one entry or one per NPT layer (got "
+            f"{len(entries)} entries for {count} layers)"
+        )
     return entries[place if len(entries) > 1 else 0][target == "down"]

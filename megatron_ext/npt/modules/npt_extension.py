@@ -1,4 +1,6 @@
-"""What NPT adds to the model: a feed-forward module in the chosen layers, and a stream with the teacher's inputs."""
+"""NPT's extension of the model: a feed-forward module in the chosen layers, and a stream with the teacher's
+inputs.
+"""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,7 +25,9 @@ class NPTExtension(Extension):
         self.settings = settings
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the stream with the teacher's hidden states; its width varies, because only some steps need them."""
+        """Returns the stream with the teacher's hidden states. Its width varies, because only some steps need these
+        states.
+        """
         return [AuxiliaryStream(name=TEACHER, width=None)]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:

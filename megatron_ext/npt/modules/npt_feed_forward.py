@@ -2,8 +2,8 @@
 
     MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` and `key_value`
 
-The MLP reads n = LN2(h), the normed input of the layer, to which a is not added: a acts only through the weights.
-Whether a is added to the layer's output depends on `np_residual`:
+The MLP's input is n = LN2(h), the normed input of the layer, without a: the attention output acts only through the
+weights. Whether a is added to the layer's output depends on `np_residual`:
 
     drop    output = h + MLP*(n)
     keep    output = h + a + MLP*(n)
@@ -110,7 +110,8 @@ class NPFeedForward(MegatronModule):
     def mlp_output(
         self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
     ) -> torch.Tensor:
-        """Computes MLP*(LN2(h)) with biases, [s, b, h]; recomputes it in the backward pass if the layer says so.
+        """Computes MLP*(LN2(h)) with biases, [s, b, h]; recomputes it in the backward pass if the layer's
+        configuration requires that.
 
         Args:
             layer: the transformer layer, whose norm and MLP are used.
@@ -118,7 +119,7 @@ class NPFeedForward(MegatronModule):
             attention_output: a, [s, b, h].
         """
         for modulation in self.modulations.values():
-            modulation()  # waits for the factors, which are not used through a call
+            modulation()  # this call only waits for the factors; they are used directly, not through a call
         fc1 = self.modulations.get("fc1")
         if isinstance(fc1, KeyValueModulation):
             normed = fc1.fc1_input(layer.pre_mlp_layernorm, hidden_states, attention_output)
@@ -127,7 +128,7 @@ class NPFeedForward(MegatronModule):
         if not layer.recompute_mlp:
             return self.modulated_mlp(layer.mlp, normed, attention_output)
         if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
-            # A recomputed function gets gradients only if an input requires them; here only its parameters do.
+            # A recomputed function gets gradients only if an input requires them, but here only the parameters do.
             normed = normed.detach().requires_grad_()
         run = partial(self.modulated_mlp, layer.mlp)
         return tensor_parallel.checkpoint(run, False, normed, attention_output)
@@ -137,7 +138,7 @@ class NPFeedForward(MegatronModule):
 
         Args:
             mlp: the base MLP.
-            normed: n, the MLP's normed input, [s, b, h]; for key_value what fc1 reads instead.
+            normed: n, the MLP's normed input, [s, b, h]; for key_value, the changed input of fc1.
             attention_output: a, [s, b, h].
         """
         inner, bias = mlp.linear_fc1(normed)
@@ -167,8 +168,8 @@ class NPFeedForward(MegatronModule):
 
     def _for_all_ranks(self, coefficients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Returns every u for the full sequence, [s, b, k r], on every rank; its gradient is summed over the ranks."""
-        # u enters the tensor-parallel region here, instead of a and n. Therefore the gradients of the replicated
-        # factors, which are multiplied by a and n, are complete on every rank.
+        # u, instead of a and n, enters the tensor-parallel region here. As a result, the gradients of the replicated
+        # factors (which multiply a and n) are complete on every rank.
         if self.tp_group.size() == 1:
             return coefficients
         joined = torch.cat(coefficients, dim=-1)

@@ -15,7 +15,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 
 
 def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
-    """Returns the feed-forward module of each NPT layer on this rank, by the index of the layer from 0."""
+    """Maps the index (from 0) of each NPT layer on this rank to its feed-forward module."""
     return {
         module.layer_number - 1: module
         for chunk in chunks

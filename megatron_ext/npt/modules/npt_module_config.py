@@ -25,38 +25,44 @@ _TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NPTModuleConfig:
-    """NP components: through them, the attention output of each token changes the weights of the MLP."""
+    """Flags for NP components, through which the attention output of each token changes the weights of the MLP."""
 
     npt_layers: Annotated[str, flag(aliases=("--layers", "--train_layers"))] = "upper_half"
     """Layers with NP components: all, upper_half, lower_half, or numbers and ranges counted from 0, such as 0,3,5 or -1
-    or 4:8 (without 8)."""
+    or 4:8 (without 8).
+    """
 
     np_form: Literal["low_rank", "outer_product", "key_value"] = "low_rank"
-    """Form of the weight update (delta) that the attention output a generates: low_rank, B diag(tanh(a A)) A^T;
-    outer_product, v_b v_a^T, where v_a and v_b are vectors computed from a; or key_value, v n^T / |n|^2, where v is
-    computed from a and the key n is the MLP's input, and a gain that rescales the weight (for gate+up, gate+up+down and
-    fc1)."""
+    """Form of the weight update (delta) that the attention output a generates. low_rank: B diag(tanh(a A)) A^T.
+    outer_product: v_b v_a^T, where v_a and v_b are vectors computed from a. key_value: v n^T / |n|^2, where v is
+    computed from a, and the key n is the MLP's input; for gate+up, gate+up+down and fc1, a gain also rescales the
+    weight.
+    """
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
-    """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
-    is for an MLP without a gate."""
+    """MLP weights that get a delta. single, dual and triple are other names for gate, gate+up and gate+up+down; fc1
+    is for an MLP without a gate.
+    """
 
     np_rank: Annotated[str | int, flag(aliases=("--rank",))] = 16
-    """Rank of the generated factors: a number; 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; a list of
-    these with one entry per NPT layer; or auto:0.15, with which the calibration chooses ranks so that the NP parameters
-    are 15% of the converted layers' own; or auto:kl=0.01, with which it chooses the smallest ranks whose predicted
-    KL(base || NPT) per token is at most 0.01 nats."""
+    """Rank of the generated factors: a number; or 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; or a
+    list of these with one entry per NPT layer. With auto:0.15, the calibration chooses ranks so that the NP
+    parameters are 15% of the converted layers' own. With auto:kl=0.01, it chooses the smallest ranks whose predicted
+    KL(base || NPT) per token is at most 0.01 nats.
+    """
 
     num_np_components: int = 1
     """Number of deltas that are added up, each with its own factors. With low_rank, k components of rank r equal one
-    component of rank k r."""
+    component of rank k r.
+    """
 
     np_affine: bool = True
     """With outer_product: add a learned constant to v_a. Without the constant, the delta is the same for a and -a."""
 
     np_normalize: bool = True
     """With outer_product: normalise the vectors generated from the attention output. Without normalisation, the delta
-    grows with the square of the attention output's size, and training may diverge."""
+    grows with the square of the attention output's size, and training may diverge.
+    """
 
     np_residual: Literal["keep", "drop"] = "drop"
     """Whether the attention output is also added to the residual stream, as in the base layer (keep), or not (drop)."""
@@ -70,10 +76,11 @@ class NPTModuleConfig:
     np_init_strategy: Annotated[
         Literal["improved", "conservative", "calibrated"], flag(aliases=("--np-init",))
     ] = "improved"
-    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
-    therefore all deltas start at zero (for key_value, all but the gain). calibrated: factors with
-    which the layers are near the base layers, computed from --calibration-tokens: for key_value the best ones, in
-    closed form; for the other forms by least squares."""
+    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors,
+    and therefore all deltas, start at zero (for key_value, all except the gain). calibrated: factors computed from
+    --calibration-tokens so that the layers are near the base layers. For key_value these are the optimum, in closed
+    form; for the other forms, a least-squares fit.
+    """
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
@@ -85,45 +92,45 @@ class NPTModuleConfig:
         check_positive(self, "np_scale", "np_init_scale")
         if self.np_form == "key_value" and self.num_np_components > 1:
             raise ValueError(
-                f"--num-np-components {self.num_np_components}: --np-form key_value has one component, because several "
-                "of rank r would equal one of a larger rank; raise --np-rank instead"
+                f"--num-np-components {self.num_np_components}: --np-form key_value requires 1, "
+                "because several components equal one of a larger rank; raise --np-rank instead"
             )
         if self.np_form == "key_value" and self.np_target in ("gate", "single"):
             raise ValueError(
-                f"--np-target {self.np_target}: --np-form key_value changes the input of gate and up together; choose "
-                "gate+up for --np-residual keep, or gate+up+down for drop"
+                f"--np-target {self.np_target}: not supported with --np-form key_value, which changes "
+                "the input of gate and up together; choose gate+up for --np-residual keep, or gate+up+down for drop"
             )
         self._check_calibration()
         if self.np_form != "outer_product":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
                 if not getattr(self, name):
-                    raise ValueError(f"{flag} requires --np-form outer_product (got {self.np_form})")
+                    raise ValueError(f"{flag}: requires --np-form outer_product (got {self.np_form})")
         parse_layers(self.npt_layers)
 
     def _check_calibration(self) -> None:
         calibrated = self.np_init_strategy == "calibrated"
         if limit(self.np_rank) is not None and not calibrated:
             raise ValueError(
-                f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
+                f"--np-rank {self.np_rank}: requires --np-init-strategy calibrated (got {self.np_init_strategy})"
             )
         if calibrated and self.np_form == "key_value" and self.np_scale != 1:
             raise ValueError(
-                "--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 "
+                "--np-init-strategy calibrated: with --np-form key_value, requires --np-scale 1 "
                 f"(got {self.np_scale:g})"
             )
         if calibrated and self.np_form == "outer_product" and not self.np_affine:
             raise ValueError(
-                "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because without it the delta is "
-                "the same for a and -a"
+                "--no-np-affine: not supported with --np-init-strategy calibrated, because without the "
+                "affine constant the delta is the same for a and -a"
             )
         if limit(self.np_rank) is not None and self.np_form != "key_value":
             raise ValueError(
-                f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
+                f"--np-rank {self.np_rank}: requires --np-form key_value (got {self.np_form}); pass a number"
             )
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The weights that get a delta of their own, each one of `gate`, `up`, `down`, `fc1`."""
+        """The weights that each get a separate delta, from `gate`, `up`, `down`, `fc1`."""
         targets = _TARGETS[self.np_target]
         if self.np_form == "key_value" and self.is_gated:
             # gate and up, the two halves of fc1, get one delta: that of fc1.
@@ -132,7 +139,7 @@ class NPTModuleConfig:
 
     @property
     def named_targets(self) -> tuple[str, ...]:
-        """The targets for a message, those of fc1 as one, because they share a rank: `gate+up` and `down`."""
+        """The targets' names for messages, where gate and up are one target, because they share a rank."""
         targets = _TARGETS[self.np_target]
         of_fc1 = "+".join(target for target in targets if target != "down")
         return (of_fc1, *(target for target in targets if target == "down"))
@@ -167,7 +174,7 @@ class NPTModuleConfig:
         return rank_of(self.np_rank, layers.index(layer), len(layers), target)
 
     def with_layers(self, layers: Iterable[int]) -> "NPTModuleConfig":
-        """Returns a copy for other layers; layers of a list of ranks keep their ranks.
+        """Returns a copy for other layers; if --np-rank is a list, every layer keeps its rank.
 
         Raises:
             ValueError: --np-rank is a list without an entry for one of the layers.
@@ -192,7 +199,8 @@ class NPTModuleConfig:
         return choose_layers(self.npt_layers, num_layers)
 
     def check_model(self, gated: bool, changes_outputs: str | None = None) -> None:
-        """Checks that the model's MLP has the weights that `--np-target` names, and that its output is added unchanged.
+        """Checks that the model's MLP has the weights that `--np-target` names, and that the MLP's output is added
+        unchanged.
 
         Args:
             gated: whether the MLP has a gate.
@@ -202,7 +210,8 @@ class NPTModuleConfig:
             ValueError: the MLP does not have these weights, or NPT cannot use the model.
         """
         if changes_outputs:
-            # The modulated MLP must be able to return `a + MLP(..)` of any size, which a norm after it would undo.
+            # The modulated MLP must be able to return `a + MLP(..)` of any size, but a norm after the MLP would
+            # change its size.
             raise ValueError(f"{changes_outputs}: not supported by the model family npt")
         if gated != self.is_gated:
             kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")

@@ -1,6 +1,6 @@
 """Passes the teacher's hidden states from the fields of a batch to a pipeline stage's NPT layers.
 
-For this they are packed into one auxiliary stream, a tensor that accompanies the hidden states through the stage.
+They are packed into one auxiliary stream, a tensor that accompanies the hidden states through the stage.
 """
 
 import torch
@@ -12,7 +12,7 @@ TEACHER = "npt_teacher"
 
 
 def input_name(layer: int) -> str:
-    """Returns the name of the batch field that holds the input of layer number `layer`, from 0, in the teacher.
+    """Returns the name of the batch field with the teacher's input to layer number `layer`, counted from 0.
 
     The field has the shape [s, b, h] ([s/t, b, h] with sequence parallelism).
     """
@@ -20,7 +20,7 @@ def input_name(layer: int) -> str:
 
 
 def state_names(layer: int) -> tuple[str, str, str]:
-    """Returns the names of the batch fields that hold a layer's input, attention output and MLP output in the teacher.
+    """Returns the names of the batch fields with a layer's input, attention output and MLP output in the teacher.
 
     All have the shape of the input; see `input_name`.
     """

@@ -1,6 +1,6 @@
-"""Norms and products of v_a, v_b and the deltas, for losses and monitoring, without building these vectors.
+"""Computes norms and products of v_a, v_b and the deltas, for losses and monitoring, without building them.
 
-They are computed from Gram matrices of the factors, for each form of the delta (`--np-form`):
+The formulas use Gram matrices of the factors, and depend on the form of the delta (`--np-form`):
 
     outer_product    z = a W_down            v_a = z W_a_up / sqrt(r) + c_a            v_b = z W_b_up
                      |v_a|^2 = z^ G z^,      z^ = [z / sqrt(r) ; 1],  G = [W_a_up ; c_a] [W_a_up ; c_a]^T
@@ -11,9 +11,9 @@ They are computed from Gram matrices of the factors, for each form of the delta 
                      with v = W d:  |v|^2 = d^T (W^T W) d,  v . W n = d^T (W^T W) n
 
 `GeneratedVectors` uses v_a and v_b as docs/design/npt_sequential.md defines them: without the division of z by its root
-mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 of training makes v_a equal to a,
-including its size; that would be impossible if v_a depended only on the direction of a. `delta_norms` measures the
-delta that is applied, with all normalisations.
+mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 of training makes v_a equal to
+a, including its size, which would be impossible if v_a depended only on the direction of a. `delta_norms` measures
+the applied delta, with all normalisations.
 
 Overview of the functions. `modulation` holds the factors of one weight matrix; `a` is the attention output, [s, b, h]
 ([s/t, b, h] with sequence parallelism):
@@ -31,9 +31,9 @@ Overview of the functions. `modulation` holds the factors of one weight matrix; 
 Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
 
 Tensor parallelism: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
-Without sequence parallelism all ranks get equal values, and each rank adds them to its loss. With sequence parallelism
-every rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's
-reduction, which with sequence parallelism sums the gradients of replicated factors over the group.
+Without sequence parallelism, all ranks get equal values, and each rank adds these values to its loss. With sequence
+parallelism, every rank adds its values divided by t. In both cases the gradients of all factors are correct after the
+engine's reduction, which with sequence parallelism sums the gradients of replicated factors over the group.
 """
 
 import functools
@@ -64,7 +64,8 @@ class GeneratedVectors:
         attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
 
         Raises:
-            ValueError: the form is another, or the target is `down`, for which v_a and a have different widths.
+            ValueError: the form is not outer_product, or the target is `down`, for which v_a and a have different
+                widths.
         """
         if not isinstance(modulation, OuterProductModulation) or modulation.reads_ffn:
             raise ValueError(
@@ -108,7 +109,7 @@ class GeneratedVectors:
 
     @functools.cached_property
     def _code(self) -> torch.Tensor:
-        """z [.., k, r] in fp32, not normalised."""
+        """Returns z [.., k, r] in fp32, not normalised."""
         return self._modulation.code(self._attention_output)
 
     @functools.cached_property
@@ -161,7 +162,7 @@ def delta_norms(
     layer: Any = None,
     hidden_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the Frobenius norm of every token's delta as it is applied. Collective over the tensor-parallel group.
+    """Returns the Frobenius norm of every token's applied delta. Collective over the tensor-parallel group.
 
     Args:
         modulation: the factors of one target, in any form.
@@ -169,8 +170,8 @@ def delta_norms(
         x: the input of `down`, as in `Modulation.coefficients`. Required only for `down`, for key_value and for
             outer_product with `np_normalize`, whose deltas depend on it.
         layer: the transformer layer. Required only for key_value.
-        hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] with sequence parallelism). Required only
-            for key_value on other targets than `down`.
+        hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] with sequence parallelism). Required
+            only for key_value on targets other than `down`.
 
     Returns:
         [s, b] ([s/t, b] with sequence parallelism), fp32.
@@ -235,7 +236,7 @@ def _key_value_norms(
         written = written - change * bias.float()
     of_outputs = _gram(
         modulation, layer.mlp.linear_fc1.weight.float().t(), True
-    )  # W^T W; every rank has rows of W
+    )  # W^T W; every rank has some rows of W
     squares = (written @ of_outputs * (written + 2 * change * normed)).sum(-1)
     key = normed.square().sum(-1).clamp_min(_TINY)
     squares = squares / key + (change.squeeze(-1) * weight_norm(modulation, layer.mlp)).square()
@@ -299,7 +300,9 @@ def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
-    """Returns the Gram matrix rows rows^T, without gradient; sums over the ranks if each holds a part of every row."""
+    """Returns the Gram matrix rows rows^T, without gradient, summed over the ranks if each rank holds a part of every
+    row.
+    """
     gram = rows @ rows.t()
     if is_split:
         dist.all_reduce(gram, group=modulation.groups.tp)
@@ -308,8 +311,9 @@ def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.T
 
 def _sum_over_ranks(modulation: Modulation, part: torch.Tensor) -> torch.Tensor:
     """Returns the sum of the tensor-parallel ranks' parts, differentiable."""
-    # Without sequence parallelism, every rank computes the same loss from the sum, so each part's gradient is that of
-    # the sum. With sequence parallelism, the ranks' losses differ, so the gradients of all ranks are added up.
+    # Without sequence parallelism, every rank computes the same loss from the sum, so the gradient of each part
+    # equals the gradient of the sum. With sequence parallelism, the ranks' losses differ, so the gradients of all
+    # ranks are added up.
     group = modulation.groups.tp
     if group.size() == 1:
         return part

@@ -1,4 +1,4 @@
-"""The curriculum: whether the inputs of NPT layers are the teacher's hidden states, the student's, or a blend.
+"""The curriculum, which sets the inputs of NPT layers: the teacher's hidden states, the student's, or a blend.
 
 A curriculum is written as a list of stages (format, and an example):
 

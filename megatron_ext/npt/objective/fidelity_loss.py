@@ -7,7 +7,7 @@ The total is `lm_weight * lm + fidelity_weight * fidelity`, where fidelity has o
                 mse    mean over tokens of the mean square of the logits' difference
 
 The vocabulary may be split over tensor-parallel ranks. The softmax's denominator is then summed over the ranks; the
-gradient q - p of a rank's logits needs no values of other ranks.
+gradient of a rank's logits, q - p, needs no other values from other ranks.
 Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md.
 """
 
@@ -108,7 +108,7 @@ class _KLDivergence(torch.autograd.Function):
         base_rows, rows = (logits.reshape(-1, logits.size(-1)) for logits in (base, model))
         difference = torch.empty_like(rows)
         divergence = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-        # Every block is reduced over the ranks: with several of them, few large blocks.
+        # Every block is reduced over the ranks, so use few large blocks if there are several ranks.
         for block in blocks(rows, "cuda" if group.size() > 1 else None):
             log_p, log_q = log_probabilities(base_rows[block], group), log_probabilities(rows[block], group)
             p = log_p.exp()
@@ -120,7 +120,7 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         (difference,) = ctx.saved_tensors
-        # In place, because it is as large as the logits; the backward pass runs once.
+        # Multiply in place, because the tensor is as large as the logits, and the backward pass runs only once.
         return None, difference.mul_(grads[0].reshape(-1, 1)).view(*grads[0].shape, -1), None
 
 

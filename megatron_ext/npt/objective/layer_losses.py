@@ -1,8 +1,8 @@
 """Inputs and losses of one NPT layer in one training step.
 
-The losses of the documents (`--layer-losses document`), where MLP* is the modulated MLP, n its normed input, h the
-layer's input and a the attention output; the target is the value that MLP*(n) must have for the layer's output to equal
-the base layer's, and depends on np_residual:
+These are the losses of docs/design (`--layer-losses document`). MLP* is the modulated MLP, n its normed input, h the
+layer's input and a the attention output. The target is the value of MLP*(n) with which the layer's output equals the
+base layer's; it depends on np_residual:
 
     target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           no gradient flows to it
     direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
@@ -12,8 +12,8 @@ the base layer's, and depends on np_residual:
 
 `--layer-losses local` changes three things, which matter for deep models and for real activations:
 
-    inputs      h and a are detached: a layer's losses train only its own factors, not those of the layers below, which
-                reach the layer through its inputs while the target is held constant
+    inputs      h and a are detached, so that a layer's losses train only its own factors. Otherwise they would also
+        train the layers below through h and a, while the target is held constant
     tokens      each token's squared error is divided by a mean square of the same token, so that one token with massive
                 activations cannot outweigh all others; mean is over h, and E over tokens:
                 direct MLP          E [ mean (MLP*(n) - target)^2 / (mean target^2 + 1e-12) ]
@@ -22,9 +22,9 @@ the base layer's, and depends on np_residual:
 
 The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
 input in the base model. With a share of 0 no gradient reaches the layers below. Means are over all tokens of the global
-batch, including tokens that are masked in the output's loss, because later tokens attend to them. The documents in
-docs/design divide by the rms of a whole micro-batch; this file divides by the rms of each sequence, so that the loss
-does not depend on how the global batch is divided into micro-batches. For tensor and sequence parallelism see
+batch, including tokens that are masked in the output's loss, because later tokens attend to them. The formulas in
+docs/design divide by the rms of a whole micro-batch. This file divides by the rms of each sequence, so that the loss
+does not depend on the division of the global batch into micro-batches. For tensor and sequence parallelism see
 `vector_norms`.
 Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md, docs/design/npt_equivalence.md.
 """
@@ -62,7 +62,7 @@ class LayerStepLosses(LayerStep):
     """Index of the layer among the NPT layers of its chunk, and the number of NPT layers in the chunk."""
 
     teacher_mlp: torch.Tensor | None = None
-    """MLP(LN2(h + a)) [s, b, h] for the layer's h and a, if it is known; otherwise it is computed."""
+    """MLP(LN2(h + a)) [s, b, h] for the layer's h and a, if already known; None to compute it."""
 
     records: bool = False
     """Whether to log the norms of v_a, v_b and the deltas in this step."""
@@ -74,7 +74,7 @@ class LayerStepLosses(LayerStep):
 
     @property
     def ignores_student(self) -> bool:
-        """Whether the inputs of attention and MLP contain nothing of the student's hidden states."""
+        """Whether the inputs of attention and MLP are independent of the student's hidden states."""
         return max(self.attention_share, self.mlp_share) == 0
 
     def inputs(
@@ -124,7 +124,7 @@ class LayerStepLosses(LayerStep):
         attention_output: torch.Tensor,
         mlp_output: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns h, a, and MLP*(n), through which a gradient reaches only this layer's own parameters."""
+        """Returns h and a, detached, and MLP*(n), whose gradient reaches only this layer's own parameters."""
         if not (hidden_states.requires_grad or attention_output.requires_grad):
             return hidden_states, attention_output, mlp_output
         hidden_states, attention_output = hidden_states.detach(), attention_output.detach()
@@ -164,9 +164,9 @@ class LayerStepLosses(LayerStep):
     def _output_terms(
         self, module: Any, mlp_output: torch.Tensor, target: torch.Tensor, residual: torch.Tensor | None
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Returns the direct MLP loss and the equivalence loss, as far as they have a weight.
+        """Returns the direct MLP loss and the equivalence loss, without losses of weight 0.
 
-        `residual` is what the layer adds to the MLP's output; only the equivalence loss needs it.
+        `residual` is the tensor that the layer adds to the MLP's output; only the equivalence loss uses it.
         """
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         errors = (mlp_output - target).float().square()
@@ -216,7 +216,7 @@ class LayerStepLosses(LayerStep):
 
 
 def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
-    """Records a layer's scalars, which are means over this rank's tokens; all of them are reduced in one call."""
+    """Records a layer's scalars, which are means over this rank's tokens, and reduces all of them in one call."""
     if values:
         means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
         for name, mean in zip(values, means, strict=True):

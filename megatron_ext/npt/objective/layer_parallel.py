@@ -1,13 +1,13 @@
-"""Layer-parallel training: every NPT layer trains at the same time as the others, and independently of them.
+"""Layer-parallel training: all NPT layers train at the same time and independently of one another.
 
 The teacher runs once, without gradients, up to the last NPT layer; no student runs. Its states are the layer's input h,
 the attention output a and the MLP's output. For each layer they give the losses of `layer_losses`:
 
-    MLP*(LN2(h)), computed from h and a        against        MLP(LN2(h + a)), known; with np_residual drop plus a
+    MLP*(LN2(h)), computed from h and a     against    MLP(LN2(h + a)), known; plus a with np_residual drop
 
-Only this MLP is in the graph, and a layer's graph is freed before that of the next layer is built. A pipeline stage
-trains its own layers without exchanging anything with other stages. With `--teacher-cache-steps` the states are kept in
-host memory, in bfloat16, for several passes over the same samples.
+Only this MLP is in the autograd graph, and a layer's graph is freed before the next layer's graph is built. A
+pipeline stage trains its own layers without exchanging anything with other stages. With `--teacher-cache-steps` the
+states are kept in host memory, in bfloat16, for several passes over the same samples.
 """
 
 from dataclasses import replace
@@ -50,7 +50,7 @@ def _train(
         output = layer.feed_forward(layer, hidden_states, lambda _: attention_output, None)
     finally:
         layer.feed_forward.step = step
-    # The losses are attached to the output; only they give a gradient.
+    # The gradient comes only from the losses attached to the output.
     output.backward(torch.zeros_like(output))
 
 

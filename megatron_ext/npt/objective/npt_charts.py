@@ -47,7 +47,7 @@ NPT_CHARTS = (
         section=LOSSES,
         title="NPT loss",
         tags="npt loss",
-        shows="What the step minimizes: the sum of all losses with their weights.",
+        shows="The minimized loss: the sum of all losses with their weights.",
     ),
     ScalarChart(
         section=LOSSES,

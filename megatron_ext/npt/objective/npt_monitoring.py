@@ -2,7 +2,7 @@
 
 The summary values, by name:
 
-    npt loss                    total of all losses of the step, each with its weight: what is trained
+    npt loss                    the minimized loss: the sum of the step's losses, each with its weight
     mlp_direct_loss, ...        mean over layers of the loss with this name
     npt/v_a_norm, ...           mean of this norm over layers, in steps in which norms are measured
     curriculum/stage            index of the current stage, from 0
@@ -63,7 +63,7 @@ class CollapseWatch:
     """Warns once when a layer's v_a or v_b vanishes, and again only after it has recovered."""
 
     first: dict[str, float] = field(default_factory=dict)
-    """Maps the name of each layer's norm to the first value of the norm that is not zero."""
+    """Maps the name of each layer's norm to the norm's first value that is not zero."""
 
     collapsed: set[str] = field(default_factory=set)
     """Names of the norms that have vanished."""
@@ -77,7 +77,8 @@ class CollapseWatch:
                 continue
             first = self.first.get(name)
             if first is None or first < COLLAPSED_NORM:
-                # A norm near zero is no reference yet: with --np-init-strategy conservative, v_b starts at zero.
+                # A norm near zero cannot be the reference yet: with --np-init-strategy conservative, v_b starts at
+                # zero.
                 starts = first is None
                 self.first[name] = value
                 if starts:
@@ -97,5 +98,5 @@ class CollapseWatch:
         return {"first": dict(self.first), "collapsed": sorted(self.collapsed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self.first, self.collapsed = dict(state["first"]), set(state["collapsed"])

@@ -19,7 +19,7 @@ class NPTRunConfig(RunConfig):
     """Configuration of an NPT run: the common config groups, `npt` (training) and `np` (the NP components)."""
 
     npt: NPTTrainingConfig
-    """How NP components are trained: losses, curriculum and teacher."""
+    """Training of the NP components: losses, curriculum and teacher."""
 
     np: NPTModuleConfig
     """Form, size and layers of the NP components."""
@@ -27,7 +27,7 @@ class NPTRunConfig(RunConfig):
 
 _OUTER_PRODUCT = {"np_form": "outer_product", "np_rank": 256}
 _MODULE_DEFAULTS = dict.fromkeys(("single_layer", "sequential", "multi_layer"), _OUTER_PRODUCT)
-"""Maps a mode to the fields of `NPTModuleConfig` whose defaults the mode changes."""
+"""Maps a mode to the fields of `NPTModuleConfig` with defaults that differ in this mode."""
 
 
 def mode_defaults(given: Mapping[str, Any]) -> Found:

@@ -1,19 +1,18 @@
 """Flags for the training of NP components: mode, losses and their weights, curriculum, teacher, text samples.
 
-The defaults depend on the mode. The first column names the mode, the others its defaults (`npt_run_config` has those
-of the NP components):
+The defaults depend on the mode. The last column (defaults of the NP components) is set in `npt_run_config`:
 
     mode            losses (weights)                                         curriculum       NP components
     equivalence     equivalence 1                                            student          low_rank, rank 16
     single_layer    stage 1: reconstruction 1; then direct MLP 1,            student          outer_product, rank 256
                     fidelity 1
-    sequential      the same as single_layer, for one layer after the other  student          outer_product, rank 256
+    sequential      as single_layer, for one layer after the other  student          outer_product, rank 256
     multi_layer     direct MLP 1, fidelity 1                                 teacher, mixed,  outer_product, rank 256
                                                                              student
     layer_parallel  direct MLP 1                                             teacher          low_rank, rank 16
     lm              cross-entropy 1                                          student          low_rank, rank 16
 
-With --layer-losses document the weights are those of docs/design: direct MLP 10, regularization 0.01.
+With --layer-losses document, the weights are those in docs/design: direct MLP 10, regularization 0.01.
 
 Source: docs/design/npt_sequential.md (single_layer, sequential), docs/design/npt_curriculum.md (multi_layer),
 docs/design/npt_equivalence.md (equivalence).
@@ -65,37 +64,44 @@ STEPS_PER_LAYER = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class NPTTrainingConfig:
-    """How NP components are trained: losses, curriculum and teacher."""
+    """Flags for the training of NP components: losses, curriculum and teacher."""
 
     mode: Mode = "equivalence"
-    """How NP components are trained: equivalence, to match the outputs of the base layers; single_layer, one layer;
-    sequential, one layer after the other; multi_layer, several layers together with a curriculum; layer_parallel, each
-    layer by itself on the base model's hidden states, which is several times faster; lm, with cross-entropy. The mode
-    sets the defaults of other flags."""
+    """Kind of training. equivalence: match the outputs of the base layers. single_layer: train one layer. sequential:
+    train one layer after the other. multi_layer: train several layers together, with a curriculum. layer_parallel:
+    train each layer separately on the base model's hidden states, which is several times faster. lm: train with
+    cross-entropy. The mode sets the defaults of other flags.
+    """
 
     base_checkpoint: Annotated[str | None, flag(aliases=("--base_model_name", "--model_name"))] = None
     """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. For a new run,
-    --load may name it instead."""
+    --load may name it instead.
+    """
 
     load_npt_weights: str | None = None
     """File of NP weights to start from (npt_weights.pt or .safetensors); its layers must be exactly those of the run.
     With --mode single_layer the file may contain other layers: these are active but frozen, and the trained layer
-    starts with new weights. Form, rank, target and (except in single_layer) layers default to those of the file."""
+    starts with new weights. Form, rank, target and (except in single_layer) layers default to those of the file.
+    """
 
     calibration_tokens: int = 8192
     """With --np-init-strategy calibrated: number of training tokens to read, rounded up to sequences."""
 
     calibration_metric: Literal["fisher", "output"] = "fisher"
-    """With --np-init-strategy calibrated: measure of the factors' error. fisher: its effect on the loss, which takes a
-    backward pass; output: its size in the first matrix product of the MLP, and for down in the residual stream."""
+    """With --np-init-strategy calibrated: measure of the factors' error. fisher: the error's effect on the loss,
+    which requires a backward pass. output: the size of the error in the output of the MLP's first matrix product and,
+    for down, in the residual stream.
+    """
 
     allow_layer_mismatch: bool = False
     """With --load: allow --npt-layers to differ from the checkpoint's layers. NP weights of common layers are loaded;
-    other layers and the optimizer are re-initialized. Step, schedule and curriculum continue."""
+    other layers and the optimizer are re-initialized. Step, schedule and curriculum continue.
+    """
 
     additional_steps: int | None = None
     """With --load: continue the run for this many more steps. Flags that are not given keep the values of the
-    checkpoint's run."""
+    checkpoint's run.
+    """
 
     dataset_preset: Annotated[str | None, flag(aliases=("--dataset",))] = None
     """Name of a blend of datasets defined in --dataset-presets-file, such as small. --data-path overrides it."""
@@ -105,39 +111,45 @@ class NPTTrainingConfig:
 
     equivalence_weight: float | None = None
     """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input.
-    Default: 1 with --mode equivalence, otherwise 0."""
+    Default: 1 with --mode equivalence, otherwise 0.
+    """
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How the equivalence of two outputs is measured: mean square error, or 1 - cosine."""
+    """Measure of the equivalence loss: mean square error, or 1 - cosine."""
 
     direct_mlp_weight: float | None = None
     """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer. Default: 1
-    with --mode single_layer, sequential and multi_layer (10 with --layer-losses document), otherwise 0."""
+    with --mode single_layer, sequential and multi_layer (10 with --layer-losses document), otherwise 0.
+    """
 
     fidelity_weight: float | None = None
     """Weight of the fidelity loss, between the model's logits and the base model's logits. Default: 1 with --mode
-    single_layer, sequential and multi_layer, otherwise 0."""
+    single_layer, sequential and multi_layer, otherwise 0.
+    """
 
     fidelity_loss: Literal["kl", "mse"] = "kl"
-    """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
+    """Measure of the fidelity loss: KL(base || NPT) of the next token, or the mean square error of the logits."""
 
     regularization_weight: float | None = None
     """Weight of the regularization loss: norms of the NP factors (low_rank), or of v_a and v_b (outer_product).
-    Default: 0; 0.01 with --layer-losses document, except with --mode lm."""
+    Default: 0; 0.01 with --layer-losses document, except with --mode lm.
+    """
 
     lm_weight: float | None = None
     """Weight of the cross-entropy loss. Default: 1 with --mode lm, otherwise 0."""
 
     stage1_steps: int = 500
     """With --mode single_layer or sequential: number of steps at the start of a layer's training in which its v_a is
-    trained to equal the attention output."""
+    trained to equal the attention output.
+    """
 
     steps_per_layer: int = STEPS_PER_LAYER
     """With --mode sequential: number of steps per layer; each layer has its own learning-rate schedule."""
 
     start_from_layer: int | None = None
     """With --mode sequential: first layer to train. The lower layers of --npt-layers must already be trained in
-    --checkpoint-dir."""
+    --checkpoint-dir.
+    """
 
     model_size: Literal["1b", "3b", "8b"] | None = None
     """With --mode sequential: label of the model's size in the names of W&B runs. It does not change the model."""
@@ -146,26 +158,30 @@ class NPTTrainingConfig:
     """Form of the layers' losses. local: each layer's inputs are detached, each token's squared error is divided by the
     token's own mean square, and the total is a mean over layers. document: the formulas of docs/design, in which the
     gradient of a layer's losses also reaches the NPT layers below, and the total is a sum over layers. The
-    documents' default weights come with their formulas."""
+    documents' default weights come with their formulas.
+    """
 
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
-    number per layer, such as 1,1,0.5."""
+    number per layer, such as 1,1,0.5.
+    """
 
     curriculum_stages: str | None = None
     """Curriculum, as name:steps[:attn_ratio[:mlp_ratio]],... with the names teacher, mixed and student. Default: with
-    --mode multi_layer, the three stages share the run's steps 2:3:4; other modes have only the student stage."""
+    --mode multi_layer, the three stages share the run's steps 2:3:4; other modes have only the student stage.
+    """
 
     teacher_cache_gb: float = 0.0
     """Size limit, in GiB per process, of the cache of the teacher's hidden states in host memory; 0 for no cache."""
 
     teacher_cache_steps: int | None = None
-    """With --mode layer_parallel: number of steps whose samples are read --teacher-cache-passes times in a row, before
-    the next ones. The cache holds the teacher's states of these samples, in bfloat16. Default: every sample is read
-    once."""
+    """With --mode layer_parallel: number of steps whose samples are read --teacher-cache-passes times in a row,
+    before the next steps' samples. The cache holds the teacher's states for these samples, in bfloat16. Default:
+    every sample is read once.
+    """
 
     teacher_cache_passes: int = 1
-    """With --teacher-cache-steps: how often every sample is read; the teacher runs only at the first time."""
+    """With --teacher-cache-steps: number of times that every sample is read; the teacher runs only the first time."""
 
     generation_steps: int | None = None
     """Number of steps between two generated text samples in TensorBoard. Default: no samples."""
@@ -187,14 +203,14 @@ class NPTTrainingConfig:
             parse_curriculum(self.curriculum_stages)
         if (self.teacher_cache_steps is None) != (self.teacher_cache_passes == 1):
             raise ValueError(
-                f"--teacher-cache-passes {self.teacher_cache_passes}: more than 1 pass and --teacher-cache-steps "
-                f"require each other (got --teacher-cache-steps {self.teacher_cache_steps})"
+                f"--teacher-cache-passes {self.teacher_cache_passes}: more than 1 pass requires "
+                f"--teacher-cache-steps, and the reverse (got --teacher-cache-steps {self.teacher_cache_steps})"
             )
         if self.mode == "layer_parallel":
             self._check_layer_parallel()
         elif self.teacher_cache_steps is not None:
             raise ValueError(
-                f"--teacher-cache-steps {self.teacher_cache_steps} requires --mode layer_parallel (got {self.mode})"
+                f"--teacher-cache-steps {self.teacher_cache_steps}: requires --mode layer_parallel (got {self.mode})"
             )
         if self.layer_weights not in ("uniform", "linear"):
             _numbers(self.layer_weights)
@@ -223,7 +239,8 @@ class NPTTrainingConfig:
         layers = module.layers(num_layers)
         if self.mode == "layer_parallel" and not module.freeze_base:
             raise ValueError(
-                "--no-freeze-base is not supported by --mode layer_parallel, which trains only NP components; omit it"
+                "--no-freeze-base: not supported by --mode layer_parallel, which trains only NP "
+                "components; omit the flag"
             )
         if self.reconstructs and self.stage1_steps and module.np_form != "outer_product":
             raise ValueError(
@@ -256,7 +273,9 @@ class NPTTrainingConfig:
         return dict(zip(layers, numbers, strict=True))
 
     def loss_weights(self, layers: tuple[int, ...]) -> dict[int, float]:
-        """Returns the factor of each layer's losses in the total: its weight, for local losses divided by their sum."""
+        """Returns the factor of each layer's losses in the total: the layer's weight, divided by the sum of all
+        weights for local losses.
+        """
         weights = self.weights_of_layers(layers)
         total = sum(weights.values()) if self.is_local else 1.0
         return {layer: weight / (total or 1.0) for layer, weight in weights.items()}
@@ -270,7 +289,9 @@ class NPTTrainingConfig:
         return (TEACHER,) if self.mode == "layer_parallel" else (STUDENT,)
 
     def begins_cache(self, iteration: int) -> bool:
-        """Returns whether step `iteration`, counted from 1, is the first that reads new samples; see above."""
+        """Returns whether step `iteration`, counted from 1, is the first of `teacher_cache_steps` steps with new
+        samples.
+        """
         steps = self.teacher_cache_steps
         return steps is not None and (iteration - 1) % (steps * self.teacher_cache_passes) == 0
 
@@ -305,18 +326,19 @@ class NPTTrainingConfig:
             value = getattr(self, name)
             if value:
                 raise ValueError(
-                    f"{flag_name(name)} {value:g}: --mode layer_parallel computes no output; omit the flag, and train "
-                    "with --mode multi_layer --load-npt-weights afterwards for this loss"
+                    f"{flag_name(name)} {value:g}: --mode layer_parallel computes no output; omit the "
+                    "flag, and afterwards train with --mode multi_layer --load-npt-weights to use this loss"
                 )
         if self.curriculum_stages is not None:
             raise ValueError(
-                f"--curriculum-stages {self.curriculum_stages}: in --mode layer_parallel the layers' inputs are always "
+                f"--curriculum-stages {self.curriculum_stages}: in --mode layer_parallel the layers' "
+                "inputs are always "
                 "the teacher's; omit the flag, or choose --mode multi_layer"
             )
         if not self.is_local:
             raise ValueError(
-                "--layer-losses document is not supported by --mode layer_parallel, in which every layer trains by "
-                "itself; omit it"
+                "--layer-losses document: not supported by --mode layer_parallel, in which every layer "
+                "trains separately; omit the flag"
             )
 
 

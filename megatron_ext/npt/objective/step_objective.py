@@ -29,7 +29,7 @@ class LayerWeights:
     """Weight of the regularization loss."""
 
     local: bool = False
-    """Whether the losses are local instead of those of the documents; see `layer_losses`."""
+    """Whether the losses are local; if not, they are those of docs/design. See `layer_losses`."""
 
     @property
     def compares_outputs(self) -> bool:
@@ -62,7 +62,7 @@ class StepObjective:
     """Index of the stage in the curriculum, from 0."""
 
     layer_parallel: bool = False
-    """Whether each layer trains by itself on the teacher's states; the student does not run then."""
+    """Whether each layer trains separately on the teacher's states, without running the student."""
 
     @property
     def reads_teacher(self) -> bool:
@@ -71,4 +71,4 @@ class StepObjective:
 
 
 PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
-"""Only cross-entropy: the objective of an `NPTFamily` without a training configuration."""
+"""The objective of an `NPTFamily` without a training configuration: cross-entropy only."""

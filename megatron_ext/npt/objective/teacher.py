@@ -1,12 +1,12 @@
 """The teacher: the student's model with its NP components deactivated, run in an extra forward pass without gradients.
 
-In this pass, the input of each NPT layer and that of the output layer are stored as fields of the micro-batch, on the
-pipeline stage that owns the layer; for layer-parallel training also the layers' attention outputs and MLP outputs.
+In this pass, the inputs of the NPT layers and of the output layer are stored as fields of the micro-batch, on the
+pipeline stage that owns the layer. Layer-parallel training also stores the layers' attention outputs and MLP outputs.
 Without pipeline parallelism, the teacher runs right before the student, one micro-batch at a time. With pipeline
 parallelism, it runs through the pipeline schedule, once for all micro-batches of the step.
 
-A cache can keep these hidden states in host memory, so that later passes over the same samples reuse them. It is keyed
-by the tokens of each sequence and has a size limit; states that do not fit are computed again.
+A cache can keep these hidden states in host memory, so that later passes over the same samples reuse them. The keys
+are digests of each sequence's tokens. The cache has a size limit; states that do not fit are computed again.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,8 @@ from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
 """Name of the batch field with the input of the teacher's output layer, [s, b, h] ([s/t, b, h] with sequence
-parallelism)."""
+parallelism).
+"""
 
 
 class TeacherCache(FrozenForward):
@@ -46,12 +47,12 @@ class TeacherCache(FrozenForward):
     def find(
         self, keys: list[list[Id]], names: list[str], device: torch.device
     ) -> list[dict[str, torch.Tensor]] | None:
-        """Returns states on `device`; None unless every model-parallel rank has all of them. Collective.
+        """Returns the states, moved to `device`; None unless every model-parallel rank has all of them. Collective.
 
         Args:
             keys: for each micro-batch, the ids of its sequences.
             names: names of the states.
-            device: where the states are needed.
+            device: device of the result.
         """
         rows = [[self.states.get(key) for key in of_batch] for of_batch in keys]
         found = [all(row is not None and row.keys() >= set(names) for row in of_batch) for of_batch in rows]
@@ -94,7 +95,7 @@ class Wanted:
     """Whether the output layer's input is read."""
 
     dtype: torch.dtype | None = None
-    """Type in which the states are stored; None for the model's own type."""
+    """Dtype in which the states are stored; None for the model's own dtype."""
 
     def names(self, chunks: list[GPTModel]) -> list[str]:
         """Returns the names of the batch fields that this pipeline stage adds."""
@@ -124,14 +125,15 @@ class Teacher:
             wanted: the states to add; a pipeline stage adds those of its own layers.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            # Without a name for them here, a micro-batch's states can be freed before the next ones are computed.
+            # The generator keeps no reference to a micro-batch's states, so they can be freed before the next ones
+            # are computed.
             return (self._with_states(chunks, families, [batch], wanted).pop() for batch in batches)
         return self._with_states(chunks, families, batches, wanted)
 
     def _with_states(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], wanted: Wanted
     ) -> list[Batch]:
-        # Without a cache no digests: the host would wait for the tokens.
+        # Compute no digests without a cache, because the host would have to wait for the tokens.
         keys = _keys(batches) if self.cache.max_bytes else []
         states = self.cache.find(keys, wanted.names(chunks), batches[0]["tokens"].device) if keys else None
         if states is None:
@@ -154,7 +156,7 @@ def _states(
         for layer in chunk.decoder.layers
         if layer.layer_number - 1 in wanted.layers
     }
-    # Take the input of the norm, not that of the layer, because a layer may first add something to its input.
+    # Take the input of the norm instead of the layer's input, because a layer may first add a tensor to its input.
     inputs = {input_name(number): layer.input_layernorm for number, layer in layers.items()}
     inner: dict[str, torch.nn.Module] = {}
     if wanted.mlps:
@@ -162,7 +164,7 @@ def _states(
             _, attention, mlp = state_names(number)
             inner |= {attention: layer.self_attention, mlp: layer.mlp}
     outputs = HiddenStates()
-    # Without the output, the layers above the last one whose states are wanted need not run.
+    # If the output is not needed, the layers above the last wanted one need not run.
     end = None if wanted.output else max(wanted.layers) + 1
     with deactivated(chunks), only_layers(chunks, end=end):
         states = run_frozen(chunks, families, batches, inputs, outputs if wanted.output else NoLoss(), inner)

@@ -183,13 +183,13 @@ class NPTModel:
 
         Args:
             weights: a `.pt` or `.safetensors` file, or tensors by name. If no layer is converted yet, layers are
-                converted as the configuration in the file says. Otherwise this configuration must agree with the
-                model's in everything that affects what the weights compute.
+                converted as the configuration in the file says. Otherwise this configuration must equal the model's
+                in all settings that change the meaning of the weights.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: no layer is converted and there is no configuration, or the weights do not fit the model; then
-                the message lists the differences.
+            ValueError: no layer is converted and there is no configuration, or the weights do not fit the model (the
+                message lists the differences).
         """
         if isinstance(weights, Mapping):
             tensors, settings = dict(weights), None

@@ -3,7 +3,7 @@
 The base model, and whether a run is resumed, depend on these flags:
 
 --load CKPT                           starts a new run on the base model CKPT
---load RUN                            resumes RUN, a directory of NPT checkpoints, on the base model that they name
+--load RUN                            resumes RUN, a directory of NPT checkpoints, on the run's base model
 --base-checkpoint CKPT --load RUN     resumes RUN if it has a checkpoint; otherwise starts a new run on CKPT
 neither flag                          trains a model from scratch (requires --no-freeze-base)
 """
@@ -67,7 +67,7 @@ def run_npt(config: NPTRunConfig) -> int:
     config = replace(config, checkpoint=checkpoint)
     if base is None and config.np.freeze_base and not config.training.dry_run:
         raise ValueError(
-            "--freeze-base requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
+            "--freeze-base: requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
         )
     if _resumes(checkpoint):
         config = _with_stored_ranks(config)
@@ -77,7 +77,7 @@ def run_npt(config: NPTRunConfig) -> int:
         return run_sequential(config, RunOptions(base=base, checkpoint_name=npt_checkpoint_name))
     module, load, trains, words = _starting_weights(config)
     config = replace(config, np=module)
-    if training.mode == "sequential":  # a dry run; it shows the training of the last layer
+    if training.mode == "sequential":  # a dry run, which shows the training of the last layer
         trains = module.layers(config.model.num_layers)[-1:]
         config = replace(config, npt=replace(training, layer_weights="uniform"))
     takes_what_fits = _has_other_layers(training, module, checkpoint)
@@ -115,9 +115,12 @@ def _calibrates(config: NPTRunConfig) -> bool:
         return False
     given = "--np-init-strategy calibrated"
     if config.checkpoint.save is None:
-        raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
+        raise ValueError(f"{given}: requires --save, the directory for the calibrated weights")
     if config.npt.mode == "sequential":
-        raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+        raise ValueError(
+            f"{given}: not supported with --mode sequential, because it calibrates all "
+            "layers at once; choose another --mode"
+        )
     if config.npt.reconstructs and config.npt.stage1_steps:
         raise ValueError(
             f"--stage1-steps {config.npt.stage1_steps}: stage 1 would undo {given}; pass --stage1-steps 0"
@@ -125,7 +128,7 @@ def _calibrates(config: NPTRunConfig) -> bool:
     allowed = limit(config.np.np_rank)
     if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
         raise ValueError(
-            f"--np-rank {config.np.np_rank} requires --calibration-metric fisher, which predicts the KL "
+            f"--np-rank {config.np.np_rank}: requires --calibration-metric fisher, which predicts the KL "
             f"(got {config.npt.calibration_metric})"
         )
     return True
@@ -135,14 +138,14 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
     """Calibrates, and trains from the result; with --train-iters 0 it only calibrates."""
     if base is None:
         raise ValueError(
-            "--np-init-strategy calibrated requires a base model; pass --load or --base-checkpoint"
+            "--np-init-strategy calibrated: requires a base model; pass --load or --base-checkpoint"
         )
     trains = config.training.train_iters != 0
     config = resolve(config if trains else replace(config, training=replace(config.training, train_iters=1)))
     NPTFamily(config.np).check(config.model, config.parallel)
     tokenizer = check_run(config, lambda _: check_directories(config.checkpoint, writes=True))
     with process_group(config.parallel, config.training, config.checkpoint):
-        with ending_at_once("stopped in the calibration, of which nothing is kept"):
+        with ending_at_once("stopped during the calibration, whose results are lost"):
             path = calibrated_start(config, base, tokenizer)
         if not trains:
             print_on_first_rank(f"written: {path.parent}")
@@ -164,7 +167,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
 
 
 def _next_steps(base: BaseCheckpoint, weights: Path) -> str:
-    """Returns the commands that use calibrated weights, which are no checkpoint of their own."""
+    """Returns a message with the next commands for calibrated weights, which are not a checkpoint."""
     loads = f"--npt-weights {weights.with_suffix('.safetensors')}"
     return (
         f"next: python tools/evaluate_npt.py --checkpoint {base.folder} {loads} --data-path HELD_OUT_PREFIX; "
@@ -295,7 +298,8 @@ def _check_cache(config: NPTRunConfig) -> None:
     needed = tokens * per_token / 2**30
     if needed > training.teacher_cache_gb:
         raise ValueError(
-            f"--teacher-cache-steps {steps}: the teacher's states of these steps take {needed:.3g} GiB of host memory "
+            f"--teacher-cache-steps {steps}: the teacher's states of these steps take {needed:.3g} GiB "
+            "of host memory "
             f"per process ({per_token / 1000:.3g} kB per token), but --teacher-cache-gb is "
             f"{training.teacher_cache_gb:g}; raise it, or lower --teacher-cache-steps"
         )
@@ -323,7 +327,8 @@ def find_base(
         return base, checkpoint
     if training.base_checkpoint is not None:
         raise ValueError(
-            f"--load {checkpoint.load} contains a base model, but --base-checkpoint names one too; omit one of them"
+            f"--load {checkpoint.load}: contains a base model, but --base-checkpoint also names one; "
+            "omit one of the flags"
         )
     return base, replace(checkpoint, load=None, ckpt_step=None)
 
@@ -379,12 +384,12 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
     settings = read_np_settings(path)
     if settings is None:
         return Found(path, {})
-    # The weights do not depend on whether the base is trained, and single_layer may train a layer that is not in the
-    # file.
+    # These fields need not match: the weights have the same meaning with and without a trained base, and single_layer
+    # may train a layer that is not in the file.
     left_out = {"freeze_base"} | ({"npt_layers"} if given.get("mode") == "single_layer" else set())
     if given.get("np_form", settings.np_form) != settings.np_form:
-        # These two settings exist only for the file's form. The given form is refused later, and the error is to name
-        # the form, not these settings.
+        # These two settings exist only for the file's form. Leave them out, so that a later error names the given
+        # form and not these settings.
         left_out |= {"np_affine", "np_normalize"}
     return Found(
         path, {"np": {n: value for n, value in group_to_dict(settings).items() if n not in left_out}}
@@ -404,7 +409,7 @@ def _has_other_layers(
     if folder is None:
         if training.additional_steps is not None:
             raise ValueError(
-                f"--additional-steps {training.additional_steps} requires --load to name a run that can be resumed"
+                f"--additional-steps {training.additional_steps}: requires --load with a run that can be resumed"
             )
         return False
     return loads_what_fits(training, module, read_run_config(str(folder)), folder)

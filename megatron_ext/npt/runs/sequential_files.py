@@ -7,10 +7,10 @@
     {checkpoint-dir}/load_model.py                          a module whose `load_model()` returns the trained model
     {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     files of one layer: checkpoint-{step}/, final/npt_weights.pt
 
-Each file is written under another name first and then renamed, so that it is never partial. A layer counts as trained
-once `training_info.json` names it; this file is written last, after the accumulated weights. If the run is interrupted
-between the two, the accumulated weights contain a layer that `training_info.json` does not name. The weights of this
-layer are ignored, and training the layer again gives the same weights.
+Each file is written under another name first and then renamed, so that no file is ever partial. A layer counts as
+trained as soon as `training_info.json` names it; this file is written last, after the accumulated weights. If the run
+is interrupted between the two, the accumulated weights contain a layer that `training_info.json` does not name. The
+layer's weights are then ignored, and training the layer again gives the same weights.
 """
 
 import json
@@ -122,8 +122,8 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
     missing = set(state.trained) - {layer_of_np_key(key) for key in chosen}
     if missing:
         raise ValueError(
-            f"{path}: the weights of layer {', '.join(map(str, sorted(missing)))} are missing, although {INFO} lists "
-            "the layer as trained"
+            f"{path}: the weights of layer {', '.join(map(str, sorted(missing)))} are missing, "
+            f"although {INFO} lists the layer as trained"
         )
     return chosen
 

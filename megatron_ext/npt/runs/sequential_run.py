@@ -1,8 +1,8 @@
-"""Sequential training: trains NPT layers one after the other, from the lowest, each on top of the trained layers.
+"""Sequential training: trains NPT layers one after the other, from the lowest to the highest.
 
 While layer N is trained:
 
-    model                 the layers trained before are NPT layers and frozen; the layers after N are base layers
+    model                 the layers trained earlier are frozen NPT layers; the layers after N are base layers
     optimizer, schedule   new for every layer, over --steps-per-layer steps, with stage 1 in the first --stage1-steps
     data                  the samples of all layers are shuffled together; each layer reads the next part
     random generators     re-seeded at the start of every layer
@@ -74,7 +74,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
 
 
 class _Sequence:
-    """A sequential run in its process group: trains the remaining layers; keeps the run's state and the NP factors."""
+    """A sequential run: trains the remaining layers, and keeps the run's state and the NP factors."""
 
     def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
@@ -148,7 +148,7 @@ class _Sequence:
         self.tensors = store.read_accumulated(self.folder, self.state)
 
     def _begin(self, layer: int) -> SequentialState:
-        """Records that the layer is being trained; a layer that was interrupted keeps its directory."""
+        """Records that the layer is being trained; a layer whose training was interrupted keeps its directory."""
         name = f"layer_{layer}_{time.strftime('%Y%m%d_%H%M%S')}"
         if self.state.current is not None and self.state.current[0] == layer:
             name = self.state.current[1]
@@ -222,7 +222,8 @@ def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> Sequential
         check_same_meaning(str(folder / store.INFO), found.settings, settings)
         if found.base["sha256"] != options.base.sha256:
             raise ValueError(
-                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on another base model; "
+                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on "
+                "another base model; "
                 f"pass {found.base['path']}"
             )
         state = replace(found, settings=settings, base=options.base.as_json())
@@ -266,12 +267,12 @@ def _check(config: NPTRunConfig) -> None:
         raise ValueError(f"--stage1-steps {stage1}: must be less than --steps-per-layer {steps}")
     if not config.np.freeze_base:
         raise ValueError(
-            "--no-freeze-base is not supported by --mode sequential, which trains only NP components; omit it"
+            "--no-freeze-base: not supported by --mode sequential, which trains only NP components; omit the flag"
         )
     if npt.load_npt_weights is not None:
         raise ValueError(
-            f"--load-npt-weights {npt.load_npt_weights} is not supported by --mode sequential, which reads trained "
-            "layers from --checkpoint-dir; omit it"
+            f"--load-npt-weights {npt.load_npt_weights}: not supported by --mode sequential, which "
+            "reads trained layers from --checkpoint-dir; omit the flag"
         )
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(
@@ -279,12 +280,12 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints is not supported by --mode sequential, because it continues the run "
-            "in --checkpoint-dir; omit --overwrite-checkpoints"
+            "--overwrite-checkpoints: not supported by --mode sequential, which continues the run in "
+            "--checkpoint-dir; omit the flag"
         )
     if training.skip_train:
         raise ValueError(
-            "--skip-train is not supported by --mode sequential; evaluate with tools/evaluate_npt.py"
+            "--skip-train: not supported by --mode sequential; evaluate with tools/evaluate_npt.py"
         )
     start, layers = npt.start_from_layer, _layers(config)
     if start is not None and start not in layers:

@@ -1,8 +1,8 @@
 """Prints three lines before the first step of an NPT run: converted layers, initial NP weights, losses and curriculum.
 
-The third line is the formula of `npt loss`; its terms have the same names as in the progress line. In the progress
-line, each term is a mean over layers. The loss that is trained is a mean over layers, weighted with --layer-weights, or
-with `--layer-losses document` a sum over layers.
+The third line is the formula of `npt loss`, with the terms' names from the progress line. In the progress line, each
+term is a mean over layers. The minimized loss is a mean over layers, weighted with --layer-weights; with
+`--layer-losses document` it is a sum over layers.
 """
 
 from megatron_ext.models.costs.model_cost import layer_parameters
@@ -32,7 +32,7 @@ def print_start(
         chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
         config: the run's configuration.
         base: the run's base checkpoint; None for a model from scratch.
-        weights: describes where the NP weights come from.
+        weights: describes the source of the NP weights.
         total_steps: number of steps of the run.
         trains: indices of the trained NPT layers, from 0; None for all.
     """
@@ -70,7 +70,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
 
 
 def objective(training: NPTTrainingConfig, total_steps: int) -> str:
-    """Describes the total loss, including that of stage 1 if there is one, and the curriculum."""
+    """Describes the total loss, including stage 1 if there is one, and the curriculum."""
     last = training.objective(training.stage1_steps + 1, total_steps)
     terms = [
         f"{weight:g} {name}"
@@ -92,7 +92,7 @@ def objective(training: NPTTrainingConfig, total_steps: int) -> str:
     stages = training.stages(total_steps)
     inputs = "no curriculum" if stages == (STUDENT,) else f"curriculum {format_curriculum(stages)}"
     if last.layer_parallel:
-        inputs = "every layer by itself, on the teacher's states"
+        inputs = "every layer separately, on the teacher's states"
         if training.teacher_cache_steps is not None:
             inputs += f" (of {training.teacher_cache_steps} steps at a time, {training.teacher_cache_passes} passes)"
     return f"npt loss = {first}{' + '.join(parts) or '0'}; {inputs}"

@@ -1,1 +1,3 @@
-"""The weights of NP components: adding them to a base model, their files, resuming a run, validating a checkpoint."""
+"""Weights of NP components: adds them to a base model, reads and writes their files, resumes runs, validates
+checkpoints.
+"""

@@ -1,8 +1,8 @@
 """Checks that an NPT checkpoint is complete.
 
 The checkpoint must contain the files described in docs/design/npt_curriculum.md; a directory with only these files is
-accepted too. They are loaded with `weights_only`, so that no code in them is executed. All files of a checkpoint are
-compared with its checksums, if it has any.
+accepted too. They are loaded with `weights_only`, so that no code in them is executed. If the checkpoint has
+checksums, all of its files are compared with them.
 """
 
 from dataclasses import dataclass, field

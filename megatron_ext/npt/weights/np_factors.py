@@ -20,7 +20,9 @@ from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
-"""Factors whose components are concatenated along dimension 0; those of all other factors, along dimension 1."""
+"""Factors whose components are concatenated along dimension 0; all other factors are concatenated along dimension
+1.
+"""
 _SHOWN = 5
 """An error message lists at most this many differences of each kind."""
 
@@ -44,7 +46,7 @@ def whole_factors(number: int, target: str, part: Modulation) -> dict[str, torch
     Args:
         number: index of the layer, from 0.
         target: `gate`, `up`, `down` or `fc1`.
-        part: the target's factors as this rank holds them, possibly split over the ranks.
+        part: this rank's factors of the target, possibly split over the ranks.
     """
     prefix = f"layer_{number}_np.{target}"
     return {
@@ -156,8 +158,8 @@ def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...
         ".gate.B" in key for key in differences["unknown"]
     ):
         raise ValueError(
-            "the NP weights have the factors of an earlier version of --np-form key_value (gate.B, up.B); calibrate "
-            "again with --np-init-strategy calibrated"
+            "the NP weights have the factors of an earlier version of --np-form key_value (gate.B, "
+            "up.B); calibrate again with --np-init-strategy calibrated"
         )
     texts = [f"{kind}: {_listed(items)}" for kind, items in differences.items() if items]
     if texts:

@@ -24,7 +24,9 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 STEM, CONFIG = "npt_weights", "config.json"
 WEIGHTS = f"{STEM}.pt"
 _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
-"""Settings that do not affect what the weights compute. The layers are among them because the keys contain them."""
+"""Settings that do not change the meaning of the weights. `npt_layers` is one of them, because the keys contain the
+layers.
+"""
 
 
 def write_np_weights(
@@ -34,7 +36,8 @@ def write_np_weights(
     more: Mapping[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """Writes the three files; each is written under another name first and then renamed, so that it is never partial.
+    """Writes the three files; each is written under another name first and then renamed, so that no file is ever
+    partial.
 
     Args:
         folder: an existing directory.
@@ -54,7 +57,9 @@ def write_np_weights(
     metadata = {"format": "pt", "np": json.dumps(config["np"])}
     files.write_safetensors_file(parts[safe_weights], contiguous, metadata)
     files.write_text(parts[CONFIG], json.dumps({**config, **(more or {})}, indent=1))
-    files.digests(folder, [part.name for part in parts.values()])  # flushes them to the disk
+    files.digests(
+        folder, [part.name for part in parts.values()]
+    )  # computing the digests flushes the files to disk
     for name, part in parts.items():
         part.replace(folder / name)
     files.fsync_path(folder)
@@ -78,10 +83,10 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
 
 def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
-    """Checks that NP weights compute the same with the stored configuration and with the current settings.
+    """Checks that NP weights have the same meaning with the stored configuration and with the current settings.
 
     Raises:
-        ValueError: a setting that matters differs; the message names `path` and the differences.
+        ValueError: a setting that changes the meaning differs; the message names `path` and the differences.
     """
     ours, theirs = (group_to_dict(config) for config in (settings, stored))
     differences = [

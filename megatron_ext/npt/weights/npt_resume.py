@@ -40,7 +40,9 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags of the earlier command that do not apply to a resumed run; its base is the one that the checkpoint names."""
+"""Flags of the earlier command that do not apply to a resumed run, whose base is the one that the checkpoint
+names.
+"""
 
 
 def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +56,8 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
         given: maps the name of each field set by the user to its value; includes `additional_steps`.
 
     Raises:
-        ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint is not that of an
-            NPT run.
+        ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint was not written
+            by an NPT run.
     """
     steps = given["additional_steps"]
     if steps < 1:
@@ -67,13 +69,13 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
             )
     if "npt" not in stored:
         raise ValueError(
-            f"--additional-steps {steps} requires the checkpoint of an NPT run, but {folder} is not one"
+            f"--additional-steps {steps}: requires the checkpoint of an NPT run, but {folder} is not one"
         )
     left_out = {*_OF_THE_PAST, *(n for group in _EXCLUSIVE if given.keys() & set(group) for n in group)}
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
         for section in groups_of(NPTRunConfig)
-        if section in stored  # no run stores whether it was a rehearsal
+        if section in stored  # a stored run lacks the section of rehearsals
     }
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
     sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}
@@ -115,7 +117,7 @@ def loads_what_fits(
     if not training.allow_layer_mismatch:
         raise ValueError(f"{message}; add --allow-layer-mismatch to load the common layers")
     if not names["both"]:
-        raise ValueError(f"{message}; they have no layer in common")
+        raise ValueError(f"{message}; at least one layer must be common to both")
     if process_groups.rank() == 0:
         print(
             f"warning: {message}; loading NP weights for layers {shown['both']} only; other layers and the optimizer "
@@ -126,13 +128,13 @@ def loads_what_fits(
 
 
 def earlier_losses(npt: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the losses of a run that depended on earlier defaults: that of --layer-losses, and those of the weights.
+    """Returns loss settings that an older run did not store, because they followed from older defaults.
 
-    The weights were those of the documents for both forms of the losses.
+    In these versions, the default weights were those of docs/design for both values of --layer-losses.
 
     Args:
-        npt: the stored section; its `layer_losses` is missing in runs from before the flag existed, and None in runs in
-            which the mode decided.
+        npt: the stored section; `layer_losses` is missing if the run is older than the flag, and None if the mode
+            determined its value.
     """
     losses, mode = npt.get("layer_losses", "document"), npt["mode"]
     if "layer_losses" in npt and losses is not None:

@@ -8,8 +8,8 @@ At the end of a run, `npt_weights.pt` and `config.json` are also written to `fin
     config.json             the run's whole configuration; NPT's settings under "np"
 
 These files are for people and other programs: they contain only tensors and plain values, and load with `weights_only`.
-A resumed run does not read them, but the files of `checkpoint_files` in the same directory. Only those contain Adam's
-moments, as sharded tensors; `optimizer_state_dict["state"]` lists the names of these tensors.
+A resumed run does not read them; it reads the files of `checkpoint_files` in the same directory. Only these contain
+Adam's moments, as sharded tensors; `optimizer_state_dict["state"]` lists the tensors' names.
 """
 
 import json
@@ -99,7 +99,7 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "scheduler_state_dict": dict(state["scheduler"]),
-        # Without --fp16 empty, like the state of a disabled torch GradScaler.
+        # Empty without --fp16, like the state of a disabled torch GradScaler.
         "scaler_state_dict": state.get("loss_scale") or {},
         "consumed_samples": progress["consumed_samples"],
         "skipped_steps": progress["skipped_steps"],
@@ -115,7 +115,8 @@ def multi_layer_state(
         weights: maps the index of each NPT layer to the weight of its losses.
         stages: the curriculum.
         cache: the teacher's cache on this rank.
-        iteration: number of the last step. The stored stage is that of the next step, with which a resumed run begins.
+        iteration: number of the last step. The stored stage belongs to the next step, with which a resumed run
+            begins.
     """
     return {
         "layers_to_train": sorted(weights),
@@ -188,7 +189,7 @@ def replace_final(
     write_np_weights(writing, tensors, settings, more)
     for file, text in (texts or {}).items():
         files.write_text(writing / file, text)
-    files.digests(writing, [path.name for path in writing.iterdir()])  # also flushes the files to the disk
+    files.digests(writing, [path.name for path in writing.iterdir()])  # also flushes the files to disk
     if final.exists():
         final.rename(replaced)
     writing.rename(final)

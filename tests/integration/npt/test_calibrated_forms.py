@@ -81,7 +81,7 @@ def test_a_calibrated_form_starts_nearer_to_the_base_than_random_factors(
         assert residual == "keep" or of_layer["down"]["error_left"] < 0.3
         printed = f": gate+up rank {of_layer['gate']['rank']}, {of_layer['gate']['error_left']:.2%} left"
         assert printed in output
-    assert "share of the square of what the deltas should write that it leaves" in output
+    assert "remaining fraction of the square of the values that the deltas should add" in output
 
 
 def _plain_base(folder: str, data: str) -> str:

@@ -191,12 +191,15 @@ def test_every_layout_gives_the_same_maps(layout: str, prepared: Prepared) -> No
     ("more", "message"),
     [
         (["--np-rank", "33"], "--np-rank 33: must be at most the hidden size 32"),
-        (["--np-rank", "auto:0.0001"], "the budget is .* parameters; rank 1 needs"),
+        (["--np-rank", "auto:0.0001"], "the budget is .* parameters, but rank 1 everywhere needs"),
         (
             ["--np-rank", "auto:kl=0.1", "--calibration-metric", "output"],
             "requires --calibration-metric fisher",
         ),
-        (["--np-rank", "4", "--mode", "sequential"], "calibrates all layers at once; choose another --mode"),
+        (
+            ["--np-rank", "4", "--mode", "sequential"],
+            "it calibrates all layers at once; choose another --mode",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(more: list[str], message: str, prepared: Prepared) -> None:

@@ -128,7 +128,7 @@ def _refused(layout: list[str]) -> str:
     ],
 )
 def test_samples_are_refused_at_a_layout_that_generation_does_not_know(layout: list[str], flag: str) -> None:
-    expected = f"--generation-steps 5 is not supported with {flag}; omit one of the two"
+    expected = f"--generation-steps 5: not supported with {flag}; omit one of the two"
     assert run_single(_refused, layout) == expected
 
 

@@ -199,7 +199,7 @@ REFUSED = {
         "9: --mode sequential trains every layer for 6 steps",
     ),
     "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
-    "the base": (["--no-freeze-base"], "--no-freeze-base is not supported by --mode sequential"),
+    "the base": (["--no-freeze-base"], "--no-freeze-base: not supported by --mode sequential"),
     "weights": (["--load-npt-weights", "PT"], "which reads trained layers from --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),

@@ -69,11 +69,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"qlora_strategy": "other"}, "--qlora-strategy other: must be one of simplified, progressive, variable"),
     (
         {"qlora_rank_pattern": "linear"},
-        "--qlora-rank-pattern linear requires --qlora-strategy progressive (got simplified)",
+        "--qlora-rank-pattern linear: requires --qlora-strategy progressive (got simplified)",
     ),
     (
         {"qlora_configs": "0:8:16"},
-        "--qlora-configs 0:8:16 requires --qlora-strategy variable (got simplified)",
+        "--qlora-configs 0:8:16: requires --qlora-strategy variable (got simplified)",
     ),
     (
         {"qlora_strategy": "variable"},

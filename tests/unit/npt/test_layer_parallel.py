@@ -170,10 +170,10 @@ def test_the_states_of_a_rank_are_those_of_its_stages_layers() -> None:
         ({"fidelity_weight": 1.0}, r"^--fidelity-weight 1: --mode layer_parallel computes no output"),
         ({"lm_weight": 0.5}, r"^--lm-weight 0.5: --mode layer_parallel computes no output"),
         ({"curriculum_stages": "student:4"}, r"^--curriculum-stages student:4: .* always the teacher's"),
-        ({"layer_losses": "document"}, r"^--layer-losses document is not supported by --mode layer_parallel"),
+        ({"layer_losses": "document"}, r"^--layer-losses document: not supported by --mode layer_parallel"),
         (
             {"teacher_cache_steps": 4},
-            r"^--teacher-cache-passes 1: more than 1 pass and --teacher-cache-steps",
+            r"^--teacher-cache-passes 1: more than 1 pass requires --teacher-cache-steps",
         ),
         ({"teacher_cache_passes": 4}, r"^--teacher-cache-passes 4: .* \(got --teacher-cache-steps None\)"),
     ],
@@ -185,8 +185,8 @@ def test_flags_that_the_mode_does_not_support_are_refused(flags: dict[str, Any],
 
 def test_other_modes_refuse_the_flags_of_the_mode_and_the_mode_a_trained_base() -> None:
     with pytest.raises(
-        ValueError, match=r"^--teacher-cache-steps 4 requires --mode layer_parallel \(got lm\)"
+        ValueError, match=r"^--teacher-cache-steps 4: requires --mode layer_parallel \(got lm\)"
     ):
         NPTTrainingConfig(mode="lm", teacher_cache_steps=4, teacher_cache_passes=2)
-    with pytest.raises(ValueError, match="^--no-freeze-base is not supported by --mode layer_parallel"):
+    with pytest.raises(ValueError, match="^--no-freeze-base: not supported by --mode layer_parallel"):
         LAYER_PARALLEL.check_module(replace(LOW_RANK, freeze_base=False), 4)

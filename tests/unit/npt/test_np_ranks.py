@@ -55,9 +55,9 @@ def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, 
         ("auto:", "the limit must be a number above 0"),
         ("auto:-1", "the limit must be a number above 0"),
         ("auto:kl=0", "the limit must be a number above 0"),
-        ("auto:8", "--np-rank auto:8: the share is a fraction of 1, such as auto:0.08$"),
-        ("auto:800", "the share is a fraction of 1, such as auto:0.15$"),
-        ("auto:0.1", "--np-rank auto:0.1 requires --np-init-strategy calibrated \\(got improved\\)"),
+        ("auto:8", "--np-rank auto:8: the share must be a fraction of at most 1, such as auto:0.08$"),
+        ("auto:800", "the share must be a fraction of at most 1, such as auto:0.15$"),
+        ("auto:0.1", "--np-rank auto:0.1: requires --np-init-strategy calibrated \\(got improved\\)"),
     ],
 )
 def test_other_ranks_are_refused(given: str, message: str) -> None:
@@ -71,7 +71,10 @@ def test_a_layer_and_target_has_its_own_rank() -> None:
     }
     assert ranks == {1: [4, 4, 4], 2: [6, 6, 2], 3: [8, 8, 8]}
     assert replace(LISTED, np_rank="5/7").rank(2, "down", 4) == 7
-    with pytest.raises(ValueError, match="--np-rank 4,6/2,8: has 3 entries for 2 NPT layers"):
+    with pytest.raises(
+        ValueError,
+        match="--np-rank 4,6/2,8: must have one entry or one per NPT layer .got 3 entries for 2 layers",
+    ):
         replace(LISTED, npt_layers="1,2").rank(1, "gate", 4)
 
 

@@ -71,10 +71,10 @@ def test_the_defaults_are_those_of_document_002() -> None:
         ({"np_scale": 0.0}, "--np-scale 0.0: must be above 0"),
         ({"np_init_scale": -1.0}, "--np-init-scale -1.0: must be above 0"),
         ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product, key_value"),
-        ({"np_affine": False}, r"--no-np-affine requires --np-form outer_product \(got low_rank\)"),
+        ({"np_affine": False}, r"--no-np-affine: requires --np-form outer_product \(got low_rank\)"),
         (
             {"np_form": "key_value", "np_target": "gate+up", "num_np_components": 2},
-            "--num-np-components 2: --np-form key_value has one component, .* raise --np-rank instead",
+            "--num-np-components 2: --np-form key_value requires 1, .* raise --np-rank instead",
         ),
         (
             {
@@ -83,25 +83,25 @@ def test_the_defaults_are_those_of_document_002() -> None:
                 "np_target": "gate+up",
                 "np_scale": 2.0,
             },
-            r"--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 \(got 2\)",
+            r"--np-init-strategy calibrated: with --np-form key_value, requires --np-scale 1 \(got 2\)",
         ),
         (
             {"np_init_strategy": "calibrated", "np_rank": "auto:0.1"},
-            r"--np-rank auto:0.1 requires --np-form key_value \(got low_rank\); pass a number",
+            r"--np-rank auto:0.1: requires --np-form key_value \(got low_rank\); pass a number",
         ),
         (
             {"np_init_strategy": "calibrated", "np_form": "outer_product", "np_affine": False},
-            "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because",
+            "--no-np-affine: not supported with --np-init-strategy calibrated, because",
         ),
         (
             {"np_form": "key_value", "np_target": "gate"},
-            "--np-target gate: --np-form key_value changes the input of gate and up together; choose gate.up for",
+            "--np-target gate: not supported with --np-form key_value, which changes .*; choose gate.up for",
         ),
         (
             {"np_form": "key_value", "np_target": "gate+up", "np_affine": False},
-            r"--no-np-affine requires --np-form outer_product \(got key_value\)",
+            r"--no-np-affine: requires --np-form outer_product \(got key_value\)",
         ),
-        ({"np_normalize": False}, r"--no-np-normalize requires --np-form outer_product \(got low_rank\)"),
+        ({"np_normalize": False}, r"--no-np-normalize: requires --np-form outer_product \(got low_rank\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values: dict[str, Any], message: str) -> None:
