@@ -2,10 +2,10 @@
 
     x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )
 
-With the preset gemma4, x <- x * layer_scalar follows. With the preset gemma3n, x is AltUp's active stream times a
-vector [h], and the result is added to each of the other streams instead of x. `c` is the layer's part of the stream
-`per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel over p; under sequence parallelism x is
-[s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
+With the preset gemma4, x is then multiplied by `layer_scalar`. With the preset gemma3n, the block's input is AltUp's
+active stream times a vector [h], and the update is added to each of the other streams instead. `c` is the layer's
+part of the stream `per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel over p; under
+sequence parallelism x is [s / t, b, h]. The post-norm is always an RMSNorm, whatever norm the base model has.
 Source: Gemma 3n and Gemma 4; PerLayerGate in docs/design/per_layer_embedding.md.
 """
 
@@ -73,7 +73,7 @@ class PerLayerBlock(MegatronModule):
         }
         self.gate = ColumnParallelLinear(hidden, width, gather_output=False, **common)
         self.projection = RowParallelLinear(width, hidden, input_is_parallel=True, **common)
-        # As in Gemma 3n and 4, whatever the base model's norms are.
+        # An RMSNorm, as in Gemma 3n and 4, whatever norms the base model has.
         self.post_norm = RMSNorm(config, hidden, config.layernorm_epsilon, zero_centered=False)
         mark(self.gate.weight, initial_std(settings, config.init_method_std, width, hidden))
         mark(self.projection.weight, initial_std(settings, config.init_method_std, hidden, width))
@@ -100,11 +100,11 @@ class PerLayerBlock(MegatronModule):
         return output * self.layer_scalar if self.settings.has_layer_scalar else output
 
     def _update(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
-        """Returns what is added to the residual stream, or to several of them."""
+        """Returns the update that is added to the residual stream, or to several residual streams."""
         combined = layer_inputs.read_part(PER_LAYER_STREAM, self.part, self.parts)
         activated = self.activation(self.gate(hidden_states)[0])
         update: torch.Tensor = self.post_norm(self.projection(activated * self._dropped(combined))[0])
-        # With activation recomputation this runs twice, first without gradients: record only the second run.
+        # With activation recomputation, this code runs twice, first without gradients; record only the second run.
         if self.recorder is not None and torch.is_grad_enabled():
             self.recorder.add_mean("gate_activation", activated.unsqueeze(0))
             self.recorder.add_squares("update", update.unsqueeze(0))
@@ -115,8 +115,8 @@ class PerLayerBlock(MegatronModule):
         rate = self.settings.per_layer_projection_dropout
         if rate == 0.0 or not self.training:
             return combined
-        # Ranks hold different parts of p and need different masks. Under sequence parallelism the engine has already
-        # entered the stream that differs between ranks.
+        # Ranks hold different parts of p and need different masks. Under sequence parallelism, the engine has already
+        # entered the random stream that differs between ranks.
         with contextlib.ExitStack() as stack:
             if not self.config.sequence_parallel:
                 stack.enter_context(tensor_parallel.get_cuda_rng_tracker().fork())

@@ -5,7 +5,8 @@ from megatron_ext.reports.scalar_charts import ScalarChart
 _SHOWN = {
     "update-ratio": (
         "Update / residual stream",
-        "|update| / |residual stream|: the size of what PLE adds to a layer's output, over all tokens of the step.",
+        "|update| / |residual stream|: the relative size of PLE's contribution to a layer, over all "
+        "tokens of the step.",
     ),
     "gate-activation-mean": ("Gate activation, mean", "Mean of act(W_gate x) over tokens and dimensions."),
     "gate-activation-std": (
@@ -26,11 +27,11 @@ _SHOWN = {
     ),
     "combination-token-norm": (
         "Combination: norm of the token half",
-        "Frobenius norm of the half of W_cat that reads the token embedding (concat).",
+        "Frobenius norm of the half of W_cat that multiplies the token embedding (concat).",
     ),
     "combination-context-norm": (
         "Combination: norm of the context half",
-        "Frobenius norm of the half of W_cat that reads the context projection (concat).",
+        "Frobenius norm of the half of W_cat that multiplies the context projection (concat).",
     ),
     "combination-gate-mean": (
         "Combination gate, mean",

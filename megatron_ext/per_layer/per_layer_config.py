@@ -2,9 +2,9 @@
 
 Names and defaults are specified in docs/design/per_layer_embedding.md. The preset `gemma4` gives Gemma 4's block: the
 per-layer ids are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh;
-the block comes after the MLP and is followed by `x <- x * layer_scalar`. The preset `gemma3n` gives Gemma 3n's, for a
-model with AltUp's residual streams: it reads the active stream, multiplied by a vector, and is added to all others. The
-tables may have fewer rows than the vocabulary; the ids beyond them use row 0.
+the block comes after the MLP and is followed by `x <- x * layer_scalar`. The preset `gemma3n` gives Gemma 3n's block,
+for a model with AltUp's residual streams: its input is the active stream times a vector, and its output is added to
+all other streams. The tables may have fewer rows than the vocabulary; ids without a row use row 0.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ _GEMMA = {
     "per_layer_position": "after_mlp",
     "per_layer_strategy": "identity",
 }
-"""Values that a preset sets in place of the defaults; it is an error if the user gives a different value."""
+"""Values that a preset sets instead of the defaults; a different value from the user is an error."""
 
 _DEFAULT_ROWS = 10_000
 """Number of rows of a table if the number of per-layer ids is unknown."""
@@ -34,24 +34,29 @@ _DEFAULT_ROWS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerConfig:
-    """Per-layer embedding: every layer has a small token embedding, which is gated into the residual stream."""
+    """Flags for per-layer embedding: every layer has a small token embedding, which is gated into the residual
+    stream.
+    """
 
     use_per_layer_embedding: bool = False
     """Add per-layer embedding to every layer."""
 
     per_layer_preset: Literal["gemma4", "gemma3n"] | None = None
-    """Sets several flags: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add. gemma4 further has a layer
-    scalar; gemma3n requires --altup-streams, reads the active stream and is added to all others."""
+    """Sets several flags: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add. gemma4 also has a layer
+    scalar; gemma3n requires --altup-streams: the block reads the active stream, and its output is added to all
+    others.
+    """
 
     per_layer_vocab_size: int | None = None
     """Number of rows of every per-layer table. Default: the number of ids in the per-layer data; with
-    --per-layer-strategy identity, the tokenizer's vocabulary size; if unknown, 10000."""
+    --per-layer-strategy identity, the tokenizer's vocabulary size; if unknown, 10000.
+    """
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
 
     per_layer_combination_method: Literal["scaled_add", "concat", "gated"] = "scaled_add"
-    """How the per-layer token embedding and the projected word embedding are combined."""
+    """Method that combines the per-layer token embedding with the projected word embedding."""
 
     per_layer_gate_activation: Literal["relu", "gelu", "gelu_tanh", "silu", "swish"] = "silu"
     """Activation of the gate; swish is the same as silu."""
@@ -67,7 +72,8 @@ class PerLayerConfig:
 
     per_layer_init_method: Literal["normal", "xavier_normal", "zeros"] = "normal"
     """Initialization of all per-layer weights. normal: N(0, std); xavier_normal: variance 2 / (rows + columns); zeros:
-    tables are zero, other weights N(0, std)."""
+    tables are zero, other weights N(0, std).
+    """
 
     per_layer_init_std: float | None = None
     """Standard deviation of the initial weights. Default: --init-method-std."""
@@ -82,11 +88,15 @@ class PerLayerConfig:
     """Freeze the per-layer tables; gates and projections still train."""
 
     per_layer_sparse: bool = False
-    """Train the per-layer tables by rows: gradients, communication and updates for a step's rows only."""
+    """Train the per-layer tables by rows: only the rows that a step looks up are exchanged, and have gradients and
+    updates.
+    """
 
     per_layer_optimizer: Literal["adam", "lazy_adam", "rowwise_adagrad", "sgd"] = "adam"
-    """With --per-layer-sparse: optimizer of the tables. adam: as without the flag, rows are caught up when needed;
-    lazy_adam: between uses a row stands still; rowwise_adagrad: one number of state per row; sgd: no state."""
+    """With --per-layer-sparse: optimizer of the tables. adam: the same updates as without --per-layer-sparse; a row
+    makes up for missed updates at its next use. lazy_adam: rows change only when they are used. rowwise_adagrad: one
+    number of state per row. sgd: no state.
+    """
 
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
@@ -94,7 +104,7 @@ class PerLayerConfig:
     per_layer_strategy: Literal[
         "syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"
     ] = "syntax_focus"
-    """How token ids become per-layer ids."""
+    """Strategy that maps token ids to per-layer ids."""
 
     per_layer_data_path: tuple[str, ...] | None = None
     """Prefixes of the datasets with the per-layer ids: one for each dataset of --data-path, in the same order."""
@@ -124,7 +134,7 @@ class PerLayerConfig:
             for name in ("per_layer_preset", "per_layer_vocab_file", "per_layer_data_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{flag_name(name)} {getattr(self, name)} requires --use-per-layer-embedding"
+                        f"{flag_name(name)} {getattr(self, name)}: requires --use-per-layer-embedding"
                     )
 
     def _apply(self, preset: dict[str, str]) -> None:
@@ -155,7 +165,7 @@ class PerLayerConfig:
 
     @property
     def adds_to_inactive_streams(self) -> bool:
-        """Whether the block reads the active one of AltUp's residual streams and is added to all others."""
+        """Whether the block reads AltUp's active residual stream and is added to all other streams."""
         return self.per_layer_preset == "gemma3n"
 
     def rows(self, vocab_size: int, num_ids: int | None = None) -> int:
@@ -166,8 +176,8 @@ class PerLayerConfig:
             num_ids: number of per-layer ids in the run's vocabulary or data; None if unknown.
 
         Raises:
-            ValueError: the per-layer ids are the token ids, but --per-layer-vocab-size is not the vocabulary size, or
-                with the preset gemma3n larger.
+            ValueError: the per-layer ids are the token ids, but --per-layer-vocab-size is not the vocabulary size
+                (or, with the preset gemma3n, exceeds it).
         """
         if not self.uses_token_ids:
             return self.per_layer_vocab_size or num_ids or _DEFAULT_ROWS
@@ -207,10 +217,10 @@ class PerLayerRunConfig(RunConfig):
     """Per-layer embedding."""
 
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
-    """LoRA adapters over a loaded model, with or without per-layer embedding."""
+    """LoRA adapters for a loaded model, with or without per-layer embedding."""
 
     def resolved(self, world_size: int, *, epoch_samples: int | None = None) -> "PerLayerRunConfig":
-        """Checks --per-layer-sparse against the other groups; otherwise as `RunConfig.resolved`."""
+        """Like `RunConfig.resolved`, but also checks --per-layer-sparse against the other groups."""
         if self.per_layer.use_per_layer_embedding and self.per_layer.trains_rows:
             self._check_rows()
         return super().resolved(world_size, epoch_samples=epoch_samples)
@@ -221,14 +231,14 @@ class PerLayerRunConfig(RunConfig):
             raise ValueError("--per-layer-sparse: does not support --fp16; use --bf16 or fp32")
         if self.rehearsal.is_on:
             raise ValueError(
-                "--rehearse: does not support --per-layer-sparse, because a rehearsal has no ids and therefore no "
-                "rows; --dry-run estimates the memory"
+                "--rehearse: does not support --per-layer-sparse, because a rehearsal has no ids and "
+                "therefore no rows; use --dry-run to estimate the memory"
             )
         if settings.per_layer_optimizer == "adam" and adam.adam_beta1**2 >= adam.adam_beta2:
             raise ValueError(
                 f"--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got "
-                f"{adam.adam_beta2} and {adam.adam_beta1}), because otherwise a row moves forever after its last "
-                "gradient; use lazy_adam"
+                f"{adam.adam_beta2} and {adam.adam_beta1}), because otherwise a row would keep moving "
+                "forever after its last gradient; or use lazy_adam"
             )
         rate = adam.lr * settings.per_layer_lr_scale
         decay = max(adam.weight_decay, adam.end_weight_decay or 0.0)
@@ -236,6 +246,6 @@ class PerLayerRunConfig(RunConfig):
             decay = settings.per_layer_weight_decay
         if rate * decay >= 1.0:
             raise ValueError(
-                f"--per-layer-sparse: requires learning rate times weight decay of the tables below 1 (got {rate:g} "
-                f"and {decay:g}), because a step must not turn a weight's sign by decay"
+                "--per-layer-sparse: requires (learning rate x weight decay) of the tables below 1 "
+                f"(got {rate:g} and {decay:g}), because decay must not change a weight's sign"
             )

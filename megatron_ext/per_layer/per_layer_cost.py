@@ -1,4 +1,4 @@
-"""Counts what per-layer embedding (PLE) adds to a model: parameters, forward FLOPs per token, and activations.
+"""Counts the parameters, forward FLOPs per token and activations that per-layer embedding (PLE) adds to a model.
 
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
     FLOPs        L 6 h p                                     + L 4 p p for concat and gated
@@ -8,15 +8,14 @@ order: tables, context projections, the shared norm, then gate, output projectio
 preset gemma3n adds a vector [h] per layer. Only
 matrix products count as FLOPs; a table look-up costs none.
 
-Values per token that a rank keeps for the backward pass, with q = p / t and the hidden size divided under sequence
-parallelism:
+A rank keeps these values per token for the backward pass (q = p / t; h is divided under sequence parallelism):
 
-    a layer's block      2 h + 3 q     its input and W_out's output; W_gate's output, its activation (relu: one of
-                                       both) and the product with the vector
-    a layer's vector     2 q           projection and vector; concat: 2 p more, gated: 2 p + 3 q more
-    a stage              h             the word embedding that it receives; h (whole) if it gathers the sequence
+    a layer's block      2 h + 3 q     its input and W_out's output; W_gate's output, the activation (relu: only one
+    of these two) and the product with the vector a layer's vector     2 q           projection and vector; concat: 2
+    p more, gated: 2 p + 3 q more a stage              h             the received word embedding; undivided if the
+    stage gathers the sequence
 
-Further it keeps copies of all layers' context projections and combination matrices, which are multiplied at once.
+It also keeps copies of all layers' context projections and combination matrices, which are multiplied in one product.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -45,7 +44,7 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
 
 
 def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> FamilyActivations:
-    """Returns what PLE adds to the activations, and with `--per-layer-sparse` the tables' state.
+    """Returns the bytes that PLE adds to the activations and, with `--per-layer-sparse`, the tables' state.
 
     Args:
         settings: PLE's configuration.
@@ -59,9 +58,11 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
     gate = 2 if settings.per_layer_gate_activation == "relu" else 3
     block = 2 * layout.hidden_bytes + gate * part
     if settings.adds_to_inactive_streams:
-        block += layout.residual_bytes  # all streams, of which the block multiplies one
+        block += (
+            layout.residual_bytes
+        )  # the block copies all residual streams, although it multiplies only one
     if settings.per_layer_projection_dropout > 0:
-        block += part + part / size  # the result, and a mask of one byte per value
+        block += part + part / size  # the result of dropout, and a mask of one byte per value
     context = width * layout.model.hidden_size / tensor * size
     kept = 2 * part
     if method != "scaled_add":
@@ -79,7 +80,7 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
             streams[chunk.start] += layout.hidden_bytes
         if layout.sequence_split > 1:
             streams[chunk.start] += layout.hidden_bytes * layout.sequence_split
-        # Writing a stream of the base model copies all streams of the chunk.
+        # When the base model writes a stream, all packed streams of the chunk are copied.
         streams[chunk.start] += len(writes & set(chunk)) * len(chunk) * part
     state, step_rows = _rows_bytes(settings, layout, rows)
     return FamilyActivations(
@@ -93,14 +94,17 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
 
 
 def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> tuple[float, float]:
-    """Returns what `RowOptimizer` keeps for a layer's table, and the most that it holds during a step."""
+    """Returns the bytes that `RowOptimizer` keeps for a layer's table, and the maximum that it holds during a
+    step.
+    """
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
     of_row = state[settings.per_layer_optimizer]
     ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
     shards = ranks if layout.parallel.use_distributed_optimizer else 1
     touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
-    # Gradient, and looked-up weights unless they are the copied ones; of its own share of rows weights and state.
+    # Counts the gradient, the looked-up weights (unless these are the copied ones), and weights and state of this
+    # rank's share of the rows.
     has_inputs = layout.is_half or shards > 1
     in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)

@@ -47,7 +47,7 @@ class PerLayerExtension(Extension):
         ]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the block for the slot that `--per-layer-position` names."""
+        """Returns PLE's block, by the name of the slot that follows from `--per-layer-position`."""
         layers = stage_layers(config)
         # Chunks of the interleaved schedule have equally many layers; otherwise a stage has one chunk.
         virtual = config.virtual_pipeline_model_parallel_size

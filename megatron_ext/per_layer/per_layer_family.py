@@ -1,4 +1,5 @@
-"""Per-layer embedding (PLE) in a training run: part of the model, per-layer ids, optimizer settings and statistics.
+"""The model family PLE (per-layer embedding): its part of the model, per-layer ids, optimizer settings and
+statistics.
 
 The per-layer ids are either looked up (`table[tokens]`), or the token ids themselves (strategy `identity`), or read
 from a dataset that is aligned with the tokens.
@@ -96,7 +97,7 @@ class PerLayerFamily(Family):
     ) -> "PerLayerFamily":
         """Builds the model family; its ids come from aligned datasets or from the table of `--per-layer-vocab-file`.
 
-        With `mock_data` the table is made up if there is no file.
+        With `mock_data` and without a file, a synthetic table is used.
 
         Raises:
             ValueError: per-layer ids are required, but neither source is given.
@@ -114,13 +115,13 @@ class PerLayerFamily(Family):
             raise ValueError("--per-layer-data-path: cannot be given together with --mock-data")
         if not aligned and not mock_data and settings.per_layer_strategy == "attention_guidance":
             raise ValueError(
-                "--per-layer-strategy attention_guidance requires --per-layer-data-path, because its ids depend on "
-                "positions"
+                "--per-layer-strategy attention_guidance: requires --per-layer-data-path, because its "
+                "ids depend on positions"
             )
         if not aligned and table is None and not settings.uses_token_ids:
             raise ValueError(
-                "--use-per-layer-embedding requires per-layer ids; pass --per-layer-vocab-file or "
-                "--per-layer-data-path, or --per-layer-strategy identity, which takes the token ids"
+                "--use-per-layer-embedding: requires per-layer ids; pass --per-layer-vocab-file or "
+                "--per-layer-data-path, or --per-layer-strategy identity, which uses the token ids"
             )
         if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
             rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))
@@ -137,16 +138,18 @@ class PerLayerFamily(Family):
         return cls(settings, configuration["vocab_size"], configuration["table"])
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks the tensor-parallel size, the number of residual streams, and that layers have one scalar.
+        """Checks the tensor-parallel size and the number of residual streams, and that only one flag adds a layer
+        scalar.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: one of them does not fit PLE's configuration.
         """
         self.settings.check_streams(model.altup_streams)
         self.settings.check_layout(parallel.tensor_model_parallel_size)
         if model.layer_scalar and self.settings.has_layer_scalar:
             raise ValueError(
-                f"--layer-scalar: --per-layer-preset {self.settings.per_layer_preset} has it already; omit the flag"
+                f"--layer-scalar: --per-layer-preset {self.settings.per_layer_preset} already includes "
+                "it; omit the flag"
             )
 
     def configuration(self) -> dict[str, Any]:
@@ -162,7 +165,9 @@ class PerLayerFamily(Family):
         return PerLayerExtension(self.settings, self.rows)
 
     def dataset_options(self) -> dict[str, Any]:
-        """Returns the aligned per-layer datasets, and the strategy and size with which they must have been made."""
+        """Returns the prefixes of the aligned per-layer datasets, and the strategy and size that their manifests must
+        have.
+        """
         if self.settings.per_layer_data_path is None:
             return {}
         return {
@@ -192,14 +197,14 @@ class PerLayerFamily(Family):
         return per_layer_activations(self._as_trained, layout, self.rows)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the tables for the engine if nobody or a `RowOptimizer` trains them."""
+        """Freezes the tables in the engine if they are not trained, or if a `RowOptimizer` trains them."""
         if self.settings.freeze_per_layer_embedding or self.settings.per_layer_sparse:
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
 
     @property
     def _as_trained(self) -> PerLayerConfig:
-        """The settings, without training by rows if the run trains nothing of PLE."""
+        """Returns the settings, with training by rows switched off if the run does not train PLE."""
         off = {"per_layer_sparse": False, "per_layer_optimizer": "adam"} if self.is_frozen else {}
         return replace(self.settings, **off)  # type: ignore[arg-type]
 
@@ -229,7 +234,7 @@ class PerLayerFamily(Family):
     def prepare_batches(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Prepares the rows that the step looks up, if tables are trained by rows; leaves the batches as they are."""
+        """Prepares the rows that the step looks up, if tables are trained by rows; returns the batches unchanged."""
         if self._rows is not None:
             self._rows.begin([self.auxiliary_inputs(batch)[PER_LAYER_IDS] for batch in batches])
         return batches
@@ -238,7 +243,7 @@ class PerLayerFamily(Family):
         """Returns the per-layer ids [b, s] of a batch.
 
         Raises:
-            ValueError: the batch has no ids, and there is no table to derive them.
+            ValueError: the batch has no ids, and there is no table to compute them.
         """
         if PER_LAYER_IDS in batch:
             return {PER_LAYER_IDS: batch[PER_LAYER_IDS]}
@@ -254,7 +259,7 @@ class PerLayerFamily(Family):
             self.table = self.table.to(tokens.device)
         ids = self.table[tokens]
         if self.settings.per_layer_strategy == "attention_guidance":
-            # Text without aligned data, such as a prompt, is taken as the beginning of one document.
+            # Text without aligned data, such as a prompt, counts as the beginning of one document.
             place = batch["position_ids"]
             ids = ids.masked_fill(place % ATTENTION_PERIOD == 0, SPECIAL["<|attention|>"])
             ids = ids.masked_fill(place == 0, SPECIAL["<|layer_start|>"])

@@ -79,12 +79,14 @@ class PerLayerInputs(StageModule):
         self.token_scale = settings.per_layer_embed_scale * width**0.5
         self.recorder: Recorder | None = None
         self.row_optimizer: RowOptimizer | None = None
-        """Trains the tables by rows (--per-layer-sparse); None if the engine trains them, or nobody."""
+        """Trains the tables by rows (--per-layer-sparse); None if the engine trains the tables, or if they are
+        frozen.
+        """
 
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Computes the stream `per_layer`; without ids it is only the projected word embedding.
+        """Computes the stream `per_layer`; without ids, this is only the projected word embedding.
 
         Args:
             auxiliary_inputs: `per_layer_ids` [b, s], or empty.
@@ -120,7 +122,8 @@ class PerLayerInputs(StageModule):
         return look_up(rows.places(ids), [rows.inputs(table) for table in self.tables()])
 
     def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:
-        # Each rank computes its part of p from the whole [s, b, h]; both functions sum the gradients over the ranks.
+        # Each rank computes its part of p from the complete [s, b, h]; both functions sum the gradients over the
+        # ranks.
         if self.groups.tp.size() == 1:
             return embedding
         if self.config.sequence_parallel:
@@ -128,7 +131,7 @@ class PerLayerInputs(StageModule):
         return copy_to_tensor_model_parallel_region(embedding, group=self.groups.tp)
 
     def _normed(self, projected: torch.Tensor, scale: float) -> torch.Tensor:
-        # RMSNorm(x * h**-0.5) with eps equals RMSNorm(x) with h * eps, which saves the multiplication.
+        # RMSNorm(x * h**-0.5) with eps equals RMSNorm(x) with h * eps; the second form saves the multiplication.
         eps = self.config.layernorm_epsilon * self.config.hidden_size
         return norm_across_shards(projected, self.norm(), eps, scale=scale, group=self.groups.tp)
 
@@ -163,7 +166,7 @@ class PerLayerInputs(StageModule):
                 own, in_model = (f"{prefix}layers.{index}.{name}." for index in (place, number))
                 shards = part.sharded_state_dict(in_model, sharded_offsets, metadata)
                 state |= {own + key.removeprefix(in_model): shard for key, shard in shards.items()}
-        # The norm weight of the first stage is saved; those of later stages are its replicas.
+        # Only the norm weight of the first stage is saved; the weights of later stages are its replicas.
         replica = (self.stage.layer_numbers[0], 0, self.groups.dp_cp.rank())
         key = f"{prefix}norm.weight"
         state[key] = make_tp_sharded_tensor_for_checkpoint(
@@ -183,9 +186,11 @@ def stage_module(model: torch.nn.Module) -> PerLayerInputs:
 
 
 def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:
-    # The engine sums the gradient of such a weight over the stages, and counts it once in the gradient norm.
+    # With this attribute, the engine sums the weight's gradient over the stages, and counts it once in the gradient
+    # norm.
     weight.pipeline_parallel = True  # type: ignore[attr-defined]
     weight.shared = not is_owner  # type: ignore[attr-defined]
-    # The engine gives such a weight a separate gradient bucket. Its split over the distributed optimizer's ranks is
-    # then the same on every stage, so that the sum over stages adds the same elements.
+    # With this attribute, the engine puts the weight into a separate gradient bucket. Then every stage splits the
+    # weight in the same way over the distributed optimizer's ranks, so that the sum over stages adds the same
+    # elements.
     weight.shared_embedding = True  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Computes statistics of per-layer embedding (PLE) in every layer.
 
-Their TensorBoard tags are `per-layer/{name}/layer_{number}`, where layers are numbered from 00. The names and their
-meanings; those after scaled_add, concat or gated exist only with this combination method:
+Their TensorBoard tags are `per-layer/{name}/layer_{number}`, where layers are numbered from 00. The names are listed
+below; names in the lines scaled_add, concat and gated exist only with this combination method:
 
     embedding-norm              Frobenius norm of the layer's table
     gate-activation-mean, -std  mean and standard deviation of act(W_gate x), over tokens and p
@@ -14,8 +14,8 @@ meanings; those after scaled_add, concat or gated exist only with this combinati
     gradient-norm               norm of the gradient of all the layer's PLE parameters
 
 `--log-per-layer-gradients` writes the last two, `--log-per-layer-stats` the others. Every value is global: the ranks'
-contributions to one matrix [quantity, layer] are summed over all ranks. A quantity that several ranks hold equally is
-divided by their number first.
+contributions to one matrix [quantity, layer] are summed over all ranks. A quantity that is equal on several ranks is
+first divided by the number of these ranks.
 """
 
 import math
@@ -59,7 +59,9 @@ def start_recording(chunks: list[GPTModel]) -> None:
 
 
 def stop_recording(chunks: list[GPTModel], settings: PerLayerConfig) -> dict[str, float]:
-    """Returns the recorded statistics by TensorBoard tag. Collective; call it between backward pass and update."""
+    """Returns the recorded statistics by TensorBoard tag. Collective; call it between the backward pass and the
+    update.
+    """
     num_layers = chunks[0].config.num_layers
     device = process_groups.device()
     sums = {name: torch.zeros(num_layers, dtype=torch.float64, device=device) for name in _QUANTITIES}

@@ -1,7 +1,7 @@
 """A weight that is split over the tensor-parallel ranks, with the attributes and shards that the engine needs.
 
-Per-layer embedding (PLE) uses it for tables, projections and norm: these are applied for all layers of a stage at once,
-which the engine's linear layers cannot do.
+Per-layer embedding (PLE) uses it for tables, projections and the norm, because they are applied for all layers of a
+stage at once, which the engine's linear layers cannot do.
 """
 
 from typing import Any

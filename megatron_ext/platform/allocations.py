@@ -15,7 +15,7 @@ from megatron_ext.platform.process_groups import use_cuda
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts the allocations made inside `with AllocationCounter() as counter:`, and none made before it."""
+    """Counts the allocations made inside the block `with AllocationCounter() as counter:`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AllocationCounter(TorchDispatchMode):
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        # The mode is not entered on a GPU: torch runs compiled functions uncompiled under one.
+        # Do not enter the dispatch mode on a GPU, because under such a mode torch runs compiled functions uncompiled.
         if not use_cuda():
             super().__exit__(*raised)
 
@@ -68,7 +68,7 @@ class AllocationCounter(TorchDispatchMode):
         self._known.add(storage)
         self._live += storage.nbytes()
         self._peak = max(self._peak, self._live)
-        # The size is bound now: a storage that is being finalized no longer has one.
+        # Pass the size now, because a storage that is being finalized no longer has one.
         weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, size: int) -> None:

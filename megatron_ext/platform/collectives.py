@@ -64,7 +64,7 @@ def on_every_rank(action: Callable[[], T]) -> T:
 
 def holds_on_every_rank(condition: bool) -> bool:
     """Returns whether a condition holds on every rank. Collective."""
-    # Over gloo where the run has it: then the host does not wait for the GPU.
+    # Use gloo if the run has it, because then the host does not wait for the GPU.
     device = "cpu" if "gloo" in dist.get_backend_config() else torch.cuda.current_device()
     value = torch.tensor([condition], dtype=torch.int32, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MIN)

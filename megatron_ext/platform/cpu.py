@@ -95,7 +95,7 @@ def install() -> None:
     _patch_factories()
     _patch_type_names()
     _keep_freed_memory()
-    # mcore warns if the CPU's random state changes inside a GPU stream; here both are the same state.
+    # mcore warns if the CPU's random state changes inside a GPU stream; here, both are the same state.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -131,7 +131,7 @@ def _patch_random_state() -> None:
     engine._get_cuda_rng_state, engine._set_cuda_rng_state = get_state, set_state
     for module in (cuda, cuda.random):
         module.get_rng_state, module.set_rng_state = get_state, set_state
-        # `torch.manual_seed` would recurse: it calls `torch.cuda.manual_seed_all`.
+        # Not `torch.manual_seed`: it calls `torch.cuda.manual_seed_all` and would recurse.
         module.manual_seed = torch.default_generator.manual_seed
 
 
@@ -141,7 +141,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = _CPU
-        # Memory is pinned for copies to a GPU; without one, torch refuses to.
+        # Memory is pinned for copies to a GPU; without a GPU, torch refuses to pin memory.
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
@@ -150,7 +150,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _patch_factories() -> None:
     # transformers builds models inside `with torch.device("meta")`. This context recognizes factories by identity, and
-    # caches them at its first use. Fill the cache before the factories are replaced, or it would recognize none.
+    # caches them at its first use. Fill the cache before the factories are replaced; otherwise it would recognize
+    # none of them.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -184,8 +185,8 @@ def _patch_type_names() -> None:
 
 def _keep_freed_memory() -> None:
     """Lets glibc keep large freed blocks for reuse; does nothing with another C library."""
-    # Every step allocates and frees the same activations; without this each one is mapped and zeroed anew. A step of
-    # the benchmark's shape is about 5 % faster.
+    # Every step allocates and frees the same activations; with glibc's defaults, the system maps and zeroes each of
+    # them anew. With these settings, a step of the benchmark is about 5 % faster.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter, value in (

@@ -28,7 +28,9 @@ class MemoryUse:
 
 
 def host_memory() -> int:
-    """Returns the bytes that all processes together may use: this machine's memory, or the cgroup's limit if lower."""
+    """Returns the bytes that all processes together may use: this machine's memory, or the cgroup's limit if it is
+    lower.
+    """
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -58,7 +60,7 @@ def memory_use() -> MemoryUse:
 
 def _peak_resident() -> int:
     """Returns the peak resident bytes of this process."""
-    # Not `getrusage`, where a forked child starts with its parent's peak.
+    # Do not use `getrusage`, with which a forked child starts with its parent's peak.
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             marks = [line.split()[1] for line in status if line.startswith("VmHWM:")]

@@ -1,15 +1,15 @@
-"""Halves the time that a process needs to import torch and megatron-core, and to end; guards Transformer Engine.
+"""Halves the time that a process needs to import torch and megatron-core and to end, and guards Transformer Engine.
 
-- Both create half a million objects that live as long as the process. The garbage collector would scan them again and
-  again while they are created, and once more when the process ends.
-- megatron-core hands some sixty functions to `torch.compile` while it is imported, which imports torch's compiler. Here
-  each function is compiled when it is first called; with the layers of this package on a CPU, that is never.
-- torch's optimizers import the compiler to exclude their methods from being compiled. Here they do so only in a process
-  that has the compiler.
-- megatron-core uses Transformer Engine wherever it can be imported, and ends with any error of that import that is not
-  a ModuleNotFoundError. Here it can be imported only where it can be used; elsewhere the engine finds it absent.
-- From 0.18 one module of megatron-core, which its schedules import, requires triton. Here it does not: torch's builds
-  for CPUs bring no triton, and the module's kernels run on GPUs only, with experts.
+- torch and megatron-core create half a million objects that live as long as the process. The garbage collector would
+  scan them again and again while they are created, and once more when the process ends.
+- While it is imported, megatron-core passes some sixty functions to `torch.compile`, which imports torch's compiler.
+  Here, each function is compiled when it is first called; with the layers of this package on a CPU, none ever is.
+- torch's optimizers import the compiler to exclude their methods from compilation. Here, they do so only in a process
+  that has already imported the compiler.
+- megatron-core uses Transformer Engine if it can be imported, and ends with any import error that is not a
+  ModuleNotFoundError. Here, Transformer Engine can be imported only if it is usable; otherwise it seems absent.
+- From 0.18 on, a module of megatron-core that its schedules import requires triton. Here, it does not: torch's builds
+  for CPUs do not contain triton, and the module's kernels are only for mixtures of experts on GPUs.
 """
 
 import builtins
@@ -28,20 +28,20 @@ _JIT = "megatron.core.jit"
 _COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
 _KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
-"""Modules that import triton whether it is there or not: the first in 0.18, the second from 0.19."""
+"""Modules that import triton unconditionally: the first in 0.18, the second from 0.19 on."""
 _COMPILED = "megatron.core.transformer.moe.router"
-"""Compiles a method while it is imported, from 0.19."""
+"""Module that compiles a method while it is imported, from 0.19 on."""
 _LARGE = ("torch", "megatron.core")
 
 
 def install() -> None:
-    """Makes every later import of torch and megatron-core, from any file, go through this module."""
+    """Makes all later imports of torch and megatron-core go through this module."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds torch and megatron-core modules as Python does, and gives them another loader."""
+    """Finds modules of torch and megatron-core as Python does, but gives them another loader."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -60,7 +60,7 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == _JIT:
             super().exec_module(module)
-            # The other modules of megatron-core take the decorator from here.
+            # The other modules of megatron-core import the decorator from this module.
             vars(module)["jit_fuser"] = compile_when_called
             return
         if module.__name__ in _REPLACED:
@@ -76,7 +76,7 @@ class _Loader(SourceFileLoader):
         finally:
             if enabled:
                 gc.enable()
-        gc.freeze()  # what exists now is looked through no more
+        gc.freeze()  # the garbage collector no longer scans objects that exist now
 
 
 class _CompiledMethodLoader(SourceFileLoader):
@@ -94,11 +94,11 @@ class _CompiledMethodLoader(SourceFileLoader):
 
 
 class _KernelLoader(SourceFileLoader):
-    """Loads a module of triton's kernels; where triton is absent, they are plain functions that nothing calls."""
+    """Loads a module of triton kernels; without triton, the kernels are plain functions that are never called."""
 
     def exec_module(self, module: ModuleType) -> None:
         if importlib.util.find_spec("triton") is None:
-            # An `import` statement asks its own module's builtins, so no other module gets this answer.
+            # An `import` statement uses the builtins of its own module, so this affects no other module.
             vars(module)["__builtins__"] = {**vars(builtins), "__import__": self._import}
         super().exec_module(module)
 
@@ -121,9 +121,7 @@ class _GuardedLoader(SourceFileLoader):
             try:
                 super().exec_module(module)
                 importlib.import_module(f"{_TE}.pytorch")
-            except (
-                Exception
-            ) as error:  # shared libraries that are missing or do not fit raise whatever they like
+            except Exception as error:  # missing or incompatible shared libraries may raise any of these
                 first_line = str(error).strip().split("\n")[0]
                 cls.problem = f"{_named(_TE)} cannot be imported ({type(error).__name__}: {first_line})"
         if cls.problem is not None:
@@ -137,9 +135,9 @@ def hide_transformer_engine(reason: str) -> None:
 
 @functools.cache
 def transformer_engine_problem() -> str | None:
-    """Returns why Transformer Engine cannot be used in this process, as a clause; None if it can be used."""
+    """Returns the reason why Transformer Engine cannot be used in this process; None if it can be used."""
     if importlib.util.find_spec(_TE) is None:
-        # Where there is no device, installing it would not help.
+        # Check the device first: without one, installing Transformer Engine would not help.
         return _missing_device() or "Transformer Engine is not installed (pip install 'megatron-ext[te]')"
     try:
         importlib.import_module(_TE)
@@ -149,7 +147,7 @@ def transformer_engine_problem() -> str | None:
 
 
 def te_versions() -> str:
-    """Returns the versions of Transformer Engine that megatron-core names in its metadata; from 0.17 on "", for all."""
+    """Returns the versions of Transformer Engine in megatron-core's metadata; "" from 0.17 on, which supports all."""
     from packaging.requirements import Requirement
 
     named = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or ()]
@@ -196,7 +194,9 @@ def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces `torch._disable_dynamo`, whose functions import the compiler when they are first called."""
+    """Replaces `torch._disable_dynamo`; functions decorated with the original import the compiler at their first
+    call.
+    """
 
     def decorator(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
         if function is None:
@@ -213,7 +213,9 @@ def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step_without_compiler(with_compiler: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces the decorator of `torch.optim.Optimizer.step`, which imports the compiler to break its graphs."""
+    """Replaces the decorator of `torch.optim.Optimizer.step`, which imports the compiler to interrupt compiled
+    graphs.
+    """
 
     def decorator(step: Callable[..., Any]) -> Callable[..., Any]:
         broken = with_compiler(step)
@@ -236,4 +238,4 @@ _REPLACED = {
     "torch._compile": ("_disable_dynamo", _disable_compiler),
     "torch.optim.optimizer": ("_use_grad_for_differentiable", _step_without_compiler),
 }
-"""For each module of torch, the name of the function that is replaced when the module is imported, and by what."""
+"""For each module of torch, the name of the function that is replaced during import, and its replacement."""

@@ -1,4 +1,4 @@
-"""Copies values from the device to the host without making the host wait when the copy is ordered."""
+"""Copies values from the device to the host asynchronously: the host waits only when it reads the values."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ class HostCopy:
     """A copy of a tensor in host memory; complete once the device has finished the work queued before it."""
 
     def __init__(self, value: torch.Tensor) -> None:
-        """Starts the copy without waiting for it; a CPU tensor is not copied but used itself."""
+        """Starts the copy without waiting for it; a CPU tensor is used without a copy."""
         self._value = value.to("cpu", non_blocking=True)  # into pinned memory
         self._copied = torch.cuda.Event() if value.is_cuda else None
         if self._copied is not None:

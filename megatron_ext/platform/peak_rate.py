@@ -44,13 +44,13 @@ _TFLOPS: dict[tuple[str, ...], tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """A device's peak rate and where the figure comes from."""
+    """A device's peak rate, and the source of the figure."""
 
     flops_per_second: float
     """FLOP/s of one GPU, or of one process on a CPU."""
 
     source: str
-    """Description of where the figure comes from, for the log."""
+    """Description of the figure's source, for the log."""
 
     dtype: torch.dtype | None = None
     """Precision of the measured matrix products; None if the figure was not measured."""
@@ -76,7 +76,7 @@ def device_peak(precision: Precision, tflops: float | None = None) -> DevicePeak
     share a CPU should measure at the same time, so that each measures its share.
 
     Args:
-        precision: precision of the products. For fp32 it is the peak of TF32, where torch allows it.
+        precision: precision of the products. For fp32, the peak of TF32 is returned if torch allows TF32.
         tflops: peak given by the user, in TFLOP/s; returned unchanged.
     """
     if tflops is not None:
@@ -115,7 +115,7 @@ def measured_flops(dtype: torch.dtype) -> float:
 
 def _measure(dtype: torch.dtype) -> float:
     """Returns the best rate of several measurement rounds, in FLOP/s."""
-    # Rounds with pauses: a short load of the machine spoils one round, not all.
+    # Pause between rounds, so that a short load on the machine spoils only one round.
     rates = [_measured_round(dtype)]
     for _ in range(_ROUNDS - 1):
         time.sleep(_PAUSE_SECONDS)
@@ -127,7 +127,8 @@ def _measured_round(dtype: torch.dtype) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, large = _CUDA_SIZES if device.type == "cuda" else _CPU_SIZES
     rate = _best_rate(small, dtype, device, _MEASURE_SECONDS / 4)
-    # bfloat16 without hardware support is slow: try the large product only if about three fit into the time.
+    # bfloat16 is slow without hardware support, so try the large product only if about three of them fit into the
+    # time.
     if 3 * 2.0 * large**3 / rate < _MEASURE_SECONDS:
         rate = max(rate, _best_rate(large, dtype, device, _MEASURE_SECONDS * 3 / 4))
     return rate

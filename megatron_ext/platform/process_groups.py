@@ -59,7 +59,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     else:
         cpu.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A launcher that is killed by SIGKILL cannot stop its workers. With this signal they save and exit.
+        # A launcher that is killed by SIGKILL cannot stop its workers. With this signal, the workers save and exit.
         signal_at_parents_end(signal.SIGTERM)
     if not dist.is_initialized():
         _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
@@ -67,7 +67,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def needs_gloo_twins(parallel: ParallelConfig) -> bool:
-    """Returns whether megatron-core must create gloo groups beside its own, to gather checkpoints in CPU memory."""
+    """Returns whether megatron-core must create additional gloo groups, to gather checkpoints in CPU memory."""
     return _backend(parallel.distributed_backend) == "nccl"  # the other backends handle tensors of the CPU
 
 
@@ -93,7 +93,8 @@ def seed_streams(seed: int) -> int:
     Returns:
         The seed of this rank's pipeline stage and model copy; use it to seed the generators of other libraries.
     """
-    # Stages hold different layers and model copies read different sequences: each needs its own dropout masks.
+    # Stages hold different layers, and model copies read different sequences, so each of them needs its own dropout
+    # masks.
     stage = parallel_state.get_pipeline_model_parallel_rank()
     copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     own = seed + 100 * stage + 100_000 * copy
@@ -113,7 +114,7 @@ def shutdown() -> None:
 def _backend(requested: str) -> str:
     if requested == "nccl" and not use_cuda():
         raise ValueError(
-            "--distributed-backend nccl requires a CUDA device, but this machine has none; use gloo or auto"
+            "--distributed-backend nccl: requires a CUDA device, but this machine has none; use gloo or auto"
         )
     if requested == "auto":
         return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
@@ -121,7 +122,7 @@ def _backend(requested: str) -> str:
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    # With its GPU, NCCL connects all processes now, so that a broken network is an error of the start.
+    # If the GPU is given, NCCL connects all processes now, so that a broken network is reported at the start.
     gpu = device() if "nccl" in backend else None
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout, device_id=gpu)
@@ -136,7 +137,7 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 def _split_no_groups() -> None:
     """Lets NCCL connect every further group when it is first used, as without `device_id`."""
-    # Otherwise torch splits each of them from the default group. Then all processes wait for every group of the run,
-    # one after the other, and hang at a gloo group, whose members do not take part in the split.
+    # Otherwise, torch splits each new group from the default group. All processes would then wait for every group of
+    # the run, one after the other, and would hang at a gloo group, whose members do not take part in the split.
     group: Any = dist.group.WORLD
     group.bound_device_id = None

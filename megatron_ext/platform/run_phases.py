@@ -17,13 +17,13 @@ EVALUATION = "evaluation"
 
 
 class Observer(Protocol):
-    """Is told when a phase begins and ends; phases may be nested."""
+    """Its methods are called when a phase begins and ends; phases may be nested."""
 
     def begin(self, phase: str) -> None:
         """Called before a phase."""
 
     def end(self, phase: str, result: Any) -> None:
-        """Called after a phase, with what its function returned; None if it raised an exception."""
+        """Called after a phase, with the result of the phase's function; None if the function raised an exception."""
 
 
 observer: Observer | None = None

@@ -1,8 +1,8 @@
 """Makes megatron-core share one process group per set of ranks.
 
 megatron-core creates groups of about twenty kinds, many of which consist of the same ranks: groups of experts, and
-groups with context parallelism where there is none. All processes take part in creating each of them, and a gloo group
-costs each of its ranks three threads, one of which wakes a hundred times per second. Sharing is
+groups for context parallelism even if the run has none. All processes take part in creating each of them, and a gloo
+group costs each of its ranks three threads, one of which wakes a hundred times per second. Sharing is
 safe: all ranks issue the collectives of a set of ranks in the same order, and point-to-point messages are separate.
 """
 
@@ -30,7 +30,7 @@ _groups: _Groups | None = None
 @contextlib.contextmanager
 def shared_groups() -> Iterator[None]:
     """Inside this context, megatron-core gets the same group whenever it asks for the same ranks. Collective."""
-    # mcore has no argument for how groups are created, so its function is replaced inside the block.
+    # mcore has no argument for the creation of groups, so its function is replaced inside the block.
     global _groups
     if _groups is None or _groups.world is not dist.group.WORLD:
         _groups = _Groups(dist.group.WORLD)
@@ -40,7 +40,7 @@ def shared_groups() -> Iterator[None]:
         ranks: list[int], timeout: timedelta | None = None, backend: str | None = None, **_: Any
     ) -> Any:
         if backend is not None:
-            # A gloo group beside an NCCL group; mcore destroys it with its state.
+            # An additional gloo group is not shared; mcore destroys it together with its parallel state.
             return make(ranks, timeout=timeout, backend=backend)
         key = tuple(sorted(ranks))
         if key not in made:

@@ -9,7 +9,7 @@ PROGRESSIVE_CHARTS = (
         section=LOSSES,
         title="Loss by stack",
         tags=r"progressive/loss_(stack_\d+|joint)",
-        shows="Training loss: one line for each stack while it was trained, and one for the joint phase.",
+        shows="Training loss: one line for each stack during its training, and one line for the joint phase.",
     ),
     ScalarChart(
         section=LOSSES,

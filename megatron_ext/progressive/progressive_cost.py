@@ -1,6 +1,6 @@
-"""Parameters and FLOPs per token that progressive training adds to a model, and the work of a training step.
+"""Counts the parameters and FLOPs that progressive training adds to a model, and describes a step's work.
 
-Beside the adapters, which `lora.adapter_cost` counts:
+In addition to the adapters, which `lora.adapter_cost` counts:
 
     time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs per sequence
 
@@ -21,7 +21,7 @@ def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: Mo
     """Returns the parameters and FLOPs that adapters and time embedding add to the model.
 
     Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
     """
@@ -40,10 +40,10 @@ def progressive_work(
     trains_embedding: bool,
     cached_layers: int,
 ) -> StepWork:
-    """Returns which parts of the model a training step runs and trains.
+    """Describes the parts of the model that a training step runs and trains.
 
     Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
         trains_embedding: whether the word embedding and the time embedding are trained.

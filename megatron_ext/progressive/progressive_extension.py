@@ -1,4 +1,4 @@
-"""What progressive training adds to the model: linear layers with adapters, bidirectional attention, time embedding."""
+"""Adds the parts of progressive training to the model: adapters, bidirectional attention, and the time embedding."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -11,14 +11,14 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """Gives linear layers adapters or another precision, and adds to the model what the objective requires."""
+    """Gives linear layers adapters or another precision, and adds the parts that the objective requires."""
 
     name = "progressive"
     reads_layers = False
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         config: the configuration of progressive training, which names the objective and the time embedding.
         """
         self.plan = plan

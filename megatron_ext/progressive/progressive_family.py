@@ -1,8 +1,8 @@
-"""Progressive training in a run: grows the model from a checkpoint, freezes layers, and applies the objective.
+"""The model family of progressive training: grows the model from a checkpoint, freezes layers, applies the objective.
 
 Each phase of progressive training is one run. It trains the newest stack on the trunk (the older stacks), or the whole
-rack (all stacks). A run builds the model with all layers of the phase, loads the trunk from the last checkpoint of the
-previous phase, freezes what the phase does not train, and trains.
+rack (all stacks). A run builds the model with all layers of the phase, loads the trunk from the last checkpoint of
+the previous phase, freezes the parts that the phase does not train, and trains.
 """
 
 import hashlib
@@ -59,11 +59,13 @@ class Trunk:
     """The stacks of the model in the checkpoint."""
 
     trains: Trains
-    """What the phase that wrote the checkpoint has trained."""
+    """The part of the model that was trained in the phase that wrote the checkpoint."""
 
 
 class ProgressiveFamily(Family):
-    """Progressive growth as a model family: grows the model of one phase, and freezes what the phase does not train."""
+    """Progressive growth as a model family: grows the model of one phase, and freezes the parts that are not
+    trained.
+    """
 
     name = "progressive"
 
@@ -94,10 +96,10 @@ class ProgressiveFamily(Family):
         """Args:
         config: the configuration of progressive training.
         rack: all stacks of the model.
-        trains: what the phase trains.
+        trains: the part of the model that the phase trains.
         trunk: the checkpoint from which the model grows; None for a new model, or for one that is loaded unchanged.
         mask_token_id: id of the mask token, from `stack_objective.reserve_mask_token`; None if no tokens are masked.
-        cache_identity: values that tell the caches of different runs apart; None for no activation cache.
+        cache_identity: values that distinguish the caches of different runs; None for no activation cache.
         frozen: maps the index of a stack to `frozen` (nothing trains) or `qlora` (only adapters train); overrides the
             trunk strategy for these stacks.
         seed: the run's seed.
@@ -118,7 +120,8 @@ class ProgressiveFamily(Family):
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
         """Maps the global name of each parameter whose optimizer state is carried over to its number of updates in
-        earlier phases."""
+        earlier phases.
+        """
         self.parameters: dict[str, int] = {}
         """Maps `trainable` and `frozen` to the number of such parameters of the whole model."""
 
@@ -157,7 +160,7 @@ class ProgressiveFamily(Family):
         }
 
     def extension(self) -> ProgressiveExtension:
-        """Returns what progressive training adds to the model."""
+        """Returns the extension of the model by progressive training."""
         return ProgressiveExtension(self.plan, self.config)
 
     def cost(self, model: ModelConfig) -> ModelCost:
@@ -165,7 +168,7 @@ class ProgressiveFamily(Family):
         return progressive_cost(self.plan, self.config, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns which parts of the model a step runs and trains.
+        """Describes the parts of the model that a step runs and trains.
 
         The trunk is not counted if the activation cache supplied its output for all micro-batches of the last step.
         """
@@ -179,11 +182,11 @@ class ProgressiveFamily(Family):
         )
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
-        """Returns what adapters and precisions add to the activations of a step."""
+        """Returns the bytes that adapters and precisions add to the activations of a step."""
         return adapted_activations(self.plan, layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Loads the trunk, initializes the new stack, and freezes what the phase does not train."""
+        """Loads the trunk, initializes the new stack, and freezes the parts that the phase does not train."""
         if self.trunk is not None:
             self._grow(chunks, self.trunk)
         prepare_layers(chunks, self.plan)
@@ -200,7 +203,7 @@ class ProgressiveFamily(Family):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the embeddings are trained: in the first phase, in the joint phase, and if the flags say so."""
+        """Whether the embeddings are trained: in the first phase, in the joint phase, and if the flags require it."""
         asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
         return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
@@ -219,7 +222,7 @@ class ProgressiveFamily(Family):
         return {name: batch[name] for name in wanted if name in batch}
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Makes the model run all layers before an evaluation, instead of using the cache."""
+        """Before an evaluation, makes the model run all layers instead of using the cache."""
         if self.cache is not None and iteration is None:
             self.cache.release(chunks)
 
@@ -230,7 +233,7 @@ class ProgressiveFamily(Family):
         if self.cache is not None:
             return self.cache.prepare(chunks, families, batches)
         if self.trunk_layers:
-            # Without dropout in a frozen trunk, runs with and without the cache give equal values.
+            # Turn off dropout in a frozen trunk, so that runs with and without the cache give equal values.
             without_dropout(chunks, self.trunk_layers)
         return batches
 
@@ -268,7 +271,7 @@ class ProgressiveFamily(Family):
         return found
 
     def needs_values(self, iteration: int) -> bool:
-        """Returns whether a plateau may end the phase after this step."""
+        """Returns whether the plateau detection needs the loss of this step."""
         return self.plateau.patience is not None
 
     def after_step(
@@ -325,8 +328,8 @@ class ProgressiveFamily(Family):
 
 def stack_seed(seed: int, index: int) -> int:
     """Returns the seed of a stack's initial weights."""
-    # Initial values depend on the seed and the parameter's name. With `prepend`, the layers of every new stack get the
-    # same numbers and therefore the same names, so each stack needs another seed.
+    # Initial values depend on the seed and the parameter's name. With `prepend`, the layers of every new stack get
+    # the same numbers and therefore the same names, so each stack needs its own seed.
     digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
     return int.from_bytes(digest[:6], "little")
 

@@ -16,7 +16,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 
     Args:
         config: the configuration of progressive training.
-        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        plan: trained parts, adapters and precision of each layer, by layer number.
         as_adapters: whether adapters are to be exported separately.
 
     Raises:
@@ -24,17 +24,17 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
     """
     if config.bidirectional:
         raise ValueError(
-            f"a model trained with --training-objective {config.training_objective} cannot be exported: its attention "
-            "is bidirectional, which no Llama-like model supports"
+            f"a model trained with --training-objective {config.training_objective} cannot be "
+            "exported: its attention is bidirectional, which no Llama-like model supports"
         )
     if as_adapters and not any(settings.adapters for settings in plan.values()):
         raise ValueError(
-            f"{ADAPTER_FLAG} requires a model with adapters, but this one has none; use --merge-adapters instead"
+            f"{ADAPTER_FLAG}: requires a model with adapters, but this one has none; use --merge-adapters instead"
         )
 
 
 def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:
-    """Returns messages about stacks whose exported weights differ from what was stored or computed."""
+    """Returns messages about stacks whose exported weights differ from the stored or the computed weights."""
     messages = []
     for stack, layers in rack.layers():
         precision = plan[layers.start].precision

@@ -1,1 +1,1 @@
-"""Starts a run on several hosts: who hosts the rendezvous, which interface leads there, who cannot be reached."""
+"""Starts a run on several hosts: finds the host of the rendezvous, the network interface, and unreachable hosts."""

@@ -1,8 +1,8 @@
-"""The port of the endpoint until torch's store has it: held by one launcher, awaited by those of the other hosts.
+"""Uses the endpoint's port until torch's store takes it over: one launcher listens there, the other hosts' wait for it.
 
-A launcher that waits sends what a client of the store would send first, and is answered by the store or, while
-`torchrun` starts, by the launcher that holds the port. So a service that accepts connections and never answers is known
-to be neither.
+The endpoint is the address (host and port) at which the launchers of a run meet. A waiting launcher sends the first
+message of a store's client. The answer comes from the store or, while `torchrun` starts, from the launcher that holds
+the port. A service that accepts connections but does not answer is therefore recognized as another program.
 """
 
 import socket
@@ -14,20 +14,20 @@ from collections.abc import Callable
 from megatron_ext.platform.hosts.host_addresses import Endpoint
 
 _ATTEMPT_SECONDS = 5.0
-"""Seconds of one attempt to connect, where a packet is dropped without an answer."""
+"""Seconds for one attempt to connect if packets are dropped without an answer."""
 
 _PATIENCE_SECONDS = 2.0
-"""Seconds without a word: hosts of one run start a moment apart."""
+"""Seconds to wait silently, because the hosts of a run do not start at exactly the same time."""
 
 _PROBE_SECONDS = 1.0
-"""Seconds for an answer to `_PING`, and for a client to send it."""
+"""Seconds to wait for an answer to `_PING`, or for a client's `_PING`."""
 
 _NONCE = struct.pack("=I", 0x6D78706C)
 _PING = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _NONCE
-"""What a client of torch's TCPStore sends first, VALIDATE and PING; the store answers with the nonce."""
+"""The first messages of a TCPStore client, VALIDATE and PING; the store answers with the nonce."""
 
 _BACKLOG = 4096
-"""Connections that wait on the listening socket: every host connects once."""
+"""Largest number of waiting connections; every host connects once."""
 
 
 class HeldPort:
@@ -40,8 +40,8 @@ class HeldPort:
         self._thread.start()
 
     def close(self) -> None:
-        """Gives up the port; clients of the store, which have come too early, connect again."""
-        self._listening.shutdown(socket.SHUT_RDWR)  # ends `accept`, which would keep the port open
+        """Releases the port; clients of the store that have connected too early connect again."""
+        self._listening.shutdown(socket.SHUT_RDWR)  # ends `accept`, which would otherwise keep the port open
         self._thread.join()
         self._listening.close()
         for client in self._clients:
@@ -60,29 +60,33 @@ class HeldPort:
 
 
 def _answer(client: socket.socket) -> bool:
-    """Answers a launcher; returns False, without an answer, if the client is another one, such as torch's."""
+    """Answers a launcher; returns False, without answering, if the client is not a launcher (such as torch's
+    client).
+    """
     client.settimeout(_PROBE_SECONDS)
     try:
         if client.recv(len(_PING)) != _PING:
             return False
         client.sendall(_NONCE)
-        client.recv(1)  # until the launcher has closed, so that the port is not kept for late packets
+        client.recv(
+            1
+        )  # wait until the launcher has closed, so that the system does not reserve the port for late packets
     except OSError:
         return False
     return True
 
 
 def _reset(client: socket.socket) -> None:
-    # Without lingering: the connection's end would keep the port in use for a minute.
+    # Close without lingering; otherwise the closed connection would keep the port in use for a minute.
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 
 
 def hold_port(endpoint: Endpoint) -> HeldPort | None:
-    """Listens at the endpoint's port until `torchrun` does, so that other hosts see at once that this one is there.
+    """Listens at the endpoint's port until `torchrun` does, so that other hosts see at once that this host is ready.
 
     Returns:
-        The held port; None if it is in use: by another launcher on this host, which then hosts the store.
+        The held port; None if it is in use by another launcher on this host, which then hosts the store.
     """
     family = endpoint.addresses()[0].family
     try:
@@ -95,12 +99,12 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
     """Waits until a launcher or its store answers at the endpoint.
 
     Args:
-        endpoint: where to connect.
-        seconds: how long to wait.
-        tell: prints a line; called once if nothing answers soon.
+        endpoint: the address to connect to.
+        seconds: longest time to wait.
+        tell: function that prints a line; called once if there is no early answer.
 
     Raises:
-        OSError: nothing has answered in that time, or another service has answered.
+        OSError: there was no answer in that time, or another service has answered.
     """
     started, told = time.monotonic(), False
     deadline = started + seconds
@@ -111,7 +115,7 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
         if time.monotonic() >= deadline:
             raise OSError(
                 f"{endpoint}: cannot be reached from host {socket.gethostname()} within {seconds:g} s (RDZV_WAIT): "
-                f"{reason}; start the launcher on the host that has this address, with the same variable"
+                f"{reason}; start the launcher on the host with this address, with the same value of the variable"
             )
         if not told and time.monotonic() > started + _PATIENCE_SECONDS:
             tell(f"waiting up to {seconds:g} s for {endpoint}: {reason}")
@@ -120,7 +124,7 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
 
 
 def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
-    """Connects to the first address that answers; returns None, or why none has answered."""
+    """Connects to the first address that answers; returns None, or the reasons if none has answered."""
     reasons = []
     for address in endpoint.addresses():
         remaining = max(0.1, min(_ATTEMPT_SECONDS, deadline - time.monotonic()))
@@ -135,18 +139,18 @@ def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
             return None
         if answer:
             raise OSError(
-                f"{endpoint}: another service answers there (with {answer!r}), not a launcher; "
-                "give the port at which the first host's launcher listens"
+                f"{endpoint}: another service answers there (with {answer!r}), not a launcher; give "
+                "the port of the first host's launcher"
             )
         reasons.append(f"{address.text} port {endpoint.port} accepts connections, but does not answer")
     return "; ".join(reasons)
 
 
 def _probe(connection: socket.socket) -> bytes:
-    """Returns the first bytes of the answer to a ping of torch's store; none if no answer comes soon."""
+    """Sends a ping of torch's store; returns the first bytes of the answer, or no bytes if none comes soon."""
     connection.settimeout(_PROBE_SECONDS)
     try:
         connection.sendall(_PING)
         return connection.recv(len(_NONCE))
     except OSError:
-        return b""  # the launcher gives up the port for its store in this moment
+        return b""  # the launcher is just releasing the port for its store

@@ -1,4 +1,4 @@
-"""The addresses of this host: which of them is an endpoint's, and which interface leads to another host."""
+"""The addresses of this host and of an endpoint, and the interface that leads to another host."""
 
 import socket
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import psutil
 
 DEFAULT_PORT = 29400
-"""The port of an endpoint without one; the same as `torchrun`'s."""
+"""Default port of an endpoint, as in `torchrun`."""
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
@@ -26,7 +26,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A host and a port, and the name of the variable that gave them, for messages."""
+    """A host and a port, and the environment variable that contains them, for messages."""
 
     variable: str
     text: str
@@ -84,7 +84,7 @@ def source_address(destination: Address, port: int) -> str | None:
         try:
             route.connect(
                 (destination.text, port)
-            )  # of a datagram socket: chooses the route and sends nothing
+            )  # connecting a datagram socket only chooses the route; nothing is sent
         except OSError:
             return None
         return str(route.getsockname()[0])

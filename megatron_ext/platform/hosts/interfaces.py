@@ -13,7 +13,8 @@ def take_interface(endpoint: Endpoint) -> Place:
     """Finds this host's place in the rendezvous, and makes gloo and NCCL use the interface that leads there.
 
     Raises:
-        ValueError, OSError: as `find_place`; also if the user has chosen an interface that this host does not have.
+        ValueError, OSError: as in `find_place`; also if the user has chosen an interface that this host does not
+            have.
     """
     held = interfaces_by_address()
     _check_interfaces(set(held.values()))
@@ -23,7 +24,9 @@ def take_interface(endpoint: Endpoint) -> Place:
 
 
 def _check_interfaces(known: set[str]) -> None:
-    """Refuses a GLOO_SOCKET_IFNAME that this host does not have: gloo would fail late and not name it."""
+    """Refuses a GLOO_SOCKET_IFNAME that this host does not have; gloo would fail later, without naming the
+    interface.
+    """
     given = os.environ.get("GLOO_SOCKET_IFNAME", "")
     for name in filter(None, given.split(",")):
         if name not in known:

@@ -1,4 +1,5 @@
-"""Starts a script on this host with `torchrun`, after finding out how the hosts of the run reach each other.
+"""Starts a script on this host with `torchrun`, after finding the network addresses by which the hosts reach each
+other.
 
     python -m megatron_ext.platform.hosts.launch [TORCHRUN'S OPTIONS] SCRIPT FLAGS ...
 
@@ -22,24 +23,26 @@ from megatron_ext.platform.hosts.launch_settings import LaunchSettings, read_set
 from megatron_ext.platform.hosts.rendezvous import JoinedHosts, Place, print_line
 
 _LATER_SECONDS = 15
-"""Seconds that the other hosts wait longer than the host of the store for those that are missing."""
+"""Seconds by which the other hosts wait longer for missing hosts than the host of the store does."""
 
 _FIRST_REPORT, _LATER_REPORTS = 10.0, 60.0
-"""Seconds until the host of the rendezvous reports which hosts are missing, and between later reports."""
+"""Seconds until the host of the rendezvous first reports missing hosts, and between later reports."""
 
 
 def main() -> int:
-    """Launches what the command line names; returns the exit code, `torchrun`'s 0 or 1."""
-    signal.signal(signal.SIGTERM, _stop)  # torch replaces it once the training processes run
-    # Slurm signals every process of a step. The training processes save and end; this one waits for them.
+    """Launches the command line's script; returns the exit code, which is 0 or 1 as with `torchrun`."""
+    signal.signal(signal.SIGTERM, _stop)  # torch replaces this handler once the training processes run
+    # Slurm sends the signal to every process of a step. The training processes save and end; this process waits for
+    # them.
     signal.signal(signal.SIGUSR1, lambda *_: None)
     settings = read_settings(os.environ)
     if settings.processes != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Without this torch prints C++ stack traces as warnings where another host has ended.
+    # Without this setting, torch prints C++ stack traces as warnings when another host has ended.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if ":" in settings.nodes or os.environ.get("PET_MAX_RESTARTS") or _has_option("--max-restarts"):
-        # Otherwise restarted processes use the same store again, and find the addresses of those that have ended.
+        # Otherwise, restarted processes would use the same store again, and would find the addresses of ended
+        # processes.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--nnodes", settings.nodes, "--nproc-per-node", settings.processes]
     if settings.endpoint is None:
@@ -54,14 +57,16 @@ def _has_option(name: str) -> bool:
 
 
 def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, HeldPort | None]:
-    """Finds this host's place in the rendezvous; waits for the endpoint, or takes its port and returns that."""
+    """Finds this host's role in the rendezvous; then waits for the endpoint, or holds the endpoint's port and returns
+    it.
+    """
     place = take_interface(endpoint)
     chosen = _given_configuration().get("is_host")
     if chosen is not None:
         place = replace(place, is_host=chosen.lower() in ("1", "true", "t", "yes", "y"))
     port = None if place.is_host is False else hold_port(endpoint)
     if place.is_host and port is None:
-        place = replace(place, is_host=False)  # another launcher on this host has it
+        place = replace(place, is_host=False)  # another launcher on this host holds the port
     _report(settings, place)
     if port is None:
         await_endpoint(endpoint, settings.wait, print_line)
@@ -69,9 +74,10 @@ def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, He
 
 
 def rendezvous_options(settings: LaunchSettings, place: Place) -> list[str]:
-    """Returns `torchrun`'s options for the rendezvous; what PET_RDZV_CONF and PET_LOCAL_ADDR give has precedence."""
+    """Returns `torchrun`'s options for the rendezvous; PET_RDZV_CONF and PET_LOCAL_ADDR take precedence."""
     assert settings.endpoint is not None
-    # The host of the store gives up first: it knows who is missing, and the first one to give up ends the others.
+    # The host of the store gives up first, because it knows the missing hosts, and the first host to give up ends the
+    # others.
     timeout = settings.join_timeout + (0 if place.is_host else _LATER_SECONDS)
     values = {"join_timeout": str(timeout)} | _given_configuration()
     if place.is_host is not None:
@@ -91,7 +97,7 @@ def rendezvous_options(settings: LaunchSettings, place: Place) -> list[str]:
 
 
 def _given_configuration() -> dict[str, str]:
-    """Returns what the user has set in `torchrun`'s PET_RDZV_CONF."""
+    """Returns the settings in `torchrun`'s variable PET_RDZV_CONF."""
     pairs = (pair.split("=", 1) for pair in os.environ.get("PET_RDZV_CONF", "").split(",") if "=" in pair)
     return {name.strip(): value.strip() for name, value in pairs}
 
@@ -107,12 +113,12 @@ def _report(settings: LaunchSettings, place: Place) -> None:
 def _run_torchrun(
     arguments: Sequence[str], settings: LaunchSettings | None = None, port: HeldPort | None = None
 ) -> int:
-    """Runs `torchrun` in this process, so that the port is given up only in the moment in which it takes it.
+    """Runs `torchrun` in this process, so that the port is released only when `torchrun` is ready to listen there.
 
     Raises:
-        ProcessLost: a training process has ended with another code than 0, or the hosts have not met.
+        ProcessLost: a training process has ended with an exit code other than 0, or not all hosts have joined.
     """
-    # Imported late: torch takes seconds, and what can be said before should be said at once.
+    # Imported late, because torch takes seconds to import, and earlier errors should appear at once.
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -139,26 +145,33 @@ def _run_torchrun(
 
 
 def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHosts | None) -> str:
-    """Returns in one line why the hosts have not met."""
+    """Returns, as one line, the reason why not all hosts have joined."""
     from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
     if settings is None:
         return _last_line(error)
     if isinstance(error, RendezvousTimeoutError):
-        who = "the host of the rendezvous reports which" if joined is None else joined.describe()
+        who = (
+            "see the output of the rendezvous host for the missing ones"
+            if joined is None
+            else joined.describe()
+        )
         return (
             f"{settings.endpoint}: not all of NNODES={settings.nodes} hosts joined within {settings.join_timeout} s "
             f"(RDZV_JOIN_TIMEOUT): {who}"
         )
     return (
-        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended (as it does if not all of "
-        f"NNODES={settings.nodes} hosts join within {settings.join_timeout} s, RDZV_JOIN_TIMEOUT), another program has "
-        "its port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
+        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended (as it "
+        f"does if not all of NNODES={settings.nodes} hosts join within {settings.join_timeout} s, "
+        "RDZV_JOIN_TIMEOUT), another program uses its port, or a run with this RDZV_ID has already "
+        "ended there; see the launcher's output on that host"
     )
 
 
 def _reason(message: Any) -> str:
-    """Returns what a training process has told `torchrun`: as `error_lines.tell_launcher` writes it, or a text."""
+    """Returns the error message of a training process, in the format of `error_lines.tell_launcher` or as plain
+    text.
+    """
     text = message.get("message", message) if isinstance(message, dict) else message
     return _last_line(text).removeprefix("error: ")
 

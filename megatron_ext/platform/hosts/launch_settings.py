@@ -1,6 +1,7 @@
-"""What a launcher's environment asks for: our variables first, then `torchrun`'s own (PET_...), then Slurm's.
+"""Reads a launcher's settings from the environment: our variables first, then `torchrun`'s (PET_...), then Slurm's.
 
-Slurm's count only inside a job step (`srun`): in a batch script or an interactive allocation a run is on this host.
+Slurm's variables are used only inside a job step (`srun`); in a batch script or an interactive allocation, the run is
+on this host only.
 """
 
 import shutil
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from megatron_ext.platform.hosts.host_addresses import Endpoint
 
 _SLURM_PORTS = 20000
-"""The first of the 10,000 ports among which a Slurm job chooses by its id; as in slurm.sbatch."""
+"""First of the 10,000 ports from which a Slurm job chooses one by its id, as in slurm.sbatch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSettings:
-    """A launch on one of the hosts of a run."""
+    """Settings of the launcher on one host of a run."""
 
     nodes: str
     """Number of hosts, or MIN:MAX."""
@@ -25,7 +26,7 @@ class LaunchSettings:
     """Processes on this host."""
 
     endpoint: Endpoint | None
-    """Where the hosts meet; None if the run is on this host only."""
+    """Address at which the hosts meet; None if the run is on this host only."""
 
     run_id: str
     """Name of the run at the endpoint."""
@@ -37,11 +38,11 @@ class LaunchSettings:
     """Seconds to wait until all hosts have joined."""
 
     hosts: tuple[str, ...] = ()
-    """Names of all hosts, where Slurm knows them."""
+    """Names of all hosts, if Slurm provides them."""
 
 
 def read_settings(environment: Mapping[str, str]) -> LaunchSettings:
-    """Returns the settings that environment variables give.
+    """Returns the settings in the environment variables.
 
     Raises:
         ValueError: a variable is malformed or missing, or contradicts another.
@@ -56,7 +57,7 @@ def read_settings(environment: Mapping[str, str]) -> LaunchSettings:
     if int(most or least) > 1:
         endpoint = _endpoint(given, hosts)
         if endpoint is None:
-            raise ValueError(f"NNODES={nodes} requires RDZV_ENDPOINT=HOST:PORT, the same on every host")
+            raise ValueError(f"NNODES={nodes}: requires RDZV_ENDPOINT=HOST:PORT, the same on every host")
     return LaunchSettings(
         nodes=nodes,
         processes=given.first("NPROC_PER_NODE", "PET_NPROC_PER_NODE") or str(max(1, _count_gpus())),
@@ -102,7 +103,7 @@ def _endpoint(given: _Variables, hosts: tuple[str, ...]) -> Endpoint | None:
 
 
 def _slurm_hosts(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the names of the hosts of this Slurm step; none outside a step, or if the step has one host."""
+    """Returns the names of the hosts in this Slurm step; empty outside a step, or if the step has one host."""
     count, names = environment.get("SLURM_STEP_NUM_NODES", "1"), environment.get("SLURM_STEP_NODELIST")
     if count == "1" or names is None:
         return ()

@@ -1,12 +1,12 @@
-"""Finds out which rank a run waits for when its progress stops, and says so before the collectives time out.
+"""Finds the rank that all others wait for when a run makes no progress, and names it before collectives time out.
 
-A thread of every rank writes to the store through which the processes have met: when a step begins, and every two
-seconds, the step and the place that the main thread is in. If a step lasts longer than half of
-`--distributed-timeout-minutes`, the first rank that notices reads what all have written, twice:
+A thread of every rank writes to the store through which the processes have met. At the beginning of a step, and every
+two seconds, it writes the step and the current place of the main thread. If a step lasts longer than half of
+`--distributed-timeout-minutes`, the first rank that notices this reads the entries of all ranks, twice, and compares:
 
-    its step is an earlier one       rank 5 (host2, process 71) has not reached step 120: it is in step 119, at ...
-    nothing new from its thread      rank 5 (host2, process 71) has stopped in step 120: it gives no sign of life
-    it computes, others wait         rank 5 (host2, process 71) is still in step 120, at ...
+    the rank is in an earlier step   rank 5 (host2, process 71) has not reached step 120: it is in step 119, at ...
+    its thread writes nothing new    rank 5 (host2, process 71) has stopped in step 120: it gives no sign of life
+    it computes, all others wait     rank 5 (host2, process 71) is still in step 120, at ...
 
 The main thread waits neither for the store nor for the device; a step costs one small message.
 """
@@ -38,7 +38,7 @@ _STORE_SECONDS = 30.0
 """Seconds after which a store that does not answer counts as lost."""
 
 _WAITING = ("/torch/distributed/", "/megatron/core/pipeline_parallel/", "/megatron/core/distributed/")
-"""Parts of the paths of the files in which a main thread waits for other ranks."""
+"""Parts of file paths; a main thread in one of these files waits for other ranks."""
 
 _TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 """Texts in gloo's messages after a timeout."""
@@ -46,35 +46,35 @@ _TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """What a rank has written."""
+    """The entry that a rank has written."""
 
     host: str
     pid: int
     begun: int = 0
-    """How many steps it has begun."""
+    """Number of steps that the rank has begun."""
 
     step: int = 0
-    """Number of the step that it is in; 0 before the first."""
+    """Number of the current step; 0 before the first."""
 
     beat: int = 0
-    """How many signs of life it has given."""
+    """Number of signs of life so far."""
 
     place: str = ""
-    """File and line at which its main thread is."""
+    """Current file and line of the main thread."""
 
     waits: bool = False
-    """Whether it waits there for other ranks."""
+    """Whether the main thread waits there for other ranks."""
 
     still: float = 0.0
-    """Seconds that it has been there."""
+    """Seconds that the main thread has been there."""
 
 
 class RankProgress:
-    """Writes this rank's progress, and watches everybody's."""
+    """Writes this rank's progress, and watches the progress of all ranks."""
 
     def __init__(self, store: Any, rank: int, world_size: int, *, patience: float) -> None:
         """Args:
-        store: store of all ranks, by a connection that nothing else uses.
+        store: the store of all ranks, through a connection that no other code uses.
         rank: this rank.
         world_size: number of ranks.
         patience: seconds that a step may last before the ranks are compared.
@@ -96,7 +96,7 @@ class RankProgress:
         """Ends the thread."""
         self._ended = True
         self._news.set()
-        self._thread.join(_SECONDS)  # not for ever: the store may not answer
+        self._thread.join(_SECONDS)  # limited, because the store may not answer
 
     def reach(self, step: int) -> None:
         """Records that this rank begins a step."""
@@ -104,14 +104,14 @@ class RankProgress:
         self._news.set()
 
     def finding(self) -> str:
-        """Returns which rank the run waits for, as far as a rank has found out; else an empty text."""
+        """Returns a text that names the rank the run waits for; empty if no rank has found it."""
         if time.monotonic() - self._answered > _STORE_SECONDS:
             return "rank 0, or the launcher of its host, does not answer"
         return self._finding
 
     def _run(self) -> None:
         beat, compared = 0, 0
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        with contextlib.suppress(RuntimeError):  # the store no longer exists
             while not self._ended:
                 beat += 1
                 self._news.clear()
@@ -126,16 +126,16 @@ class RankProgress:
                 self._news.wait(_SECONDS)
 
     def _claim(self, period: int) -> bool:
-        """Returns whether this rank is the first that looks into this delay."""
+        """Returns whether this rank is the first to investigate this delay."""
         return bool(self._store.add(f"claim/{self._begun}/{period}", 1) == 1)
 
     def _compare(self) -> None:
-        """Compares what all ranks have written with what they had some seconds ago, if this rank has read that."""
+        """Compares the entries of all ranks with those of some seconds ago, if this rank has already read these."""
         if self._before is None:
             return
         begun, taken, before = self._before
         if self._begun == begun and time.monotonic() - taken < 3 * _SECONDS:
-            return  # meanwhile this rank gives signs of life: another one may be comparing too
+            return  # return to give signs of life in the meantime, because another rank may also be comparing
         self._before = None
         culprits = find_culprits(before, self._statuses(), self._patience / 2) if self._begun == begun else []
         if culprits:
@@ -161,12 +161,12 @@ class RankProgress:
         )
 
     def _statuses(self) -> dict[int, RankStatus]:
-        """Returns the status of every rank that has written one."""
+        """Returns the status of every rank that has written an entry."""
         found = {rank: self._read(str(rank)) for rank in range(self._world_size)}
         return {rank: RankStatus(**status) for rank, status in found.items() if status is not None}
 
     def _read(self, key: str) -> Any:
-        """Returns a value, or None if it has not been written; does not wait for it."""
+        """Returns a value without waiting; None if it has not been written."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
 
@@ -196,7 +196,7 @@ def find_culprits(before: Mapping[int, RankStatus], now: Mapping[int, RankStatus
 
 
 progress: RankProgress | None = None
-"""This process's progress; None without other ranks."""
+"""This process's progress; None if there are no other ranks."""
 
 
 def reach(step: int) -> None:
@@ -207,7 +207,7 @@ def reach(step: int) -> None:
 
 @contextlib.contextmanager
 def watch_ranks(timeout_minutes: int) -> Iterator[None]:
-    """Inside this context, which needs a process group, a rank that others wait for is named.
+    """Returns a context in which a rank that all others wait for is named; needs a process group.
 
     Raises:
         ProcessLost: a collective has timed out.
@@ -224,7 +224,8 @@ def watch_ranks(timeout_minutes: int) -> Iterator[None]:
         if any(text in str(error) for text in _TIMED_OUT):
             finding = progress.finding() or "every rank has reached it"
             raise ProcessLost(
-                f"rank {dist.get_rank()} waited {timeout_minutes} minutes (--distributed-timeout-minutes) for another "
+                f"rank {dist.get_rank()} waited {timeout_minutes} minutes "
+                "(--distributed-timeout-minutes) for another "
                 f"rank: {finding}"
             ) from error
         raise
@@ -244,7 +245,7 @@ def _join(patience: float) -> RankProgress | None:
         wait_for_workers=False,
         timeout=timedelta(seconds=_STORE_SECONDS),
     )
-    # After a restart of all processes by torchrun the store may be the same, and hosts count restarts differently.
+    # After torchrun has restarted all processes, the store may be the same, and hosts may count restarts differently.
     own = dist.PrefixStore(f"rank_progress/{on_first_rank(lambda: uuid4().hex)}", store)
     return RankProgress(own, dist.get_rank(), dist.get_world_size(), patience=patience)
 

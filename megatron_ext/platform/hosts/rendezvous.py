@@ -1,7 +1,9 @@
-"""This host's part in a rendezvous: whether it hosts the store, its address for the others, and who has joined.
+"""This host's role in a rendezvous: whether it hosts the store, its address for other hosts, and the hosts that
+joined.
 
-`torchrun` lets a host take itself for the endpoint only if its own name resolves to the endpoint's address. A host with
-several interfaces has a name for one of them at most. So the addresses of the interfaces are compared instead.
+`torchrun` recognizes a host as the endpoint only if the host's own name resolves to the endpoint's address. On a host
+with several interfaces, the name resolves to at most one of their addresses. Therefore this module compares the
+endpoint's address with the addresses of all interfaces.
 """
 
 import contextlib
@@ -23,21 +25,22 @@ class Place:
     """This host's place in a rendezvous."""
 
     is_host: bool | None
-    """Whether this host hosts the store; None leaves it to `torchrun`: the endpoint is a loopback address, or this
-    host's name without one of its addresses."""
+    """Whether this host hosts the store. None lets `torchrun` decide, because the endpoint is a loopback address, or
+    is this host's name but resolves to none of its addresses.
+    """
 
     address: str | None
     """The address of this host in the network of the endpoint; None if it is not known."""
 
     interface: str | None
-    """The interface with that address."""
+    """The interface with `address`."""
 
 
 def find_place(endpoint: Endpoint, held: dict[str, str]) -> Place:
     """Returns this host's place in the rendezvous at an endpoint.
 
     Args:
-        endpoint: where the hosts meet.
+        endpoint: the address at which the hosts meet.
         held: this host's interfaces by their addresses.
 
     Raises:
@@ -62,7 +65,7 @@ def find_place(endpoint: Endpoint, held: dict[str, str]) -> Place:
 
 
 class JoinedHosts:
-    """On the host of the store: prints which hosts have joined, until the training processes run."""
+    """On the host of the store, prints the hosts that have joined, until the training processes run."""
 
     def __init__(self, settings: LaunchSettings, *, first: float, every: float) -> None:
         """Args:
@@ -73,11 +76,11 @@ class JoinedHosts:
         self._settings, self._first, self._every = settings, first, every
 
     def start(self) -> None:
-        """Starts the thread that prints; it ends by itself."""
+        """Starts the thread that prints; the thread ends by itself."""
         threading.Thread(target=self._run, name="joined hosts", daemon=True).start()
 
     def describe(self) -> str:
-        """Returns how many hosts have joined, and which."""
+        """Returns text with the number and the addresses of the hosts that have joined."""
         joined = self._joined()
         text = f"{len(joined)} of {self._settings.nodes} hosts have joined"
         if joined:
@@ -86,7 +89,7 @@ class JoinedHosts:
         return text + (f"; missing: {', '.join(missing)}" if missing else "")
 
     def _joined(self) -> list[str]:
-        """Returns the addresses of the launchers that are connected to the store, one for each launcher."""
+        """Returns one address for each launcher that is connected to the store."""
         endpoint = self._settings.endpoint
         assert endpoint is not None
         return [

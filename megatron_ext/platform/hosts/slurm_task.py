@@ -1,9 +1,9 @@
-"""Starts a script as one task of a Slurm step, that is as one training process, without `torchrun`.
+"""Starts a script as one task of a Slurm step (one training process), without `torchrun`.
 
     srun python -m megatron_ext.platform.hosts.slurm_task SCRIPT FLAGS ...
 
 examples/multi_node/slurm.sbatch calls it. MASTER_ADDR and MASTER_PORT name the endpoint where the processes meet; the
-interface that leads to it is found as by the launcher.
+network interface is found in the same way as in the launcher.
 """
 
 import os
@@ -15,7 +15,7 @@ from megatron_ext.platform.hosts.interfaces import take_interface
 
 
 def main() -> None:
-    """Sets what `torchrun` would set, and becomes the script.
+    """Sets the environment variables that `torchrun` would set, and replaces itself with the script.
 
     Raises:
         ValueError, OSError: the endpoint's name does not resolve, or no route leads to it; the message is one line.
@@ -23,7 +23,7 @@ def main() -> None:
     os.environ["RANK"], os.environ["LOCAL_RANK"] = os.environ["SLURM_PROCID"], os.environ["SLURM_LOCALID"]
     endpoint = Endpoint("MASTER_ADDR:MASTER_PORT", f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
     take_interface(endpoint)
-    # The process keeps its id: srun's signals reach the script, and srun sees its exit code.
+    # The process keeps its id, so that srun's signals reach the script, and srun sees the script's exit code.
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 

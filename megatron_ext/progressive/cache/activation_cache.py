@@ -5,7 +5,7 @@ The trunk is the layers below the stack that is trained. The key of an entry is
     key = digest(fingerprint of the trunk, the trunk's inputs for the sample: masked tokens, positions, time step)
 
 A key identifies the sample, its masks and the trunk. Other weights, masks or data give other keys, so no entry can be
-out of date. A training step always starts at the end of the trunk, from cached hidden states or from those of a
+out of date. A training step always starts at the end of the trunk: from cached hidden states, or from the result of a
 separate forward pass of the trunk. The losses are equal to the bit in both cases, and also without a cache.
 
 The pipeline stage that holds the first layer above the trunk stores that layer's input; each of its tensor-parallel and
@@ -14,7 +14,7 @@ samples. A cache in memory contains only what its own process has stored; a cach
 processes and earlier runs have stored. A cache on disk has these files:
 
     cache_dir/cache.json                      identifies the run to which the cache belongs
-    cache_dir/{fingerprint}/tp{rank}/*        the entries, see `activation_store`; those of other trunks are removed
+    cache_dir/{fingerprint}/tp{rank}/*        the entries, see `activation_store`; entries of other trunks are removed
 """
 
 import json
@@ -55,7 +55,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
 
     Args:
         config: the configuration whose `cache_dir` is checked.
-        identity: JSON values that tell the caches of different runs apart.
+        identity: JSON values that distinguish the caches of different runs.
 
     Raises:
         ValueError: the directory contains something else, or another run's cache.
@@ -89,7 +89,7 @@ class ActivationCache(FrozenForward):
         """Args:
         config: contains the directory of the cache, and its size limit per process.
         trunk_layers: number of layers of the trunk, which are the model's first layers.
-        identity: values that tell the caches of different runs apart; also part of the fingerprint.
+        identity: values that distinguish the caches of different runs; also part of the fingerprint.
 
         Raises:
             ValueError: the directory belongs to another run.

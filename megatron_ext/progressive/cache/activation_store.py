@@ -9,8 +9,8 @@ processes in the directory:
     {writer}.data     the tensors, one after the other
     {writer}.index    a record of 32 bytes per tensor: key, place, checksum of the tensor, checksum of the record
 
-A record is written after its tensor. So if a process is killed, every complete record belongs to a complete tensor; an
-incomplete last record is skipped. Every read compares the tensor with its checksum.
+A record is written after its tensor. Therefore, even if a process is killed, every complete record belongs to a
+complete tensor; an incomplete last record is skipped. Every read compares the tensor with its checksum.
 """
 
 import fcntl
@@ -79,7 +79,7 @@ class DiskStore:
     ) -> None:
         """Args:
         directory: the directory of the files; created if it does not exist.
-        writer: name of this process's files; every process must have another name.
+        writer: name of this process's files; different for every process.
         shape: shape of every tensor.
         dtype: dtype of every tensor.
         max_bytes: size limit of this process's files.
@@ -220,7 +220,8 @@ def _write(file: int, content: bytes | memoryview, offset: int) -> None:
 
 def _tell_full(max_bytes: int) -> bool:
     _log.warning(
-        "activation cache: --cache-max-gb %.3g is reached; for samples that do not fit, the trunk runs in every epoch",
+        "activation cache: --cache-max-gb %.3g is reached; for samples that do not fit, the trunk runs "
+        "in every epoch",
         max_bytes / 2**30,
     )
     return True

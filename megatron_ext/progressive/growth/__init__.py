@@ -1,1 +1,3 @@
-"""Growing a model: its stacks, the phases of training, what each phase trains, and a new stack's initial weights."""
+"""Grows a model: its stacks, the phases of training, the trained parts of each phase, and a new stack's initial
+weights.
+"""

@@ -1,7 +1,8 @@
 """Grows a model: loads the trunk from the smaller model's checkpoint, and initializes the new layers.
 
 The trunk is the model before it grows. Its tensors are read from the sharded state dict by global name, with each
-layer's number in the smaller model. So layers may move to other pipeline stages, and the parallel layout may change.
+layer's number in the smaller model. Therefore, layers may move to other pipeline stages, and the parallel layout may
+change.
 
 The new layers' initial weights depend on --growth-init:
 
@@ -147,7 +148,9 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
 
 
 def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
-    """Returns a function from global names to names in the checkpoint; it gives new layers names that are not there."""
+    """Returns a function that maps global names to names in the checkpoint; names of new layers are mapped to missing
+    names.
+    """
     return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 
@@ -171,7 +174,7 @@ def _read_layers(
 def _add_deltas(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: SettingsByLayer
 ) -> None:
-    """Adds what the adapters of each source layer contribute to the copied weights."""
+    """Adds the adapters of each source layer to the copied weights."""
     metadata = ensure_metadata_has_dp_cp_group(dict(CHECKPOINT_METADATA))
     found: list[tuple[Any, LoRAAdapter]] = []
     state: dict[str, dict[str, Any]] = {}

@@ -37,7 +37,7 @@ class Phase:
     """The stacks of the phase's model."""
 
     trains: Trains
-    """What the phase trains: the `newest` stack or `all` stacks."""
+    """The part of the model that the phase trains: the `newest` stack or `all` stacks."""
 
     steps: int
     """Number of steps of the phase, unless a plateau ends it earlier."""

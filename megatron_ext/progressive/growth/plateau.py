@@ -38,5 +38,5 @@ class Plateau:
         return {"losses": self._losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self._losses = [] if self.patience is None else list(state["losses"])[-2 * self.patience :]

@@ -1,4 +1,4 @@
-"""Racks and stacks: which layers of a model belong to which stack, and how layer numbers change when the model grows.
+"""Racks and stacks: assigns a model's layers to stacks, and maps layer numbers when the model grows.
 
 These words have the following meaning:
 
@@ -58,7 +58,7 @@ class Rack:
         return Rack(stacks=(stack, *self.stacks) if mode == "prepend" else (*self.stacks, stack))
 
     def first(self, num_stacks: int) -> "Rack":
-        """Returns the rack as it was when it had only its first `num_stacks` stacks."""
+        """Returns the rack without the stacks that were created after the first `num_stacks`."""
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:

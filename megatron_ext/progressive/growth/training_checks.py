@@ -33,34 +33,36 @@ def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
     checkpoint, own = config.checkpoint, config.progressive
     if checkpoint.save is None:
         raise ValueError(
-            "--save is required, because every stack grows from the checkpoint of the previous one"
+            "--save: required, because every stack grows from the checkpoint of the previous one"
         )
     if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
         raise ValueError(
-            f"--load {checkpoint.load} is not supported: progressive training continues in --save {checkpoint.save}; "
+            f"--load {checkpoint.load}: not supported, because progressive training continues in "
+            f"--save {checkpoint.save}; "
             "omit --load"
         )
     for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
             raise ValueError(
-                f"{flag_name(name)} is not supported: progressive training continues from its own complete checkpoints"
+                f"{flag_name(name)}: not supported, because progressive training continues from its "
+                "own complete checkpoints"
             )
     if own.training_objective == "custom":
         raise ValueError(
-            "--training-objective custom requires targets, which indexed datasets do not have; "
+            "--training-objective custom: requires targets, which indexed datasets do not have; "
             "use ProgressiveTrainer in Python"
         )
     if config.training.skip_train:
         raise ValueError(
-            "--skip-train is not supported by progressive training; evaluate with tools/evaluate.py"
+            "--skip-train: not supported by progressive training; evaluate with tools/evaluate.py"
         )
     tied = not config.model.untie_embeddings_and_output_weights
     trains = own.train_embedding or own.trunk_strategy == "trained"
     if tied and own.enabled and own.num_stacks > 1 and not trains:
         raise ValueError(
-            "--train-embedding is required without --untie-embeddings-and-output-weights, because the head, which "
-            "always trains, then shares the embedding's weights"
+            "--train-embedding: required without --untie-embeddings-and-output-weights, because the "
+            "head, which is always trained, then shares the embedding's weights"
         )
     _check_stacks(own, phases, config.model, config.parallel.tensor_model_parallel_size)
     _check_made_with(config, check_history(Path(checkpoint.save), phases))
@@ -84,8 +86,9 @@ def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
     objective = stored["families"]["progressive"]["settings"]["training_objective"]
     if (ours == "clm") != (objective == "clm"):
         raise ValueError(
-            f"--training-objective {ours}: the stacks in {folder} were trained with {objective}, with which a token "
-            f"attends to {'only earlier tokens' if objective == 'clm' else 'all tokens'}; pass that objective"
+            f"--training-objective {ours}: the stacks in {folder} were trained with {objective}, so "
+            f"that a token attends to {'only earlier tokens' if objective == 'clm' else 'all tokens'}; "
+            "pass that objective"
         )
 
 
@@ -132,19 +135,20 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     if history.rack not in (Rack(), *(phase.rack for phase in phases)):
         told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
         raise ValueError(
-            f"--n-blocks, --building-mode and --new-stack-precision must describe the stacks already in {save}, which "
+            "--n-blocks, --building-mode and --new-stack-precision must describe the stacks already "
+            f"in {save}, which "
             f"are (from the embedding, as index:layers:precision) {told}"
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
-                f"--target-stacks {len(planned)}: no stack can be added in {save}, because its {len(there)} stacks "
-                "have had their joint phase; pass --joint-steps only when adding the last stack"
+                f"--target-stacks {len(planned)}: no stack can be added in {save}, because the joint "
+                f"phase of its {len(there)} stacks is finished; pass --joint-steps only when adding the last stack"
             )
         if place >= len(names) or phase.name != names[place]:
             raise ValueError(
-                f"--save {save} contains the finished phase {phase.name}, which these flags do not describe; "
-                "pass the same flags, or another --save"
+                f"--save {save}: contains the finished phase {phase.name}, which does not follow from "
+                "these flags; pass the same flags as before, or another --save"
             )
     return history

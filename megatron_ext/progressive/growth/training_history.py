@@ -59,10 +59,10 @@ class Finished:
     """Peak memory of the process by the end of the phase, on the rank where it was largest."""
 
     seconds: float
-    """Wall time of the phase; if it was interrupted, only that of the command that finished it."""
+    """Wall time of the phase; if the phase was interrupted, the time of the last command only."""
 
     stack_treatments: list[str] = field(default_factory=list)
-    """How the phase treated each stack, by index: one of `trunk_strategy.TREATMENTS`. Empty in older files."""
+    """Treatment of each stack in the phase, by index: one of `trunk_strategy.TREATMENTS`. Empty in older files."""
 
     stack_precisions: list[str | None] = field(default_factory=list)
     """Precision of each stack in this phase, by index; None means the run's precision. Empty in older files."""
@@ -118,7 +118,7 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     """Returns the directory of the newest checkpoint of a finished phase.
 
     Raises:
-        FileNotFoundError: the phase has no checkpoint; it was removed.
+        FileNotFoundError: the phase's checkpoint is missing, because it was removed.
     """
     folder = files.find_checkpoint(str(save / name))
     if folder is None:
@@ -140,7 +140,7 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> list[Found]:
     Raises:
         ValueError, OSError: a file or a checkpoint is damaged.
     """
-    # If the checkpoint of a finished phase is missing, this is reported later, when the next phase grows from it.
+    # A missing checkpoint of a finished phase is reported later, when the next phase grows from it.
     places = [save / phase.name for phase in reversed(read_history(save).finished)]
     places += files.checkpoints_below(save)
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)

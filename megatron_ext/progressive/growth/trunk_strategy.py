@@ -1,6 +1,6 @@
-"""The trunk strategies: which weights and adapters of each layer are trained, and the layer's precision.
+"""The trunk strategies, which determine the trained weights and adapters of each layer, and the layer's precision.
 
-The trunk is all stacks except the newest. What is trained in a phase depends on --trunk-strategy:
+The trunk is all stacks except the newest. The trained parts of a phase depend on --trunk-strategy:
 
     newest stack    its weights and its adapter
     trunk           frozen    nothing, not even adapters
@@ -22,11 +22,14 @@ from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 Trains = Literal["newest", "all", "none"]
-"""What a phase trains: the newest stack (and the trunk as its strategy says), everything, or nothing (inference)."""
+"""The trained part: the newest stack (and the trunk, according to its strategy), everything, or nothing
+(inference).
+"""
 
 TREATMENTS = ("trained", "adapters", "frozen", "cached")
-"""How a phase treats a stack: trains all of it (trained), trains only its adapters (adapters), trains nothing (frozen),
-or trains nothing and caches the trunk's output (cached)."""
+"""Treatments of a stack in a phase: everything is trained (trained), only adapters are trained (adapters), nothing is
+trained (frozen), or nothing is trained and the trunk's output is cached (cached).
+"""
 
 
 def settings_by_layer(
@@ -37,7 +40,7 @@ def settings_by_layer(
     Args:
         rack: the stacks of the model.
         config: contains adapters, trunk strategy and precisions.
-        trains: what the phase trains.
+        trains: the part of the model that the phase trains.
         frozen: maps the index of a stack to `frozen` or `qlora`; overrides the trunk strategy for these stacks.
     """
     return {
@@ -79,7 +82,7 @@ def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trai
     Args:
         rack: the stacks of the model.
         config: the configuration of progressive training.
-        trained: what the phase has trained.
+        trained: the part of the model that the phase has trained.
     """
     plan = settings_by_layer(rack, config, trained)
     return {
@@ -89,7 +92,7 @@ def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trai
 
 
 def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> list[str]:
-    """Returns how a phase treats each stack, by index; see `TREATMENTS`.
+    """Returns the treatment of each stack in a phase, by index; see `TREATMENTS`.
 
     Args:
         rack: the stacks of the model.
@@ -111,7 +114,7 @@ def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> l
 def stack_descriptions(
     rack: Rack, plan: SettingsByLayer, cached_layers: int, run_precision: str
 ) -> list[str]:
-    """Returns the precision of each stack and what a phase trains in it, by index, such as `nf4, frozen`.
+    """Returns a description of each stack's precision and treatment in a phase, by index, such as `nf4, frozen`.
 
     Args:
         rack: the stacks of the model.

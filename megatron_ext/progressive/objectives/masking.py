@@ -1,9 +1,9 @@
 """Chooses the masked tokens of a sequence at random; the choice depends only on seed, sample id, epoch and stack.
 
-A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. Of
-n tokens that may be masked, max(1, round(fraction(t) n)) are masked, where t is the time step: every token gets a
-uniform random number, and the tokens with the smallest numbers are chosen. With the same random numbers, the masks of a
-later time step include those of an earlier one.
+A masked token is replaced by the mask token in the model's input, so that the model has no information about it. Of n
+tokens that may be masked, max(1, round(fraction(t) n)) are masked, where t is the time step: every token gets a
+uniform random number, and the tokens with the smallest numbers are chosen. With the same random numbers, the masks of
+a later time step include those of an earlier one.
 
 With the activation cache, the masks depend only on seed and sample id: a sample has the same masks in every epoch.
 Source: docs/design/progressive_growth.md.
@@ -54,7 +54,8 @@ class TimeStepMasking:
         """
         if self.config.time_interpretation == "input":
             raise ValueError(
-                "the time step of a stack requires --time-interpretation depth (got input: one time step per sequence)"
+                "the time step of a stack requires --time-interpretation depth (got input, with one "
+                "time step per sequence)"
             )
         return time_step_of_stack(self.config, stack_idx)
 

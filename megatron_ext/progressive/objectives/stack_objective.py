@@ -1,6 +1,6 @@
 """The training objective of a stack: turns batches of the dataset into inputs, labels and loss weights.
 
-A stack is a group of layers that are trained together. What the model predicts (--training-objective):
+A stack is a group of layers that are trained together. Predictions of the model (--training-objective):
 
     clm         the next token, with causal attention. The last token counts only if the data contains its successor.
     mlm         the tokens that were replaced by the mask token, with bidirectional attention
@@ -9,8 +9,8 @@ A stack is a group of layers that are trained together. What the model predicts 
     custom      targets that the data contains, with bidirectional attention
 
 A batch gets `tokens`, `labels`, `loss_mask`, `masks` (positions that the objective predicts) and `combined_masks`
-(positions that count in the loss, without weights). With clm it also gets `clm_mask` (1 where the next token is known),
-with mlm and diffusion `time_step`. Source: docs/design/progressive_growth.md.
+(positions that count in the loss, without weights). With clm, the batch also gets `clm_mask` (1 where the next token
+is known); with mlm and diffusion, `time_step`. Source: docs/design/progressive_growth.md.
 """
 
 from typing import Literal
@@ -44,14 +44,15 @@ def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -
 
 
 def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """Returns the given id of the mask token; by default that of the vocabulary's mask token, or the first unused id.
+    """Returns the id of the mask token: the given id or, by default, the vocabulary's mask token or the first unused
+    id.
 
     Args:
         tokenizer: the run's tokenizer.
         mask_token_id: value of --mask-token-id, or None.
 
     Raises:
-        ValueError: the given id is that of the end-of-document token, or larger than the first unused id.
+        ValueError: the given id is the end-of-document token, or larger than the first unused id.
     """
     known = [tokenizer.vocab[token] for token in MASK_TOKENS if token in tokenizer.vocab]
     if mask_token_id is None:
@@ -128,8 +129,8 @@ class StackObjective:
     def _masked(self, batch: Batch) -> Batch:
         if _LOOKS_AHEAD in batch:
             raise ValueError(
-                f"--training-objective {self.kind} does not support aligned per-layer data, which reveals the masked "
-                "tokens; use --per-layer-vocab-file instead"
+                f"--training-objective {self.kind}: does not support aligned per-layer data, which "
+                "reveals the masked tokens; use --per-layer-vocab-file instead"
             )
         drawn = self.masking.draw(batch, self.stack_idx)
         tokens, combined = batch["tokens"], drawn.masks.float()

@@ -40,7 +40,8 @@ class TimeEmbedding(StageModule):
             )
             self.table.init_std = 1.0  # type: ignore[attr-defined]
         for parameter in self.parameters():
-            # With sequence parallelism, a rank's gradient covers only its tokens; this mark makes the engine sum them.
+            # With sequence parallelism, a rank's gradient covers only the rank's tokens; with this attribute, the
+            # engine sums the ranks' gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -50,7 +51,7 @@ class TimeEmbedding(StageModule):
             ValueError: the batch has no time steps.
         """
         if TIME_STEP not in auxiliary_inputs:
-            raise ValueError("--time-interpretation input requires time_step [b] in every batch")
+            raise ValueError("--time-interpretation input: requires time_step [b] in every batch")
         steps = auxiliary_inputs[TIME_STEP]
         encoded = self.table[steps] if self.learned else sinusoidal(steps, self.projection.size(1))
         return embedding + encoded.to(self.projection.dtype) @ self.projection.t()

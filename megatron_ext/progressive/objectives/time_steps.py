@@ -1,8 +1,8 @@
-"""Time steps t = 0 .. T - 1, and the fraction of the tokens that is masked at a time step.
+"""Chooses time steps t = 0 .. T - 1, and computes the fraction of tokens that is masked at a time step.
 
     fraction(t) = min + (max - min) t / (T - 1)                  by default from 0.15 to 0.9
 
---time-interpretation decides how t is chosen; a stack is a group of layers that are trained together:
+The choice of t depends on --time-interpretation; a stack is a group of layers that are trained together:
 
     depth    t depends on the stack's index i (--stack-time-mapping):
              linear         min(i * time_per_stack, T - 1)

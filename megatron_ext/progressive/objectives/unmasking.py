@@ -90,7 +90,7 @@ def generate_by_unmasking(
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:
-        raise ValueError("--sampler diffusion requires a model trained on masked tokens (mlm, diffusion)")
+        raise ValueError("--sampler diffusion: requires a model trained on masked tokens (mlm, diffusion)")
     longest = max(map(len, prompts))
     model.check_length(
         longest + sampling.max_new_tokens,
@@ -105,7 +105,7 @@ def generate_by_unmasking(
         rows = len(members) * (length + sampling.max_new_tokens)
         check_cache_memory(
             rows * vocab_size * 3 * 4, sampling.max_new_tokens
-        )  # logits, probabilities, and a copy
+        )  # three tensors: logits, probabilities, and a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
     return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]

@@ -47,7 +47,7 @@ class PhaseFigures:
     """Bytes of the weights of every stack, by index."""
 
     stack_treatments: list[str]
-    """How the phase treated each stack, by index; one of `trunk_strategy.TREATMENTS`."""
+    """Treatment of each stack in the phase, by index: one of `trunk_strategy.TREATMENTS`."""
 
     validation_loss: float | None
     """The last validation loss of the phase."""
@@ -100,7 +100,7 @@ class Comparison:
     """The figures of all runs."""
 
     reference: str | None
-    """Name of the run by which the ratios divide; None for no ratios."""
+    """Name of the run whose figures are the denominators of all ratios; None for no ratios."""
 
     equal_seconds: float | None
     """Training time of the fastest run; None unless at least two runs have step times and validation losses."""
@@ -113,7 +113,7 @@ def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -
 
     Args:
         runs: the runs, with distinct names.
-        reference: name of the run by which the ratios divide; None for no ratios.
+        reference: name of the run whose figures are the denominators of all ratios; None for no ratios.
 
     Raises:
         ValueError: the reference is not among the runs.

@@ -115,7 +115,8 @@ def messages(comparison: Comparison) -> list[str]:
             "phases, including start-up, evaluation and checkpoints."
         )
     found.append(
-        "Losses on masked tokens cannot be compared if the mask fractions (time steps) differ: the tasks differ then."
+        "Losses on masked tokens cannot be compared if the mask fractions (time steps) differ, because "
+        "the tasks then differ."
     )
     return found
 
@@ -145,8 +146,9 @@ def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
 
 
 _TIMELINE_CAPTION = (
-    "Layers over steps, with layer 0 next to the embedding: what is trained in each phase, and the precision of each "
-    "stack. Below, the losses; a validation at the last step of a phase evaluates the model before it grows."
+    "Layers over steps, with layer 0 next to the embedding: the trained stacks in each phase, and the "
+    "precision of each stack. Below, the losses; a validation at the last step of a phase evaluates "
+    "the model before it grows."
 )
 
 

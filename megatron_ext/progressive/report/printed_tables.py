@@ -1,7 +1,7 @@
 """Prints a table of the comparison in lines of at most 100 columns, unless a single column needs more.
 
-Columns with the same value in all rows are stated once above the table. If the others do not fit, they are distributed
-over several tables, each of which begins with the columns that identify a row. No value is shortened.
+Columns with the same value in all rows are printed once above the table. If the other columns do not fit, they are
+distributed over several tables, each of which begins with the columns that identify a row. No value is shortened.
 """
 
 from textwrap import wrap
@@ -42,7 +42,7 @@ def print_table(table: Table, width: int = 100) -> None:
 
 
 def _equal_columns(columns: dict[str, list[str]]) -> dict[str, str]:
-    """Returns the columns with one value in all rows, if there are several rows, with this value."""
+    """Maps each column with the same value in all rows to this value; empty if there is only one row."""
     return {
         name: cells[0]
         for name, cells in columns.items()

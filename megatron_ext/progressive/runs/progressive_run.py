@@ -1,6 +1,6 @@
 """Progressive training: runs the phases one after the other in one process group, each with a larger model.
 
-The trunk is what the earlier phases have trained. In each phase:
+The trunk consists of the stacks that earlier phases have trained. In each phase:
 
     model        has all layers of the phase; the trunk's weights come from the last checkpoint of the previous phase
     optimizer    new, with the old states of parameters that are still trained; the learning-rate schedule restarts
@@ -100,7 +100,7 @@ def _planned_families(phase: Phase, config: ProgressiveRunConfig, tokenizer: Tok
 
 
 def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the values that tell this run's activation cache from those of other runs."""
+    """Returns the values that distinguish this run's activation cache from the caches of other runs."""
     model = group_to_dict(config.model)
     del model["num_layers"]
     return {"seed": config.training.seed, "tokenizer": tokenizer.fingerprint(), **model}
@@ -123,7 +123,7 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
 
 
 _RUN_PRECISION = {"fp32": "full", "bf16": "bfloat16", "fp16": "half"}
-"""Maps the run's precision to that of a stack with the same one."""
+"""Maps the run's precision to the name of the same precision for a stack."""
 
 
 class Growth:
@@ -193,8 +193,8 @@ class Growth:
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
-        # This also runs if no phase was left, because an earlier command may have been killed before it published the
-        # rack.
+        # Publish the rack even if no phase was left, because an earlier command may have been killed before it
+        # published the rack.
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK

@@ -82,7 +82,7 @@ class ProgressiveTrainer:
         """Args:
         config: the configuration; it may be changed until training begins.
         save: directory of the checkpoints; None for a temporary directory, which is removed when the process ends.
-        logging: what is printed and logged; None for the defaults, without throughput.
+        logging: the logging flags; None for their defaults, without throughput.
 
         Raises:
             ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
@@ -112,7 +112,8 @@ class ProgressiveTrainer:
         """
         if target_stacks < rack_builder.num_stacks:
             raise ValueError(
-                f"target_stacks {target_stacks}: must be at least {rack_builder.num_stacks}, the rack's stacks so far"
+                f"target_stacks {target_stacks}: must be at least {rack_builder.num_stacks}, the "
+                "rack's current number of stacks"
             )
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()

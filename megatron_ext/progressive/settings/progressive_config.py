@@ -1,4 +1,4 @@
-"""Flags of progressive training; names and defaults are those of docs/design/progressive_growth.md.
+"""Flags of progressive training; names and defaults follow docs/design/progressive_growth.md.
 
 A model grows stack by stack: each stack is a group of layers, trained on top of the trunk (the stacks before it). Every
 field is a flag of `pretrain_progressive.py` and a key of the section `progressive` of a YAML file; the flags of LoRA
@@ -31,7 +31,7 @@ PRECISIONS = ("full", "half", "bfloat16", "nvfp4", "qlora")
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig(LoRAConfig):
-    """How a model is grown and trained stack by stack, on a trunk that is frozen or trains LoRA adapters."""
+    """Flags for growing and training a model stack by stack, on a trunk that is frozen or trains LoRA adapters."""
 
     enabled: bool = True
     """Grow stack by stack. If disabled, all stacks are created at once and trained end to end, for comparison."""
@@ -47,21 +47,25 @@ class ProgressiveConfig(LoRAConfig):
 
     building_mode: tuple[str, ...] = ("append",)
     """Position of a new stack: append (after the trunk) or prepend (before it); one value for all stacks, or one per
-    stack after the first."""
+    stack after the first.
+    """
 
     growth_init: GrowthInit = "random"
     """Initial weights of a new stack. random: random values. copy: copies of the neighbouring stack's layers.
     interleave: copies of layers distributed over the trunk. zero: random, but the output projections are zero, so that
-    the model computes the same as before."""
+    the model computes the same as before.
+    """
 
     trunk_strategy: TrunkStrategy = "frozen"
-    """What is trained in the trunk (the older stacks): nothing (frozen), only adapters (qlora), or everything
-    (trained)."""
+    """Trained parts of the trunk (the older stacks): nothing (frozen), only adapters (qlora), or everything
+    (trained).
+    """
 
     new_stack_precision: tuple[str, ...] = ("full",)
     """Precision of a stack's linear layers: full (fp32, even with --bf16), half, bfloat16, nvfp4 or qlora (NF4); one
     value for all stacks, or one per stack. Stacks of nvfp4 and qlora are trained in the run's precision, and packed
-    into four bits when the next stack is added."""
+    into four bits when the next stack is added.
+    """
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
     """Precision of a stack once it belongs to the trunk. Default: each stack keeps its own precision."""
@@ -82,37 +86,42 @@ class ProgressiveConfig(LoRAConfig):
     """Peak learning rate of the joint phase. Default: --lr."""
 
     plateau_patience: int | None = None
-    """End the training of a stack when the mean loss of the last N steps is not lower than that of the N steps before,
-    N being this number. Default: never."""
+    """Number N of steps: end the training of a stack when the mean loss of the last N steps is not lower than the
+    mean loss of the N steps before. Default: never.
+    """
 
     plateau_min_delta: float = 0.001
     """With --plateau-patience: required decrease of the mean loss, in nats."""
 
     training_objective: Literal["mlm", "clm", "diffusion", "custom"] = "mlm"
-    """What the model is trained to predict. clm: the next token, with causal attention. mlm: masked tokens, with
+    """Prediction task. clm: the next token, with causal attention. mlm: masked tokens, with
     bidirectional attention. diffusion: like mlm, but sequences are weighted by 1 / masked fraction. custom: targets
-    that the data contains, with bidirectional attention."""
+    that the data contains, with bidirectional attention.
+    """
 
     mask_token_id: int | None = None
     """Id of the mask token for mlm and diffusion; it must not occur in the data. Default: the vocabulary's mask token,
-    or a new id."""
+    or a new id.
+    """
 
     time_interpretation: Literal["input", "depth"] = "depth"
-    """What determines the time step, on which the fraction of masked tokens depends. depth: the stack. input: it is
-    sampled for each sequence, and embedded as an input of the model."""
+    """Source of the time step, on which the fraction of masked tokens depends. depth: the stack determines it. input:
+    it is sampled for each sequence, and embedded as an input of the model.
+    """
 
     time_embedding_dim: int = 512
     """With --time-interpretation input: width of the time embedding before its projection to the hidden size."""
 
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """With --time-interpretation input: how the time step is encoded."""
+    """With --time-interpretation input: encoding of the time step."""
 
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
-    """With --time-interpretation depth: how a stack's time step depends on its index."""
+    """With --time-interpretation depth: formula for a stack's time step as a function of the stack's index."""
 
     custom_time_mapping: str | None = None
     """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time
-    step."""
+    step.
+    """
 
     time_per_stack: int = 100
     """With --time-interpretation depth: number of time steps per stack."""
@@ -128,7 +137,8 @@ class ProgressiveConfig(LoRAConfig):
 
     epoch_samples: int | None = None
     """Number of sequences per epoch. Every epoch has the same sequences, so that the activation cache is used from a
-    stack's second epoch on. Default: documents are packed anew in every epoch, and no sequence is repeated."""
+    stack's second epoch on. Default: documents are packed anew in every epoch, and no sequence is repeated.
+    """
 
     cache_activations: bool = True
     """Cache the output of the trunk for every sample, if the trunk is frozen and lies below the new stack."""
@@ -182,7 +192,7 @@ class ProgressiveConfig(LoRAConfig):
         return _of(self.n_blocks, stack_idx)
 
     def mode_of(self, stack_idx: int) -> str:
-        """Returns where a stack is added, `append` or `prepend`; the stack must not be the first."""
+        """Returns the position of a new stack, `append` or `prepend`; the stack must not be the first."""
         return _of(self.building_mode, stack_idx - 1)
 
     def precision_of(self, stack_idx: int) -> str:
@@ -225,30 +235,30 @@ class ProgressiveConfig(LoRAConfig):
             )
         if self.trunk_strategy == "qlora" and not self.qlora_enabled:
             raise ValueError(
-                "--trunk-strategy qlora trains only adapters, but with --no-qlora-enabled there are no adapters; "
-                "omit one of the two flags"
+                "--trunk-strategy qlora: trains only adapters, but with --no-qlora-enabled there are "
+                "no adapters; omit one of the two flags"
             )
         if self.trunk_strategy == "trained" and self.trunk_precision is not None:
             raise ValueError(
-                f"--trunk-precision {self.trunk_precision} requires a frozen trunk (got --trunk-strategy trained)"
+                f"--trunk-precision {self.trunk_precision}: requires a frozen trunk (got --trunk-strategy trained)"
             )
         if self.joint_lr is not None and not self.joint_steps:
-            raise ValueError(f"--joint-lr {self.joint_lr} requires --joint-steps of at least 1")
+            raise ValueError(f"--joint-lr {self.joint_lr}: requires --joint-steps of at least 1")
         if self.max_mask_fraction < self.min_mask_fraction:
             raise ValueError(
                 f"--max-mask-fraction {self.max_mask_fraction}: must be at least --min-mask-fraction "
                 f"{self.min_mask_fraction}"
             )
         if self.stack_time_mapping == "custom" and self.custom_time_mapping is None:
-            raise ValueError("--stack-time-mapping custom requires --custom-time-mapping")
+            raise ValueError("--stack-time-mapping custom: requires --custom-time-mapping")
         if self.stack_time_mapping != "custom" and self.custom_time_mapping is not None:
             raise ValueError(
-                f"--custom-time-mapping {self.custom_time_mapping} requires --stack-time-mapping custom "
+                f"--custom-time-mapping {self.custom_time_mapping}: requires --stack-time-mapping custom "
                 f"(got {self.stack_time_mapping})"
             )
         if self.training_objective == "clm" and self.time_interpretation == "input":
             raise ValueError(
-                "--time-interpretation input requires masked tokens, which --training-objective clm does not have"
+                "--time-interpretation input: requires masked tokens, which --training-objective clm does not have"
             )
 
 

@@ -20,17 +20,18 @@ class ProgressiveRunConfig(RunConfig):
     """Configuration of a progressive training run: the config groups of all runs, and `progressive`."""
 
     progressive: ProgressiveConfig
-    """How the model grows, what is trained, and the objective."""
+    """The growth of the model, its trained parts, and the objective."""
 
     def __post_init__(self) -> None:
         refuse_layer_sizes(self.model, "progressive training")
-        # Trunk cache and skipped layers know one residual stream, and a list is for one number of layers.
+        # The trunk cache and skipped layers support only one residual stream, and a list fits only one number of
+        # layers.
         names = ("altup_streams", "mlp_activation_sparsity")
         refuse_parts_of_gemma3n(self.model, names, "progressive training")
         self._check_windows()
 
     def _check_windows(self) -> None:
-        """Checks that every layer keeps its sliding window and its rotary positions, or none, as the model grows."""
+        """Checks that, as the model grows, no layer gains or loses its sliding window or its rotary positions."""
         size = self.model.window_size
         if size is not None and self.progressive.bidirectional:
             raise ValueError(
@@ -45,14 +46,15 @@ class ProgressiveRunConfig(RunConfig):
     def _check_frequency(self, flag: str, value: str) -> None:
         if not value.isdecimal():
             raise ValueError(
-                f"{flag} {value}: must be a number in progressive training, because a list is for one number of layers"
+                f"{flag} {value}: must be a number in progressive training, because a list fits only "
+                "one number of layers"
             )
         own = self.progressive
         for index in range(1, own.num_stacks):
             if own.mode_of(index) == "prepend" and own.blocks_of(index) % int(value):
                 raise ValueError(
                     f"{flag} {value}: must divide --n-blocks {own.blocks_of(index)} with "
-                    "--building-mode prepend, which moves the layers above by that number"
+                    "--building-mode prepend, because every new stack shifts the layers above it by this number"
                 )
 
 

@@ -68,7 +68,7 @@ def test_in_a_batch_script_or_a_step_of_one_host_a_run_is_on_this_host_only() ->
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"NNODES": "2"}, "NNODES=2 requires RDZV_ENDPOINT=HOST:PORT"),
+        ({"NNODES": "2"}, "NNODES=2: requires RDZV_ENDPOINT=HOST:PORT"),
         ({"NNODES": "two"}, "NNODES=two: must be a number of hosts"),
         ({"NNODES": "3:2"}, "NNODES=3:2: must be a number of hosts, or MIN:MAX"),
         ({"RDZV_WAIT": "soon"}, "RDZV_WAIT=soon: must be a number of seconds"),

@@ -115,7 +115,7 @@ def test_what_no_llama_is_and_what_is_not_there_is_refused(found: dict[str, Any]
     config, out = ProgressiveConfig(max_stacks=2), folder / "out"
     with pytest.raises(ValueError, match="--training-objective mlm cannot be exported: its attention"):
         check_plain(config, {}, as_adapters=False)
-    assert "--adapter-dir requires a model with adapters" in told["none"]
+    assert "--adapter-dir: requires a model with adapters" in told["none"]
     assert "--merge-adapters" in told["plain"]
     assert "four bits peft: is not empty" in told["taken"]
     assert not out.exists() and not (folder / "x").exists()

@@ -340,7 +340,9 @@ def test_a_growth_goes_on_with_the_shape_that_is_in_its_directory(data: str, tmp
     assert stored[1].pop("num_layers") == 2 * stored[0].pop("num_layers") == 2
     assert stored[0] == stored[1]
     code, output = start("pretrain_progressive.py", *flags, "--target-stacks", "2", "--overwrite-checkpoints")
-    assert code == 2 and "--overwrite-checkpoints is not supported: progressive training" in message(output)
+    assert code == 2 and "--overwrite-checkpoints: not supported, because progressive training" in message(
+        output
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed here")

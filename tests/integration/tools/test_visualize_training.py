@@ -68,7 +68,7 @@ def test_a_page_lists_its_sections_and_its_captions_explain_the_values(
         "Per-layer embedding",
         "Learning rate and norms",
     ]
-    assert "the size of what PLE adds to a layer&#x27;s output" in text
+    assert "the relative size of PLE&#x27;s contribution to a layer" in text
     assert "Tag: per-layer/update-ratio/layer_N." in text
 
 

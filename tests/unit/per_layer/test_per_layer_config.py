@@ -127,7 +127,7 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
         ),
         (
             {"optimizer": OptimizerSettings(lr=20.0, weight_decay=0.1)},
-            "--per-layer-sparse: requires learning rate times weight decay of the tables below 1 (got 20 and 0.1)",
+            "--per-layer-sparse: requires (learning rate x weight decay) of the tables below 1 (got 20 and 0.1)",
         ),
     ],
 )

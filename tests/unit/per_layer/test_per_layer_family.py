@@ -278,7 +278,7 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="--per-layer-data-path, or --per-layer-strategy identity"):
         PerLayerFamily.from_tokenizer(_settings(), tokenizer)
     guided = _settings(per_layer_strategy="attention_guidance")
-    with pytest.raises(ValueError, match="attention_guidance requires --per-layer-data-path"):
+    with pytest.raises(ValueError, match="attention_guidance: requires --per-layer-data-path"):
         PerLayerFamily.from_tokenizer(guided, tokenizer)
     aligned = dataclasses.replace(guided, per_layer_data_path=("prefix",))
     options = PerLayerFamily.from_tokenizer(aligned, tokenizer).dataset_options()

@@ -80,8 +80,8 @@ def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
         ("enabled", "yes please", "enabled yes please: must be true or false"),
         ("target_stacks", 13, "--target-stacks 13: must be at most --max-stacks 12"),
         ("qlora_rank_pattern", "increasing", "requires --qlora-strategy progressive"),
-        ("stack_time_mapping", "custom", "--stack-time-mapping custom requires --custom-time-mapping"),
-        ("joint_lr", 1e-3, "--joint-lr 0.001 requires --joint-steps"),
+        ("stack_time_mapping", "custom", "--stack-time-mapping custom: requires --custom-time-mapping"),
+        ("joint_lr", 1e-3, "--joint-lr 0.001: requires --joint-steps"),
     ],
 )
 def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(

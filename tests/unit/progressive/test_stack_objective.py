@@ -104,7 +104,7 @@ def test_documents_stay_apart_in_both_directions() -> None:
 
 
 def test_aligned_per_layer_data_would_show_what_is_masked() -> None:
-    with pytest.raises(ValueError, match="--training-objective mlm does not support aligned"):
+    with pytest.raises(ValueError, match="--training-objective mlm: does not support aligned"):
         _objective(MLM).make_batch(_batch() | {"per_layer_ids": torch.zeros(3, LENGTH)})
 
 
