@@ -14,11 +14,12 @@ class CorpusConfig:
     """Training file to write: JSON lines of the form {"text": ...}."""
 
     held_out: str
-    """Held-out file to write; it covers other modules and topics than the training file."""
+    """Held-out file to write; its modules and topics do not occur in the training file."""
 
     max_bytes: int | None = None
     """Largest number of bytes of text in both files together; documentation is taken first, then docstrings, then
-    sources. Default: take all text."""
+    sources. Default: take all text.
+    """
 
     held_out_fraction: float = 0.05
     """Fraction of the modules and topics that is written to the held-out file."""

@@ -4,9 +4,10 @@
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
     convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
-    convert_checkpoint.py merge --load RUN --save CKPT            make a checkpoint of a run with LoRA adapters, merged
-    convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of Megatron-LM
-    convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for pretrain_gpt.py --load
+    convert_checkpoint.py merge --load RUN --save CKPT            make a checkpoint from a run with LoRA adapters,
+    merged convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of
+    Megatron-LM convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for
+    pretrain_gpt.py --load
 
 The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
 Each command has its own --help; docs/interop.md lists what is converted and what is rejected.
@@ -56,7 +57,8 @@ class ImportConfig:
 
     model_dir: str
     """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer; or a GGUF file; or, with
-    --format megatron, a directory that Megatron-LM saved to."""
+    --format megatron, a directory that Megatron-LM saved to.
+    """
 
     format: Literal["huggingface", "megatron"] = "huggingface"
     """Format of --model-dir."""
@@ -69,14 +71,16 @@ class ImportConfig:
 
     make_vocab_size_divisible_by: int | None = None
     """Pad the vocabulary size to a multiple of this number. Default: the largest power of two up to 128 that needs no
-    padding."""
+    padding.
+    """
 
     ckpt_step: int | None = None
-    """With --format megatron: step to import. Default: the one that latest_checkpointed_iteration.txt names."""
+    """With --format megatron: step to import. Default: the step in latest_checkpointed_iteration.txt."""
 
     with_optimizer: Switch = False
     """With --format megatron: import Adam's state, the schedule and the progress too, so that --load continues the
-    run."""
+    run.
+    """
 
     tokenizer_type: TokenizerType | None = None
     """With --format megatron: tokenizer of the model. Default: the one in the checkpoint's arguments."""
@@ -98,7 +102,9 @@ class ImportConfig:
         check_at_least(self, 0, "ckpt_step")
         if self.format == "megatron":
             _refuse(
-                self, ("make_vocab_size_divisible_by",), "the vocabulary keeps the rows that were trained"
+                self,
+                ("make_vocab_size_divisible_by",),
+                "has no effect with --format megatron, because the vocabulary keeps all trained rows",
             )
         else:
             _refuse(self, (*_TOKENIZER, "ckpt_step", "with_optimizer"), "requires --format megatron")
@@ -125,8 +131,9 @@ class ExportConfig:
     """Step to export. Default: the newest complete checkpoint."""
 
     architecture: str | None = None
-    """Architecture to export to, such as LlamaForCausalLM (the error for an unknown one lists all). Default: that which
-    the model was imported from, else the first that can express the model."""
+    """Architecture to export to, such as LlamaForCausalLM (an unknown name causes an error that lists all). Default:
+    the architecture from which the model was imported, otherwise the first that can express the model.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported tensors. Default: the dtype in the checkpoint."""
@@ -136,18 +143,21 @@ class ExportConfig:
 
     with_optimizer: Switch = False
     """With --format megatron: export Adam's state, the schedule and the progress too, so that Megatron-LM continues
-    the run."""
+    the run.
+    """
 
     base_only: bool = False
     """Export the base model without the parameters that a model family (NPT) added; the base must have been frozen."""
 
     merge_adapters: Switch = False
     """Merge the adapters of a model trained by pretrain_progressive.py (objective clm) or with --lora-rank into its
-    weights, and export the result as a plain model."""
+    weights, and export the result as a plain model.
+    """
 
     adapter_dir: str | None = None
     """Write each adapter in peft's format to a subdirectory of this directory, and only the base model to
-    --model-dir."""
+    --model-dir.
+    """
 
     tokenizer_model: str | None = None
     """Path of the tokenizer's file or directory, if it has moved since training."""
@@ -156,12 +166,14 @@ class ExportConfig:
     """Export the model without a tokenizer."""
 
     per_layer_vocab_file: str | None = None
-    """For a model with per-layer embedding that was trained on aligned per-layer data: the vocabulary that the data was
-    made with, next to which the table of per-layer ids lies."""
+    """For a model with per-layer embedding that was trained on aligned per-layer data: the data's per-layer
+    vocabulary, whose directory contains the table of per-layer ids.
+    """
 
     npt_weights: str | None = None
     """File npt_weights.pt or npt_weights.safetensors: export the base model in --load with these NP weights, such as
-    those of a calibration."""
+    those of a calibration.
+    """
 
     overwrite: bool = False
     """Replace the content of --model-dir."""
@@ -297,7 +309,9 @@ def _suits_npt(model: "ModelConfig") -> bool:
 
 
 def run_merge(config: MergeConfig) -> None:
-    """Add the adapters of a run with --lora-rank to the model's weights; write a checkpoint that needs no other."""
+    """Add the adapters of a run with --lora-rank to the model's weights; write a checkpoint that needs no other
+    checkpoint.
+    """
     from megatron_ext.adapters.adapter_merge import merge_adapters_of_run
 
     print(f"{merge_adapters_of_run(config.load, config.save, ckpt_step=config.ckpt_step)}: merged")

@@ -75,7 +75,7 @@ class InspectConfig:
     """Show at most this many tokens of the document."""
 
     per_layer_data_path: str | None = None
-    """Prefix of the aligned per-layer dataset, whose ids are shown beside the tokens."""
+    """Prefix of the aligned per-layer dataset; its ids are shown beside the tokens."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -265,7 +265,7 @@ def _per_layer_names(prefix: str) -> dict[int, str]:
 
 
 def _names(inputs: list[dict[str, Any]]) -> str:
-    """Returns the names of the first three input files, and how many more there are."""
+    """Returns the names of the first three input files, and the number of further files."""
     paths = [entry["path"] for entry in inputs]
     return (
         ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

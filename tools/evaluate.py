@@ -26,7 +26,8 @@ class EvaluateConfig(LoadConfig):
 
     unigram_from: str | None = None
     """Prefix of the training data, from which two baselines are computed: the cross-entropy of its unigram
-    distribution, and (if the model reports an accuracy) the accuracy of always predicting its most frequent token."""
+    distribution, and (if the model reports an accuracy) the accuracy of always predicting its most frequent token.
+    """
 
     micro_batch_size: int = 4
     """Number of windows (sequences of --seq-length tokens) that each process evaluates at a time."""
@@ -127,7 +128,7 @@ def _evaluate(
 
 
 def counted_tokens(tokens: int, total: int, objective: str | None) -> str:
-    """Says which tokens an evaluation counts.
+    """Describes the tokens that an evaluation counts.
 
     Args:
         tokens: number of counted tokens, or the sum of their weights.

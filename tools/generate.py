@@ -2,7 +2,8 @@
 """Generates text with a trained model, in one process or in several under `torchrun`.
 
 A causal model generates token by token with a KV cache (greedy, temperature, top-k, top-p). With a model that was
-trained on masked tokens, the continuation begins as masks, which are replaced by tokens, the most confident first.
+trained on masked tokens, the continuation starts as mask tokens, which are replaced step by step, beginning with the
+most confident predictions.
 """
 
 import sys
@@ -44,8 +45,9 @@ class GenerateConfig(LoadConfig, SamplingConfig):
     """File with one prompt per line, or - for standard input (single process only)."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
-    """Generate token by token (autoregressive), or by replacing masks (diffusion). Default: the way that fits the
-    model's training objective."""
+    """Generate token by token (autoregressive), or by replacing masks (diffusion). Default: the method that fits the
+    model's training objective.
+    """
 
     diffusion_steps: int = 32
     """With --sampler diffusion: number of forward passes that replace the masks."""
@@ -136,8 +138,8 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         return generate_by_unmasking(*arguments, unmasking, tokenizer.vocab_size)
     if objective is not None and objective.bidirectional:
         raise ValueError(
-            f"--sampler autoregressive: requires a causal model; this model was trained with {objective.kind}, in "
-            "which every token attends to all others"
+            "--sampler autoregressive: requires a causal model; this model was trained with "
+            f"{objective.kind}, so that every token attends to all others"
         )
     sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))

@@ -31,17 +31,18 @@ class MemoryReportConfig:
     """Flags for the sizes to measure, and for the model to extrapolate to (the projected model)."""
 
     sizes: str = "256,512,1024"
-    """Hidden sizes to measure, at least two, separated by commas. The ratio of FFN size to hidden size is that of the
-    projected model."""
+    """Hidden sizes to measure, at least two, separated by commas. The ratio of FFN size to hidden size is the same as
+    in the projected model.
+    """
 
     bf16: bool = False
     """Use bfloat16 weights and activations instead of fp32."""
 
     projected_hidden_size: int = 4096
-    """Hidden size of the model that the measurements are extrapolated to (the projected model)."""
+    """Hidden size of the model to which the measurements are extrapolated (the projected model)."""
 
     projected_ffn_hidden_size: int = 11008
-    """FFN size of the projected model. The default is that of Llama 2 7B; Llama 3 8B has 14336."""
+    """FFN size of the projected model. The default is the size in Llama 2 7B; Llama 3 8B has 14336."""
 
     projected_num_layers: int = 32
     """Number of layers of the projected model; --npt-layers selects which of them are converted."""
@@ -128,7 +129,7 @@ def _print(
     console = Console(width=120)
     table = Table(
         title=f"{settings.np_form}, {settings.np_target}, r={settings.np_rank}, k={settings.num_np_components}, "
-        f"{'bf16' if config.bf16 else 'fp32'}: bytes per token of one layer, beyond the base MLP"
+        f"{'bf16' if config.bf16 else 'fp32'}: bytes per token of one layer, in addition to the base MLP"
     )
     table.add_column("h x f")
     for column in ("materialised: kept", "peak", "factored: kept", "peak", "kept, ratio"):

@@ -16,7 +16,7 @@ from megatron_ext.reports.charts import require_matplotlib
 from megatron_ext.reports.events import Curve, read_curves
 
 MINIMIZED = ("npt loss", "fidelity_loss")
-"""Tags of the loss that an NPT run minimizes, and of its part that compares the outputs."""
+"""Tags of the loss that an NPT run minimizes, and of the part of it that compares the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _draw_losses(axes: Any, config: PlotConfig, curves: dict[str, Curve]) -> Non
 def _draw_minimized(axes: Any, curves: dict[str, Curve]) -> None:
     for tag, curve in curves.items():
         axes.plot(*curve, linewidth=1, label=tag)
-    axes.set(xlabel="step", ylabel="what the run minimizes")
+    axes.set(xlabel="step", ylabel="minimized loss")
     axes.legend(fontsize=8)
 
 

@@ -62,8 +62,8 @@ def main() -> int:
         description=str(__doc__),
         example=EXAMPLE,
     )
-    # Libraries must start no threads: each worker has one core, and only a process without threads can safely fork
-    # workers that share what it has loaded.
+    # Libraries must not start threads: each worker has only one core, and only a process without threads can safely
+    # fork workers that share its loaded data.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")

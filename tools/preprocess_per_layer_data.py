@@ -50,7 +50,7 @@ class PerLayerDataConfig:
     """Flags for the tokenized data to read, and the per-layer data to write."""
 
     input: tuple[str, ...] = ()
-    """Text files that the tokenized data was made from. They are only recorded in the manifest, not read."""
+    """Text files from which the tokenized data was made. They are recorded in the manifest but not read."""
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON lines, as given to tools/preprocess_data.py."""
@@ -63,14 +63,16 @@ class PerLayerDataConfig:
 
     per_layer_vocab_file: str | None = None
     """JSON file of the per-layer vocabulary. An existing file is used, a missing one is created. Not needed with
-    --per-layer-strategy identity."""
+    --per-layer-strategy identity.
+    """
 
     per_layer_vocab_size: int | None = None
     """Largest number of entries in the per-layer vocabulary, including special tokens. Default: 10000, or the size of
-    the existing vocabulary file."""
+    the existing vocabulary file.
+    """
 
     per_layer_strategy: Strategy = "syntax_focus"
-    """How a token id is mapped to a per-layer id."""
+    """Strategy that maps token ids to per-layer ids."""
 
     seed: int = 1234
     """Random seed for --per-layer-strategy random_subset."""
@@ -78,13 +80,14 @@ class PerLayerDataConfig:
     def __post_init__(self) -> None:
         if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
             raise ValueError(
-                f"--per-layer-strategy {self.per_layer_strategy} requires --per-layer-vocab-file"
+                f"--per-layer-strategy {self.per_layer_strategy}: requires --per-layer-vocab-file"
             )
         check_at_least(self, 1, "per_layer_vocab_size")
         refuse_same_file("--input", [(path, path) for path in self.input])
         if self.per_layer_output_prefix == self.output_prefix:
             raise ValueError(
-                f"--per-layer-output-prefix {self.output_prefix} would overwrite --output-prefix"
+                f"--per-layer-output-prefix {self.output_prefix}: would overwrite --output-prefix; "
+                "give another prefix"
             )
 
 
@@ -184,7 +187,8 @@ def _vocabulary(
 ) -> dict[str, int]:
     """Returns the vocabulary, which maps texts to per-layer ids.
 
-    It is read from its file; if there is no such file, it is built from the tokens and written to the file.
+    The vocabulary is read from its file; if the file does not exist, the vocabulary is built from the tokens and
+    written.
     """
     size = config.per_layer_vocab_size
     if Path(path).exists():

@@ -20,7 +20,7 @@ class ProgressiveReportConfig:
     """Runs to compare, each as NAME=DIR: a name for the report, and the run's --save directory."""
 
     reference: str | None = None
-    """Name of the run to compare with: all step times and memory figures are divided by those of this run."""
+    """Name of the run to compare with: all step times and memory figures are divided by the figures of this run."""
 
     html: str | None = None
     """HTML file to write with tables, growth timelines and loss curves; requires matplotlib."""

@@ -34,7 +34,7 @@ def main() -> None:
     arguments = cli.parse_args()
     several = process_groups.world_size() > 1
     if several and getattr(arguments, "use_cache", None):
-        # Processes of one model must compute the same requests, but each would read a cache of its own.
+        # All processes of one model must compute the same requests, but each process would read a separate cache.
         raise ValueError(f"--use_cache {arguments.use_cache}: requires a single process")
     with contextlib.ExitStack() as stack:
         if process_groups.rank() > 0:

@@ -23,8 +23,9 @@ class SummaryConfig:
     """JSON file written by tools/evaluate.py, to print its losses too."""
 
     rows: int = 10
-    """Largest number of rows in the table: the first, last and evaluated steps, and further steps at round, even
-    distances."""
+    """Largest number of rows in the table: the first, last and evaluated steps, and further steps at equal, round
+    distances.
+    """
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "rows")
@@ -79,7 +80,7 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
-    """Returns at most `rows` steps: the first, the last, evaluated steps, and the multiples of a round number."""
+    """Returns at most `rows` steps: the first, the last, evaluated steps, and multiples of a round number."""
     kept = {steps[0], steps[-1]}
     for every in range(1, len(evaluated) + 1):
         if len(found := kept.union(evaluated[::-every])) <= rows:

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Converts a base model to NPT in several ways, trains each conversion, and prints perplexity ratios on held-out text.
+"""Converts a base model to NPT in several ways, trains every conversion, and prints perplexity ratios on held-out
+text.
 
     python examples/npt/compare_forms.py --base-checkpoint runs/base --train-data train_text_document \
         --held-out-data held_out_text_document --output forms.json
 
 Every row of the table is one conversion: layers, residual, form, targets, rank, components, affine. All conversions are
 trained for the same number of steps on the same batches. The script runs in one process, and skips conversions whose
-results are already in the output file. It made the table in docs/npt.md.
+results are already in the output file. The table in docs/npt.md was made with this script.
 """
 
 import json
@@ -42,7 +43,8 @@ class ComparisonConfig:
 
     rows: str
     """Conversions, separated by spaces: layers/residual/form/target/rank[/components[/affine|plain]], such as
-    upper_half/keep/low_rank/gate+up/64 or all/drop/outer_product/gate+up+down/64/4/plain."""
+    upper_half/keep/low_rank/gate+up/64 or all/drop/outer_product/gate+up+down/64/4/plain.
+    """
 
     steps: int = 200
     """Optimizer steps per conversion."""
@@ -51,7 +53,7 @@ class ComparisonConfig:
     """Sequences per step."""
 
     lr: float = 5e-3
-    """Peak learning rate. The schedule is 10 steps of warm-up, then cosine to a tenth."""
+    """Peak learning rate. The schedule has 10 steps of warm-up, then a cosine decay to a tenth of the peak."""
 
     equivalence_weight: float = 0.0
     """Weight of the layer-wise equivalence loss."""
@@ -82,7 +84,7 @@ class ComparisonConfig:
 
 
 def main() -> int:
-    """Runs the conversions that the output file lacks, and prints the table of all."""
+    """Runs the conversions that are not in the output file, and prints a table of all conversions."""
     config: ComparisonConfig = parse(
         ComparisonConfig, prog="compare_forms.py", description="Compare forms of NPT."
     )
@@ -213,7 +215,9 @@ def parameter_share(chunks: list[Any], converted: int) -> float:
 def perplexity_ratio(
     config: ComparisonConfig, length: int, chunks: list[Any], family: Any, found: dict[str, float]
 ) -> float:
-    """Returns perplexity of NPT / perplexity of the base on held-out text; stores the latter in `found` for reuse."""
+    """Returns perplexity of NPT / perplexity of the base on held-out text; stores the base's perplexity in `found`
+    for reuse.
+    """
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.modules.npt_layers import deactivated
 

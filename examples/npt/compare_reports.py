@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints reports of tools/evaluate_npt.py as one table, a row per report.
+"""Prints reports of tools/evaluate_npt.py as one table, with one row per report.
 
 python examples/npt/compare_reports.py closed_form.json trained.json
 """

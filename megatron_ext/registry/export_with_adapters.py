@@ -41,7 +41,7 @@ def export_plain(
 ) -> list[str]:
     """Exports a checkpoint's model with its adapters merged, or its base model and each adapter separately.
 
-    The other arguments are described at `export_hf`.
+    For the other arguments, see `export_hf`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
@@ -70,8 +70,8 @@ def export_plain(
     per_layer = gemma_per_layer(model, _besides_adapters(stored["families"]), architecture)
     if choose_architecture(model, architecture, per_layer) in FUSED and adapter_dir is not None:
         raise ValueError(
-            f"--adapter-dir {adapter_dir}: the adapters are for separate projections, which {architecture} does not "
-            "have; use --architecture LlamaForCausalLM, or --merge-adapters"
+            f"--adapter-dir {adapter_dir}: requires an architecture with separate projections (got "
+            f"{architecture}); use --architecture LlamaForCausalLM, or --merge-adapters"
         )
     exported = {FAMILY} if per_layer is not None else set()
     _check_families(stored["families"], load, exported, as_adapters=adapter_dir is not None)
@@ -114,7 +114,7 @@ def _merge_or_write(
 ) -> list[str]:
     """Merges the adapters of `families` into the weights, or writes them to `adapter_dir`; returns messages."""
     chunks, messages = [loaded.model], list[str]()
-    # `_check_families` has found that every family has these methods.
+    # `_check_families` has checked that every family has these methods.
     for family in families:
         if adapter_dir is None:
             messages += family.merge(chunks)

@@ -22,7 +22,8 @@ def window_begin(loaded: "LoadedModel") -> Begin | None:
     """Returns the token that every evaluation window of this model begins with, or None."""
     objective = objective_of(loaded.families)
     if objective is not None and objective.bidirectional:
-        # A bidirectional model predicts masked tokens of the window from the others, so it needs no token in front.
+        # A bidirectional model predicts masked tokens from all other tokens of the window, so it needs no token in
+        # front.
         return None
     tokenizer = loaded.tokenizer
     if not tokenizer.adds_bos or tokenizer.bos is None:

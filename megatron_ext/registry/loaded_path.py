@@ -1,4 +1,4 @@
-"""Checks the path from which a tool loads a model; the error names the flag, and what is there instead."""
+"""Checks the path from which a tool loads a model; the error names the flag and the path's actual content."""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def check_holds_checkpoint(flag: str, path: str, ckpt_step: int | None = None) -
     remedy = ""
     if weights.is_file():
         remedy = (
-            f"; the calibrated NP weights in it are not a whole model: tools/evaluate_npt.py --checkpoint BASE "
-            f"--npt-weights {weights} evaluates them; the calibration's command with --train-iters above 0 trains "
-            "from them and saves checkpoints"
+            "; it contains only calibrated NP weights, not a whole model: evaluate them with "
+            f"tools/evaluate_npt.py --checkpoint BASE --npt-weights {weights}, or repeat the "
+            "calibration's command with --train-iters above 0 to train from them and save checkpoints"
         )
     raise FileNotFoundError(f"{named}: no checkpoint found{remedy}")

@@ -1,6 +1,6 @@
 """`python -m megatron_ext.rehearsal SCRIPT FLAGS`: runs a script in a process that has the simulated device.
 
-`--rehearse` starts it, once for each rank that is rehearsed.
+The flag `--rehearse` starts this program once for each rehearsed rank.
 """
 
 import os
@@ -21,18 +21,19 @@ def main() -> None:
         device_library.load()
     except (OSError, ValueError) as error:
         exit_with_error(str(error))
-    # Imported late: this imports torch, which must find the device.
+    # Imported late, because this imports torch, which must find the device.
     from megatron_ext.rehearsal.rehearsed_rank import simulate
 
-    # Before the script reads its flags: with --load it imports the engine, which takes functions of torch by name.
-    # A script that is started without --rehearse chooses and simulates its device by itself.
+    # Simulate the device before the script reads its flags: with --load, the script then imports the engine, which
+    # imports functions of torch by name. A script that is started directly, without --rehearse, simulates its device
+    # itself.
     if REHEARSED_DEVICE in os.environ:
         memory = os.environ.get(MEMORY)
         simulate(device_named(os.environ[REHEARSED_DEVICE], float(memory) if memory else None))
-    # Its kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
+    # Transformer Engine's kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
     hide_transformer_engine("Transformer Engine is not rehearsed")
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does when it starts a script
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""Starts rehearsals: one process for each rehearsed rank, which runs the command again on the simulated device.
+"""Starts rehearsals: for each rehearsed rank, a process that runs the command again on the simulated device.
 
 parent   `--rehearse` on the command line: chooses the ranks, sets the environment that `torchrun` would set
 child    `python -m megatron_ext.rehearsal SCRIPT FLAGS`: loads the device, runs the same script, prints the report
@@ -22,14 +22,14 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 _ROOT = Path(__file__).parents[2]
 
 REHEARSED_DEVICE = "MEGATRON_EXT_REHEARSED_DEVICE"
-"""Environment variable that tells a child the name of the simulated device."""
+"""Environment variable of a child process with the name of the simulated device."""
 
 MEMORY = "MEGATRON_EXT_REHEARSED_MEMORY_GB"
-"""Environment variable that tells a child the memory of the simulated device, if it was given."""
+"""Environment variable of a child process with the memory of the simulated device, if the user gave it."""
 
 
 def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
-    """Calls `run(config)`, or rehearses it if --rehearse was given; returns the process's exit code.
+    """Calls `run(config)`, or rehearses this call if --rehearse was given; returns the process's exit code.
 
     Raises:
         ValueError, OSError: a user error; the message is one line.
@@ -37,7 +37,8 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     if not config.rehearsal.is_on:
         if config.rehearsal.world_size and not config.training.dry_run:
             raise ValueError(
-                f"--world-size {config.rehearsal.world_size}: requires --rehearse or --dry-run; in a run that trains, "
+                f"--world-size {config.rehearsal.world_size}: requires --rehearse or --dry-run; in a "
+                "run that trains, "
                 "torchrun sets the number of processes"
             )
         return run(config)
@@ -45,7 +46,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         # Imported late: this imports torch, which must find the device.
         from megatron_ext.rehearsal.rehearsed_rank import rehearse_rank
 
-        # Model families do for a dry run what a rehearsal needs: they require no base model and no directory.
+        # As in a dry run, model families must require neither a base model nor a directory.
         return rehearse_rank(
             dataclasses.replace(config, training=dataclasses.replace(config.training, dry_run=True)), run
         )
@@ -61,10 +62,10 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         )
     device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     if int(os.environ.get("RANK") or 0) != 0:
-        return 0  # under torchrun, one process rehearses
+        return 0  # under torchrun, only one process rehearses
     processes = planned_processes(config.rehearsal, config.parallel)
     ranks = ranks_to_rehearse(config.rehearsal, config.parallel, processes)
-    device_library.library()  # an error in compiling it is the command's first line
+    device_library.library()  # compile now, so that a compiler error is the first line of output
     print(
         f"rehearsing rank {', '.join(map(str, ranks))} of {processes} on simulated GPUs: seconds to minutes, "
         "in proportion to layers x micro-batches",
@@ -83,23 +84,24 @@ def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, proc
     parallel.data_parallel_size(processes)
     if rehearsal.rehearse == ALL_KINDS:
         stages = parallel.pipeline_model_parallel_size
-        # Of the inner stages, the second holds the most micro-batches. megatron-core numbers the ranks of a stage one
-        # after the other.
+        # Among the inner stages, the second holds the most micro-batches. In megatron-core, the ranks of a stage are
+        # consecutive.
         return [stage * (processes // stages) for stage in sorted({0, min(1, stages - 1), stages - 1})]
     rank = int(rehearsal.rehearse or 0)
     if rank >= processes:
         raise ValueError(
-            f"--rehearse {rank}: must be less than the number of processes, {processes}: ranks are 0 to {processes - 1}"
+            f"--rehearse {rank}: must be less than the number of processes, {processes}: ranks are 0 "
+            f"to {processes - 1}"
         )
     return [rank]
 
 
 def _start(rank: int, processes: int, rehearsal: RehearsalConfig) -> int:
-    """Rehearses one rank in a process of its own; returns its exit code."""
+    """Rehearses one rank in a separate process; returns the exit code."""
     place = {
         "RANK": rank,
         "WORLD_SIZE": processes,
-        "LOCAL_RANK": 0,  # the process that prints errors
+        "LOCAL_RANK": 0,  # processes with this local rank print errors
         "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_HOST),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 1,

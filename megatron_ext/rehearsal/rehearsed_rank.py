@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch._dynamo  # the first optimizer imports it, which must happen before torch is changed
+import torch._dynamo  # the first optimizer would import this module, but the import must happen before torch is changed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ext.config.run_config import C
@@ -39,14 +39,14 @@ def simulate(device: Device) -> Recorder:
 
 
 def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
-    """Runs the run on the simulated device, as the rank in the environment; returns the exit code.
+    """Executes a run on the simulated device, with the rank in the environment; returns the exit code.
 
-    The code is that of the run if it is not 0, otherwise `DOES_NOT_FIT` or 0.
+    The exit code is the run's own code if that is not 0, otherwise `DOES_NOT_FIT` or 0.
     """
     device = device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     recorder = simulate(device)
     run_phases.observer = recorder
-    # What the run prints is about values, of which there are none.
+    # Suppress the run's output, because it is about values, and there are none.
     with (
         contextlib.redirect_stdout(io.StringIO()),
         torch.autograd.set_multithreading_enabled(False),

@@ -1,4 +1,4 @@
-"""Prints what a rehearsed rank did: memory, communication, waits, and an estimate of a step's time."""
+"""Prints the results of a rehearsed rank: memory, communication, waits, and an estimate of a step's time."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ from megatron_ext.rehearsal.step_time import (
 )
 from megatron_ext.training.logging.progress_line import binary_size, compact
 
-_PLAIN_WIDTH = 120  # columns where the output is not a terminal
+_PLAIN_WIDTH = 120  # columns if the output is not a terminal
 _PLACES = 12
 _BETWEEN_TWO = ("send", "receive")
-_SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not what a group is made for
+_SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not a group's main traffic
 _ROOM = 0.1  # share of the memory that CUDA, NCCL and fragmentation may take: a rule of thumb
 
 
@@ -74,7 +74,9 @@ class Rehearsal:
 
     @property
     def bubble(self) -> float:
-        """Idle time of the pipeline as a share of its busy time: (P - 1) / (m v)."""
+        """Idle time of the pipeline divided by its busy time: (P - 1) / (m v) for P stages, m micro-batches and v
+        chunks per stage.
+        """
         stages = self.parallel.pipeline_model_parallel_size
         return (stages - 1) / (self.micro_batches * max(1, self.recorder.chunks))
 
@@ -85,7 +87,7 @@ class Rehearsal:
 
     @cached_property
     def peak(self) -> Peak:
-        """The allocations at the moment of largest memory; found by going through all of them."""
+        """The allocations at the moment of largest memory, found by replaying all allocations."""
         return self.recorder.memory.at_peak()
 
     def peak_of_steps(self) -> Peak:
@@ -100,7 +102,9 @@ class Rehearsal:
 
 
 def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """Returns a line for a rehearsal: what is fused without Transformer Engine, and what it would fuse as well."""
+    """Returns a line that lists the kernels fused in a rehearsal, and the further ones that Transformer Engine would
+    fuse.
+    """
     by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
     own = [
         *(["attention"] if model.attention_backend == "sdpa" else []),
@@ -115,7 +119,7 @@ def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
     more = ["norms with the linear layers after them"]
     more += ["rotary embedding"] if model.position_embedding_type == "rope" else []
     more += ["SwiGLU"] if model.swiglu else []
-    return f"{line}; also {', '.join(more)} where Transformer Engine is installed, which is not rehearsed"
+    return f"{line}; also {', '.join(more)} if Transformer Engine is installed, which is not rehearsed"
 
 
 def print_report(rehearsal: Rehearsal) -> None:
@@ -140,7 +144,7 @@ def print_report(rehearsal: Rehearsal) -> None:
 
 
 def place_of(rank: int, processes: int, parallel: ParallelConfig) -> tuple[int, int, int, int]:
-    """Returns a rank's index in its tensor, context, data and pipeline group, in megatron-core's order of ranks."""
+    """Returns a rank's index in its tensor, context, data and pipeline groups, for megatron-core's order of ranks."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     copies = parallel.data_parallel_size(processes)
     return (
@@ -172,7 +176,7 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
         if total.bytes > _SCALAR_BYTES * total.calls
     ]
     reduced = [call for call in calls if call.operation in ("all-reduce", "reduce-scatter")]
-    # Of two stages, each receives over the group of all ranks.
+    # With two stages, each stage receives over the group of all ranks.
     between_stages = any(call.operation in _BETWEEN_TWO for call in calls)
     done = {
         f"sends activations over TP (size {parallel.tensor_model_parallel_size})": (
@@ -184,7 +188,7 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
         f"sends keys and values over CP (size {context})": (
             context == 1 or _over("CP", [call for call in calls if call.operation == "all-gather"])
         ),
-        # With one copy of the model, its context-parallel ranks share their group with the gradients.
+        # With one copy of the model, gradients are reduced over the same group as the context-parallel messages.
         f"reduces gradients over DP (size {copies * context})": (
             copies * context == 1
             or not rehearsal.has_gradients
@@ -214,11 +218,13 @@ def _header(rehearsal: Rehearsal) -> str:
         f"on a simulated {device.name} with {binary_size(device.memory)}, "
         f"{rehearsal.training.precision}; tensors have no values, so losses mean nothing\n"
         f"{recorder.parameters:,} parameters on this rank; "
-        f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences a step (micro-batches x size), "
+        f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences per step "
+        "(micro-batches x size), "
         f"{compact(flops)} FLOPs on this rank\n"
         f"{recorder.activity.groups:,} process groups are created at the start, which takes time on a large cluster\n"
         f"{rehearsal.kernels}\n"
-        f"rehearsed with {rehearsal.seconds:.1f} s of processor time and {binary_size(rehearsal.host_bytes)} of memory"
+        f"rehearsed with {rehearsal.seconds:.1f} s of processor time and "
+        f"{binary_size(rehearsal.host_bytes)} of memory"
     )
 
 
@@ -274,7 +280,7 @@ def _verdict(rehearsal: Rehearsal) -> str:
 
 
 def _less_memory(rehearsal: Rehearsal) -> str:
-    """Returns a line about what lowers the peak, without what is set already."""
+    """Returns a line that lists the settings that would lower the peak and are not already set."""
     parallel = rehearsal.parallel
     has_tensor = parallel.tensor_model_parallel_size > 1
     ways = {
@@ -337,7 +343,8 @@ def _time_text(rehearsal: Rehearsal) -> str:
         f"communication {time.waited:.3f} s ({time.hidden:.3f} s more in parallel with it) at "
         f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s per GPU between hosts, of "
         f"{GPUS_PER_HOST} GPUs each",
-        f"pipeline bubble {time.bubble:.1%} of the time of the micro-batches, {time.idle:.3f} s, if all stages take as "
+        f"pipeline bubble {time.bubble:.1%} of the time of the micro-batches, {time.idle:.3f} s, if "
+        "all stages take as "
         "long as this one",
         f"update {time.update:.3f} s",
     )

@@ -1,10 +1,10 @@
-"""Estimates the time of a step from what a rehearsed rank did in it and from its device's rates.
+"""Estimates the time of a step from a rehearsed rank's operations and from its device's rates.
 
     products         FLOPs of matrix products and attention / peak FLOP rate
     other            bytes that other operations read and write / memory bandwidth
     communication    bytes that a ring sends / rate of the host's links, or of the network for groups on several hosts
-    step             products + other + communication that is waited for + update + idle time of the pipeline
-    idle time        bubble x those products, other operations and communication that every micro-batch repeats
+    step             products + other + communication that the rank waits for + update + idle time of the pipeline
+    idle time        bubble x the time of products, other operations and communication that every micro-batch repeats
 
 This is a lower bound if no other stage of the pipeline is faster than this one. A real step is slower: kernels reach
 only a part of these rates, and launching them takes time.
@@ -41,7 +41,7 @@ class StepTime:
     """Seconds of `other` and `waited` that occur once per step, whatever the number of micro-batches."""
 
     bubble: float
-    """Time that the pipeline is idle, as a share of the time of all micro-batches."""
+    """Idle time of the pipeline divided by the time of all micro-batches."""
 
     @property
     def idle(self) -> float:
@@ -70,7 +70,7 @@ def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> 
         sum(time for call, time in waited.items() if call.operation == way) for way in ("send", "receive")
     )
     once = sum(time for call, time in waited.items() if not _in_every_micro_batch(call))
-    # Outside modules and their backward pass: zeroing and scaling the gradients.
+    # Operations outside modules and their backward pass zero and scale the gradients.
     once += sum(size for (phase, place), size in moved.items() if place == phase != UPDATE) / device.bandwidth
     hidden = sum(seconds(call, total, device) for call, total in calls.items() if call.asynchronous)
     return StepTime(
@@ -85,15 +85,17 @@ def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> 
 
 
 def _in_every_micro_batch(call: Call) -> bool:
-    """Whether every micro-batch repeats a call; the others reduce gradients, gather weights or agree on a value."""
+    """Returns whether every micro-batch repeats a call; all other calls reduce gradients, gather weights or share a
+    value.
+    """
     if call.operation in ("send", "receive") or call.group == "TP":
         return True
-    # Keys and values are gathered; what is reduced over CP may be gradients.
+    # Over CP, an all-gather is for keys and values, but a reduction may be for gradients.
     return call.group == "CP" and call.operation == "all-gather"
 
 
 def traffic_of(recorder: Recorder, scope: str) -> dict[tuple[str, str], int]:
-    """Returns the bytes that a scope's other operations read and write, by phase and place."""
+    """Returns the bytes that a scope's operations other than matrix products read and write, by phase and place."""
     return {
         (phase, place): size
         for (of_scope, phase, place), size in recorder.traffic.items()

@@ -28,7 +28,7 @@ _MOST_COLUMNS = 300
 """Largest number of columns in a heat map over steps; more steps are averaged into this many columns."""
 _LOG_SPAN = 100.0
 _HIGHEST = 4.5
-"""Largest height of all rows of a heat map together, in inches; many rows are made lower to fit."""
+"""Largest total height of a heat map's rows, in inches; if there are many rows, each is made lower."""
 _MOST_ROW_LABELS = 24
 
 

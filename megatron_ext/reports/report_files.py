@@ -27,6 +27,6 @@ def write_report(path: str | Path, text: str) -> None:
     except OSError as error:
         raise OSError(
             error.errno, error.strerror, str(target)
-        ) from None  # the error of a full disk names no file
+        ) from None  # the error of a full disk does not contain the file's name
     finally:
         part.unlink(missing_ok=True)

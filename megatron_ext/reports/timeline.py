@@ -1,4 +1,4 @@
-"""Draws a timeline: rectangles that show what exists at which steps, and optional curves below on the same x axis."""
+"""Draws a timeline: rectangles over ranges of steps, and optional curves below on the same x axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

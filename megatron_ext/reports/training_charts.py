@@ -42,10 +42,10 @@ def training_charts(
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
     if len(bands) == 1:
-        bands = []  # a name over the whole chart would say nothing
+        bands = []  # one name over the whole chart would be useless
     constant = constant_values(curves, wanted)
     groups: dict[ScalarChart, dict[str, Curve]] = {}
-    # Short tags first: a training loss before the same loss in validation.
+    # Short tags come first, so that a training loss precedes the same loss in validation.
     for tag, curve in sorted(curves.items(), key=lambda item: (len(item[0]), item[0])):
         if wanted(tag) and tag != STAGE_TAG and curve[0] and tag not in constant:
             groups.setdefault(chart_of(tag, declared), {})[tag] = curve
@@ -59,7 +59,7 @@ def constant_values(
 ) -> dict[str, float]:
     """Returns the wanted tags with the same value at every one of several steps; `training_charts` leaves them out.
 
-    Values of layers are not among them: their heat map shows all layers together.
+    Values of layers are not included, because their heat map shows all layers together.
     """
     return {
         tag: values[0]

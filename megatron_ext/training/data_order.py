@@ -48,12 +48,14 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     if find_checkpoint(config.load, config.ckpt_step) is None:
         return
     stored = read_run_config(config.load, config.ckpt_step)
-    if "data" not in run or "data" not in stored:  # the caller supplies batches, whose order is unknown here
+    if (
+        "data" not in run or "data" not in stored
+    ):  # the caller supplies the batches, whose order is unknown here
         return
     reasons = [
         f"{flag_name(name)} is {ours} now and {theirs} in the checkpoint"
         for section, name in _DECIDING
-        # A checkpoint may be older than a flag.
+        # A checkpoint may lack a flag that is newer than the checkpoint.
         for ours, theirs in [(_text(run[section][name]), _text(stored[section].get(name, False)))]
         if ours != theirs
     ]

@@ -2,9 +2,9 @@
 
 No process group and no model are built. The tokenizer is built, because the size of its vocabulary is needed; if there
 is no tokenizer yet, pass --tokenizer-type NullTokenizer and --vocab-size. The number of processes is --world-size, or
-the environment variable WORLD_SIZE, which `torchrun` sets. Without them, as many processes are assumed as one copy of
-the model needs. If the trained part of the model changes during the run, as under a curriculum,
-all figures are for the last step.
+the environment variable WORLD_SIZE, which `torchrun` sets. Without either, the number of processes is what one copy
+of the model needs. If the trained part of the model changes during the run, as under a curriculum, all figures are
+for the last step.
 """
 
 import sys
@@ -32,11 +32,13 @@ from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.progress_line import binary_size, compact
 from megatron_ext.training.planned_memory import plan_memory
 
-_PLAIN_WIDTH = 110  # columns where the output is not a terminal
+_PLAIN_WIDTH = 110  # columns if the output is not a terminal
 
 
 def planned_world_size(config: RunConfig) -> int:
-    """Returns the number of processes: --world-size, else WORLD_SIZE, else as many as one copy of the model needs."""
+    """Returns the number of processes: --world-size, else WORLD_SIZE, else the number that one copy of the model
+    needs.
+    """
     return planned_processes(config.rehearsal, config.parallel)
 
 
@@ -50,7 +52,7 @@ def print_dry_run(
     Args:
         config: the run's configuration, resolved for `planned_world_size` processes.
         make_families: builds the model families from configuration and tokenizer.
-        stream: where to print; None for standard output.
+        stream: output stream; None for standard output.
 
     Raises:
         ValueError: the tokenizer cannot be built, or a model family does not accept its configuration.
@@ -108,8 +110,8 @@ def _describe_ramp(layout: ParallelLayout, training: TrainingConfig) -> str:
     several = sizes.sizes()
     shown = f"{several[0]} to {several[-1]} sequences, in {len(several)} sizes"
     return (
-        f"the first {sizes.steps_of_ramp()} steps have {shown}; memory and FLOPs below are those of a step after them, "
-        "except those of the whole run"
+        f"the first {sizes.steps_of_ramp()} steps have {shown}; memory and FLOPs below are for a step "
+        "after these, except the FLOPs of the whole run"
     )
 
 

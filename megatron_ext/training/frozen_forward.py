@@ -1,7 +1,7 @@
 """Runs additional forward passes through a frozen part of the model; their results may be cached.
 
-There are two uses: NPT's teacher (the base model, whose hidden states NPT's layers train with) and, in progressive
-growth, the trunk (the layers below the stack that is trained). Each has a cache of its own. The teacher's results
+There are two uses: NPT's teacher (the base model, whose hidden states are used to train NPT's layers) and, in
+progressive growth, the trunk (the layers below the trained stack). Each has a cache of its own. The teacher's results
 depend on tokens and positions only; the trunk's results also depend on its weights and on all other inputs.
 """
 
@@ -48,10 +48,10 @@ class FrozenForward:
 
 
 def ids_of_parts(ids: list[Id], device: torch.device) -> list[Id]:
-    """Returns ids of this rank's parts of whole sequences, for ids of the parts' own inputs; collective.
+    """Returns ids for the results on this rank's parts of sequences, given ids of the parts' inputs. Collective.
 
-    Under context parallelism a rank's results also depend on the other ranks' parts of a sequence. Its ids are digests
-    of all parts' ids and of its rank.
+    Under context parallelism, a rank's results also depend on the other ranks' parts of a sequence. The returned ids
+    are therefore digests of the ids of all parts, and of the rank.
 
     Args:
         ids: one id for each sequence, of the inputs on this rank.
@@ -113,7 +113,7 @@ def run_frozen(
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             run_forward(chunks, families, batches, output)
         else:
-            # Not through the schedule: this pass may run while the schedule fetches its next batch.
+            # Do not use the schedule, because this pass may run while the schedule fetches its next batch.
             for batch in batches:
                 output(chunks[0], batch, run_directly(chunks[0], families, batch))
     finally:

@@ -1,7 +1,7 @@
-"""Collects Python's garbage in the same steps on every rank (`--manual-gc`), instead of whenever a rank's counters ask.
+"""Collects Python's garbage in the same steps on every rank (`--manual-gc`), instead of automatically.
 
-An automatic collection takes long in a large process. Each rank would do it in another step, and all others would wait
-for it there.
+An automatic collection takes long in a large process. Each rank would collect in a different step, and all other
+ranks would have to wait in this step.
 """
 
 import contextlib

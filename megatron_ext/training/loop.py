@@ -3,8 +3,9 @@
 Everything the loop calls is collective, so all ranks must take the same decisions. Each decision therefore uses values
 that are equal on all ranks: losses, norms, clocks and signals are reduced during a step.
 
-The host reads a step's values while the device computes the next step, so that the device never idles. Where something
-depends on them (a progress line, an evaluation, a save, the end of the run), it reads them at once, and waits.
+The host reads a step's values while the device computes the next step, so that the device never idles. If the values
+are needed earlier (for a progress line, an evaluation, a save, or the end of the run), the host reads them at once
+and waits.
 """
 
 import gc
@@ -57,7 +58,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A step that was started."""
+    """A started step."""
 
     progress: TrainingProgress
     """Progress after the step, except that the number of skipped steps may not be known yet."""
@@ -70,17 +71,17 @@ class _Step:
     flops_per_token: float
 
     seconds: float
-    """Time until the step was queued, including the time in which the host waited for the step before."""
+    """Seconds until the step was queued, including the host's wait for the previous step."""
 
 
 @dataclass
 class _Saving:
-    """A save that runs beside training."""
+    """A save that runs while training continues."""
 
     progress: TrainingProgress
     started: float
     waited: float
-    """Seconds in which training has waited for it."""
+    """Seconds for which training has waited for the save."""
 
 
 class Loop:
@@ -101,8 +102,8 @@ class Loop:
         before_step: Callable[[int], None] = lambda iteration: None,
     ) -> None:
         """Args:
-        training: when the run evaluates and ends.
-        checkpoint: whether and when it saves.
+        training: settings of evaluation and of the run's length.
+        checkpoint: settings of saving.
         stepper: runs the steps.
         checkpointer: saves checkpoints.
         reporter: reports the steps.
@@ -194,17 +195,17 @@ class Loop:
     def _advance(
         self, progress: TrainingProgress, batches: Iterator[Batch], shared: Callable[[], torch.Tensor]
     ) -> TrainingProgress:
-        """Starts a step; finishes the step before, and this one too if its values are needed now.
+        """Starts a step and finishes the previous one; finishes this step, too, if its values are needed now.
 
         Returns:
-            The progress after this step. After too many steps that were not finite, that of the last of them.
+            The progress after this step; after too many non-finite steps, the progress after the last of these.
         """
         step = self._start(progress, batches, shared)
         before, self._unread = self._unread, step
         if before is not None:
             progress = self._finish(before)
             if self._is_diverged:
-                return progress  # this step is dropped, as if it had not been started
+                return progress  # the new step is dropped, as if it had not been started
         if self._needs_values(step.progress):
             self._unread = None
             return self._finish(step)
@@ -229,11 +230,11 @@ class Loop:
         )
 
     def _needs_values(self, progress: TrainingProgress) -> bool:
-        """Returns whether the step that was started last must be finished before the next one starts."""
+        """Returns whether the last started step must be finished before the next one starts."""
         iteration = progress.iteration
         intervals = (self.training.eval_interval, self.checkpoint.save_interval)
         return (
-            self._last is None  # after the first step all ranks exchange the names of the layers' values
+            self._last is None  # after the first step, all ranks exchange the names of the layers' values
             or self.reporter.ends_interval(iteration)
             or any(self._is_due(iteration, interval) for interval in intervals)
             or any(family.needs_values(iteration) for family in self.stepper.families)
@@ -242,7 +243,7 @@ class Loop:
         )
 
     def _finish(self, step: _Step) -> TrainingProgress:
-        """Reads and reports a step that was started; returns the progress after it."""
+        """Reads and reports the results of a started step; returns the progress after it."""
         began = time.perf_counter()
         result = self._last = step.read()
         seconds = step.seconds + time.perf_counter() - began
@@ -259,14 +260,14 @@ class Loop:
         return progress
 
     def _note_clipping(self, norm: float) -> None:
-        """Reports once that clipping couples layers that otherwise train by themselves."""
+        """Reports once that clipping couples layers that would otherwise train independently."""
         limit = self.stepper.clip_grad
         apart = any(family.trains_apart() for family in self.stepper.families)
         if apart and 0 < limit < norm and not self._has_noted_clipping:
             self._has_noted_clipping = True
             self.reporter.message(
-                f"note: the gradient norm {norm:.3g} exceeds --clip-grad {limit:g}; the clipping scales the gradients "
-                "of all layers together, so in such steps the layers do not train independently"
+                f"note: the gradient norm {norm:.3g} exceeds --clip-grad {limit:g}; clipping scales "
+                "the gradients of all layers together, so the layers do not train independently in such steps"
             )
 
     @property
@@ -350,7 +351,9 @@ class Loop:
         )
 
     def _proceed_with_save(self, *, wait: bool) -> None:
-        """Completes a save that runs beside training, if it has come that far or if `wait` is set."""
+        """Completes a save that runs while training continues, if the save has advanced far enough or if `wait` is
+        set.
+        """
         if self._saving is None:
             return
         started = time.perf_counter()
@@ -365,7 +368,9 @@ class Loop:
 
     @contextmanager
     def _running_save(self) -> Iterator[None]:
-        """Context manager of training: waits at its end for a save that still runs, or gives it up after an error."""
+        """Context manager around training: at the end, waits for a save that still runs; after an error, cancels the
+        save.
+        """
         try:
             yield
         except BaseException:
@@ -378,7 +383,7 @@ class Loop:
             self._report(progress, self.data.valid, "validation")
 
     def _evaluate_at_end(self, progress: TrainingProgress) -> None:
-        # A run that was complete before is evaluated again, because it may have been killed after its last save.
+        # A run that was already complete is evaluated again, because it may have been killed after its last save.
         if self.training.eval_iters == 0:
             return
         evaluated = (

@@ -1,7 +1,7 @@
 """Estimates a run's memory before anything is built, and refuses a run that cannot fit.
 
-A dry run prints the same estimate. The check leaves out temporary tensors, and a margin for the error of the rest, so a
-run that passes it may still run out of memory.
+A dry run prints the same estimate. The check ignores temporary tensors and leaves a margin for the estimate's error,
+so a run that passes the check may still run out of memory.
 """
 
 import os
@@ -16,7 +16,7 @@ from megatron_ext.training.logging.family_costs import BASE, RunCost, run_cost
 from megatron_ext.training.logging.progress_line import binary_size
 
 _CERTAIN = 0.95
-"""Share of the estimate that a run needs in any case; tests compare the estimate with rehearsals within 5 %."""
+"""Fraction of the estimate that a run certainly needs; tests compare the estimate with rehearsals within 5 %."""
 
 
 def plan_memory(
@@ -63,8 +63,8 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
     layout, _, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
-    # Which stages run on this machine is unknown here. For shared memory assume the mean over all stages, for a device
-    # per rank the smallest stage: then a run that fits is never refused.
+    # The stages that run on this machine are unknown here. For shared memory, assume the mean over all stages; for
+    # one device per rank, assume the smallest stage. Then a run that fits is never refused.
     totals = [_CERTAIN * stage.kept_bytes for stage in stages]
     needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
     copied = (
@@ -74,7 +74,7 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
         return
     if needed <= limit:
         raise ValueError(
-            f"--async-save: a step and the copy of what is saved need about {binary_size(needed + copied)} "
+            f"--async-save: a step and the copy of the saved tensors need about {binary_size(needed + copied)} "
             f"({binary_size(copied)} of this for the copy), but this machine has only "
             f"{binary_size(limit)}; omit the flag"
         )

@@ -2,8 +2,8 @@
 
     check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
-User errors are checked before the process group starts wherever that is possible, so that they are reported at once and
-no rank waits for another.
+If possible, user errors are found before the process group starts, so that they are reported at once and no rank
+waits for another.
 """
 
 import random
@@ -304,8 +304,8 @@ def _begin(
     training = config.training
     in_steps = training.train_iters is not None and training.has_constant_batch_size
     if config.optimizer.override_opt_param_scheduler and in_steps:
-        # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
-        # to the number of steps that are done. With a ramp the batch size follows from the samples.
+        # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the
+        # schedule to the number of completed steps. With a ramp, the batch size follows from the samples.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
@@ -318,7 +318,9 @@ def _flops_per_token(config: RunConfig, vocab_size: int, families: list[Family],
 
 
 def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the configuration that checkpoints store: config groups, vocabulary, whether documents begin with BOS."""
+    """Returns the configuration that checkpoints store: config groups, vocabulary, and whether documents begin with
+    BOS.
+    """
     trained_on = (prefix for prefix in config.data.trained_on if not is_number(prefix))
     return {
         **run_groups(config),

@@ -1,4 +1,4 @@
-"""Turns a run into its rehearsal: two steps and an evaluation on made-up batches; nothing is read or written.
+"""Converts a run to its rehearsal: two steps and an evaluation on synthetic batches; no files are read or written.
 
 The package `rehearsal` runs it on a simulated GPU, as a dry run: model families then need no base model and no
 directory. Schedules and curricula are those of the real run.
@@ -20,7 +20,7 @@ STEPS = 2
 
 
 def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tuple[C, RunOptions]:
-    """Returns configuration and options of a run's rehearsal.
+    """Returns the configuration and the options of a run's rehearsal.
 
     Args:
         config: the run's configuration, resolved.
@@ -60,7 +60,7 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
 
 
 def made_up_data(config: RunConfig, families: list[Family]) -> Data:
-    """Returns batches with the fields, shapes and types of the run's datasets; their values mean nothing."""
+    """Returns batches with the fields, shapes and types of the run's datasets, and with meaningless values."""
     aligned = any(family.dataset_options().get("per_layer_data_path") for family in families)
 
     def batches(consumed_samples: int) -> Iterator[Batch]:

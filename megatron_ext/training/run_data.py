@@ -79,7 +79,8 @@ def build_data(
 def _batches(
     micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
 ) -> Iterator[Batch]:
-    """Yields micro-batches without end; the field `epoch` [b] counts how often each sequence was read before.
+    """Yields micro-batches without end; the field `epoch` [b] is the number of times that each sequence was read
+    before.
 
     Raises:
         ValueError: a token id is not in the tokenizer's vocabulary.

@@ -14,7 +14,7 @@ from megatron_ext.training.loop import Data
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run deviates from plain pretraining; the defaults are plain pretraining."""
+    """Deviations of a run from plain pretraining; the defaults mean plain pretraining."""
 
     base: BaseCheckpoint | None = None
     """A checkpoint with the base model's weights. The run's own checkpoints then omit frozen parameters."""
@@ -26,8 +26,9 @@ class RunOptions:
     """Whether --load loads only tensors that exist in both checkpoint and run, and starts a new optimizer state."""
 
     prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
-    """Called once the base model is loaded, before the model is wrapped and a checkpoint of the run is loaded;
-    collective."""
+    """Called after the base model is loaded, before the model is wrapped and a checkpoint of the run is loaded;
+    collective.
+    """
 
     begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
     """Called before the first step of a run that does not resume from a checkpoint; collective."""
@@ -43,14 +44,16 @@ class RunOptions:
 
     first_iteration: int = 0
     """Number of steps that earlier runs of a series have done. Step numbers continue from there; the learning-rate
-    schedule restarts."""
+    schedule restarts.
+    """
 
     data: Data | None = None
     """The caller's batches, used instead of --data-path."""
 
     epoch_samples: int | None = None
     """Number of sequences per epoch; epochs then have the same sequences. If None, documents are packed anew in each
-    epoch, as megatron-core does."""
+    epoch, as megatron-core does.
+    """
 
     epoch_repeats: int | None = None
     """Number of epochs of `epoch_samples` with the same sequences, before the next sequences are read; None for all."""

@@ -3,9 +3,9 @@
     exit code = 128 + number of the signal (the shell's convention): SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143
 
 A handler only sets a flag. In every step all ranks combine their flags, because a signal may reach one rank a step
-earlier than another, and saving is collective. The host reads the result with the step's values, perhaps during the
-next step; then the run stops after that one. A second Ctrl-C ends the process at once. Loader processes get the same
-signals and ignore them; see `data.datasets.loader_processes`.
+earlier than another, and saving is collective. The host reads the result together with the step's values, possibly
+during the next step; the run then stops after this next step. A second Ctrl-C ends the process at once. Loader
+processes get the same signals and ignore them; see `data.datasets.loader_processes`.
 """
 
 import signal
@@ -42,7 +42,7 @@ EXIT_CODES = {
 """Maps each handled signal to its exit code."""
 
 NO_SIGNAL = 1
-"""What `SignalWatcher.shared` returns where no rank has received a signal."""
+"""Result of `SignalWatcher.shared` if no rank has received a signal."""
 
 
 # `torchrun` forwards a SIGINT that the terminal has already sent to every process: one Ctrl-C arrives twice.
@@ -95,14 +95,15 @@ class SignalWatcher:
             signal.signal(number, handler)
 
     def shared(self, *, time_is_left: bool) -> torch.Tensor:
-        """Shares among all ranks whether the run has to stop; the host waits for nothing. Collective.
+        """Shares among all ranks whether the run has to stop, without making the host wait. Collective.
 
         Args:
-            time_is_left: whether the run may go on by this rank's clock.
+            time_is_left: whether, by this rank's clock, the run may continue.
 
         Returns:
-            float64 on the device, equal on every rank: NO_SIGNAL, or minus the number of a signal that a rank has
-            received (the highest, if there are several); and whether time is left on every rank, 1 or 0.
+            Two float64 values on the device, equal on every rank. The first is NO_SIGNAL, or minus the number of a
+            signal that a rank has received (the highest number, if there are several). The second is 1 if time is
+            left on every rank, otherwise 0.
         """
         numbers = (float(-self._received if self._received else NO_SIGNAL), float(time_is_left))
         # `torch.tensor` would make the host wait for a copy to the device.

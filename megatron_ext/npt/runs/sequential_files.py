@@ -75,7 +75,7 @@ def read_state(folder: Path) -> SequentialState | None:
         return None
     info = files.read_json(path)
     if info.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by a sequential run of this program")
+        raise ValueError(f"{path} was not written by a sequential run of this package")
     try:
         current = info["layer_in_progress"]
         return SequentialState(

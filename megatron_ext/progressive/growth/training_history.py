@@ -95,7 +95,7 @@ def read_history(save: Path) -> History:
         return History()
     content = files.read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by progressive training of this program")
+        raise ValueError(f"{path} was not written by progressive training of this package")
     try:
         finished = tuple(Finished(**phase) for phase in content["finished"])
         return History(rack=Rack.from_json(content["rack"]), finished=finished)

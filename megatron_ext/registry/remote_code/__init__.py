@@ -1,1 +1,3 @@
-"""Models with per-layer embeddings or NPT layers as Hugging Face directories that bring their own code."""
+"""Exports models with per-layer embeddings or NPT layers as Hugging Face directories that contain the model's
+code.
+"""

@@ -33,13 +33,15 @@ def export_with_code(
     npt_weights: str | None = None,
     **options: Any,
 ) -> list[str]:
-    """Exports the model in a checkpoint with what PLE and NPT add to it.
+    """Exports the model in a checkpoint with the parts that PLE and NPT add to it.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
         model_dir: output directory.
-        per_layer_vocab_file: vocabulary next to which the table of per-layer ids lies, for a checkpoint without one.
-        npt_weights: file of NP weights, for a checkpoint of their base model or in place of the checkpoint's.
+        per_layer_vocab_file: per-layer vocabulary whose directory contains the table of per-layer ids, for a
+            checkpoint without a table.
+        npt_weights: file of NP weights, to add to a base model's checkpoint or to use instead of the checkpoint's
+            own.
         options: see `interop.export_checkpoint`.
 
     Returns:
@@ -68,7 +70,8 @@ def _parts(
         stored = families[PerLayerFamily.name]
         if stored["settings"]["per_layer_preset"] == "gemma3n":
             raise ValueError(
-                "--per-layer-preset gemma3n: can be exported as Gemma3nForCausalLM only, which cannot express it"
+                "--per-layer-preset gemma3n: can be exported only as Gemma3nForCausalLM, which cannot "
+                "express this model"
             )
         families[PerLayerFamily.name] = _with_table(stored, load, vocab_file, tokenizer_config)
         if stored["settings"]["per_layer_strategy"] == "attention_guidance":
@@ -91,8 +94,8 @@ def _with_table(
         return stored
     if vocab_file is None:
         raise ValueError(
-            f"--load {load}: was trained on aligned per-layer data and has no table of per-layer ids; give the "
-            "vocabulary that the data was made with as --per-layer-vocab-file"
+            f"--load {load}: was trained on aligned per-layer data and has no table of per-layer ids; "
+            "give the data's vocabulary with --per-layer-vocab-file"
         )
     strategy, tokenizer = family.settings.per_layer_strategy, build_tokenizer(tokenizer_config)
     table = load_per_layer_table(strategy, tokenizer=tokenizer, vocab_file=vocab_file)
@@ -102,7 +105,7 @@ def _with_table(
 def _np_weights(
     path: str, stored: dict[str, Any] | None, model: ModelConfig
 ) -> tuple[NPTModuleConfig, dict[str, torch.Tensor]]:
-    """Returns the settings of a file of NP weights, and its factors by their names in a checkpoint."""
+    """Returns the settings and the factors of a file of NP weights; the factors have their names in a checkpoint."""
     if stored is not None:
         settings = NPTFamily.from_configuration(stored).settings
         tensors = read_np_weights(path, settings)
@@ -110,8 +113,8 @@ def _np_weights(
         tensors, found = read_np_weight_file(path)
         if found is None:
             raise ValueError(
-                f"--npt-weights {path}: config.json is missing in the directory of this file; it is required to know "
-                "the layers and the form of the weights"
+                f"--npt-weights {path}: config.json, which specifies the layers and the form of the "
+                "weights, is missing in this file's directory"
             )
         settings = found
     NPTFamily(settings).check(model, ParallelConfig())
@@ -133,7 +136,7 @@ def read_families(
         tokenizer: the model's tokenizer.
 
     Raises:
-        ValueError: config.json has unknown, missing or contradicting fields in the families' sections.
+        ValueError: config.json has unknown, missing or contradictory fields in the families' sections.
     """
     try:
         found = families_in(config, files.read_integers(IDS))
@@ -142,6 +145,8 @@ def read_families(
         reason = f"{error.args[0]} is missing" if missing else str(error)
         raise ValueError(f"{files.folder}/config.json: {' or '.join(SECTIONS)}: {reason}") from None
     groups = {}
-    if PerLayerFamily.name in found:  # the flags with which training goes on; NPT starts from a base model
+    if (
+        PerLayerFamily.name in found
+    ):  # these flags continue the training of PLE; NPT instead starts from a base model
         groups["per_layer"] = PerLayerFamily.from_configuration(found[PerLayerFamily.name]).settings
     return Families(configurations=found, groups=groups, parts=parts_of(found, model, tokenizer.eod))

@@ -1,4 +1,4 @@
-"""The parts that PLE and NPT add to a model in Hugging Face's format, and the families that such a directory describes.
+"""Converts PLE's and NPT's parts of a model between a checkpoint and an exported Hugging Face directory.
 
     checkpoint                                                     Hugging Face
     per_layer.norm.weight                              [p]         model.per_layer_norm.weight
@@ -36,7 +36,7 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 CODE = Path(__file__).with_name("modeling_megatron_ext.py")
 IDS = "model.per_layer_ids"
 BASES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Phi3", "Olmo2", "Olmo3", "SmolLM3", "Granite")
-"""Base models of which `modeling_megatron_ext` has a class."""
+"""Base models for which `modeling_megatron_ext` has a class."""
 
 PER_LAYER_FIELDS = (
     "per_layer_preset",
@@ -48,7 +48,7 @@ PER_LAYER_FIELDS = (
     "per_layer_embed_scale",
     "per_layer_strategy",
 )
-"""PLE's fields that are written to config.json as they are."""
+"""PLE's fields that are written to config.json unchanged."""
 
 NPT_FIELDS = (
     "np_form",
@@ -60,7 +60,7 @@ NPT_FIELDS = (
     "np_scale",
     "freeze_base",
 )
-"""NPT's fields that are written to config.json as they are."""
+"""NPT's fields that are written to config.json unchanged."""
 
 
 def parts_of(families: dict[str, Any], model: ModelConfig, eod: int | None) -> AddedParts:
@@ -117,7 +117,7 @@ def families_in(config: dict[str, Any], ids: torch.Tensor | None) -> dict[str, A
 def stored_factors(
     tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, model: ModelConfig
 ) -> dict[str, torch.Tensor]:
-    """Returns the NP factors of a file of NP weights by their names in a checkpoint.
+    """Returns the factors in a file of NP weights, by their names in a checkpoint.
 
     Raises:
         ValueError: the file lacks a factor.

@@ -1,10 +1,10 @@
 """Per-layer embeddings (PLE) and NPT layers on a Llama-like model of transformers, as trained by megatron-ext.
 
-This file lies in an exported directory. It needs torch and transformers (5 or later) only:
+This file is part of an exported directory. It needs only torch and transformers (5 or later):
 
     AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
-Two sections of config.json say what is added to the base model; either may be missing.
+Two sections of config.json describe the additions to the base model; one of them may be missing.
 
 `per_layer_embedding`: every layer gates a vector c into the residual stream x, before the layer or after its MLP. `e`
 is the word embedding that enters the first layer, `id` the token's per-layer id, h the hidden size, p the width of c.
@@ -15,12 +15,13 @@ is the word embedding that enters the first layer, `id` the token's per-layer id
     gated        c = g * E + (1 - g) * P,            g = sigmoid([P ; E] @ W)
     x <- x + RMSNorm( W_out( act(W_gate x) * c ) )   then x <- x * layer_scalar, if the layer has one
 
-`npt`: in some layers the attention output `a` does not enter the MLP; it changes the MLP's weights, for each token. `y`
-is what a weight matrix computes from its input `x`, `n` the normed input of the layer, r the rank, k the components.
+`npt`: in some layers, the attention output `a` is not an input of the MLP; it changes the MLP's weights, for each
+    token. `y` is the output of a weight matrix for the input `x`, `n` the normed input of the layer, r the rank, k
+    the number of components.
 
     low_rank         y = W x + scale * (x A * tanh(a A)) B
     outer_product    y = W x + scale / sqrt(k r) * sum over k of (v_a . x) * z B       v_a = z A / sqrt(r) + c_a
-    key_value        gate and up read  rho n + weight * (a A B) / rms(h + a),  rho = rms(h) / rms(h + a);
+    key_value        input of gate and up:  rho n + weight * (a A B) / rms(h + a),  rho = rms(h) / rms(h + a);
                      down              y = W x + a A B
     output = h + MLP(n), or h + a + MLP(n) with np_residual "keep"
 """
@@ -68,7 +69,7 @@ class PerLayerNorm(nn.Module):
 
 
 class PerLayerEmbedding(nn.Module):
-    """The per-layer embedding of one layer."""
+    """Per-layer embedding in one layer."""
 
     layer_scalar: torch.Tensor
 
@@ -137,7 +138,9 @@ class Factors(nn.Module):
         raise NotImplementedError
 
     def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """Returns what the change of the weight matrix adds to its output, from its input and the attention output."""
+        """Returns the change of the weight matrix's output that the update causes, given its input and the attention
+        output.
+        """
         raise NotImplementedError
 
 
@@ -196,7 +199,7 @@ class KeyValue(Factors):
         return (attention @ self.A * self.scale) @ self.B
 
     def mlp_input(self, norm: Any, hidden: torch.Tensor, attention: torch.Tensor, eps: float) -> torch.Tensor:
-        """Returns what gate and up read instead of the normed input."""
+        """Returns the input of gate and up, which replaces the normed input."""
         of_sum = inverse_rms(hidden.float() + attention.float(), eps)
         gain = 1 + self.scale * (of_sum / inverse_rms(hidden, eps) - 1)
         code = attention @ self.A * self.scale * of_sum.to(attention.dtype)
@@ -207,7 +210,9 @@ _FORMS = {"low_rank": LowRank, "outer_product": OuterProduct, "key_value": KeyVa
 
 
 class ExtendedLayer(nn.Module):
-    """A decoder layer of transformers with per-layer embedding, NPT or both; comes before it among the base classes."""
+    """Mixin that adds per-layer embedding, NPT or both to a decoder layer of transformers; list it before that
+    class.
+    """
 
     self_attn: Any
     mlp: Any
@@ -266,7 +271,7 @@ class ExtendedLayer(nn.Module):
 
 
 class ExtendedModel(nn.Module):
-    """A model of transformers with such layers, without its head; comes before it among the base classes."""
+    """Mixin that extends a model of transformers (without head) with such layers; list it before that class."""
 
     layer_class: Any
     config: Any
@@ -296,17 +301,19 @@ class ExtendedModel(nn.Module):
         per_layer_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the model; `per_layer_ids` [b, s] takes the place of the ids that are computed from `input_ids`."""
+        """Runs the model; `per_layer_ids` [b, s], if given, replaces the ids that are computed from `input_ids`."""
         if self.config.per_layer_embedding:
             settings = self.config.per_layer_embedding
             keeps = self.config.use_cache if use_cache is None else use_cache
             if settings.get("marks") and past_key_values is None and keeps and not self.training:
-                past_key_values = DynamicCache(config=self.config)  # it keeps where a document began
+                past_key_values = DynamicCache(
+                    config=self.config
+                )  # the cache also stores the beginning of the current document
             if per_layer_ids is None and input_ids is not None:
                 per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
             if inputs_embeds is None:
                 input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            # Granite multiplies the embedding in the model's forward pass.
+            # Granite multiplies the embedding only in the model's forward pass, so do it here.
             word_embedding = inputs_embeds * getattr(self.config, "embedding_multiplier", 1.0)
             kwargs["per_layer"] = (word_embedding, per_layer_ids, self.per_layer_norm.weight)
         return super().forward(
@@ -328,18 +335,22 @@ class ExtendedModel(nn.Module):
     def marked(
         self, ids: torch.Tensor, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any
     ) -> torch.Tensor:
-        """Replaces the ids that depend on the position in a document: its first token, each tenth, its end token."""
+        """Replaces the ids that depend on the position in a document: of its first token, every tenth token, and its
+        end token.
+        """
         marks, length = self.config.per_layer_embedding["marks"], tokens.size(1)
         is_token = torch.ones_like(tokens, dtype=torch.bool)
         if positions is None:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-                positions = positions - mask.int().argmax(-1, keepdim=True)  # without the padding on the left
+                positions = positions - mask.int().argmax(
+                    -1, keepdim=True
+                )  # do not count padding on the left
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             is_token = mask[:, -length:].bool()
         is_end = (tokens == marks["end_token"]) & is_token
-        # A document begins after the end of the one before it; the cache keeps where the last one began.
+        # A document begins after the end of the previous one; the cache stores the beginning of the last one.
         begun = getattr(cache, "document_start", torch.zeros_like(tokens[:, :1]))
         starts = torch.cat([begun, torch.where(is_end, positions + 1, 0)], dim=1).cummax(dim=1).values
         if cache is not None:
@@ -350,7 +361,7 @@ class ExtendedModel(nn.Module):
 
 
 class ExtendedForCausalLM(nn.Module):
-    """The same with its head."""
+    """Mixin for the same model with its head."""
 
     model_class: Any
     post_init: Any
@@ -370,7 +381,7 @@ def _classes(name: str, kind: str) -> dict[str, Any]:
     )
     ours, text = f"MegatronExt{name}", "Text" if name == "Gemma3" else ""
     base = getattr(configuration, f"{name}{text}Config")
-    # The parallel plans of transformers do not cover what is added.
+    # The parallel plans of transformers do not cover the added parts.
     plain = dict.fromkeys(("per_layer_embedding", "npt", "base_model_tp_plan", "base_model_pp_plan"))
     config = type(f"{ours}Config", (base,), {"model_type": f"megatron_ext_{base.model_type}", **plain})
     layer = type(f"{ours}DecoderLayer", (ExtendedLayer, getattr(modeling, f"{name}DecoderLayer")), {})
@@ -385,7 +396,7 @@ _BASES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Phi3", "Olmo2", "Olmo
 
 
 def __getattr__(name: str) -> Any:
-    """Makes the classes of one base when they are asked for, such as `MegatronExtLlamaForCausalLM`."""
+    """Creates a base model's classes at the first access, such as `MegatronExtLlamaForCausalLM`."""
     for base in _BASES:
         if name.startswith(f"MegatronExt{base}"):
             return _classes(base, base.lower())[name]

@@ -1,1 +1,1 @@
-"""The record of what a rehearsed rank does."""
+"""Records the operations, memory and communication of a rehearsed rank."""

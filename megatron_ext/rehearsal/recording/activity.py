@@ -1,4 +1,6 @@
-"""Records what a rehearsed rank does apart from computing: collectives, waits of the host for the device, oddities."""
+"""Records a rehearsed rank's activity other than computation: collectives, waits of the host for the device,
+oddities.
+"""
 
 import sys
 from collections import Counter
@@ -27,7 +29,7 @@ class Call:
     """`cuda` or `cpu`, or `object` for Python objects."""
 
     asynchronous: bool
-    """Whether anything else was done between its start and the wait for its end."""
+    """Whether other operations were executed between the start of the call and the wait for its end."""
 
     hosts: int
     """Number of hosts on which the group's ranks run."""
@@ -37,7 +39,7 @@ class Call:
 
 @dataclass
 class Total:
-    """How often something happened, and its bytes."""
+    """Number of occurrences, and the sum of their bytes."""
 
     calls: int = 0
     bytes: int = 0
@@ -49,7 +51,7 @@ class Activity:
 
     step: int = 0
     groups: int = 0
-    """Number of process groups that the rank has created; it is a member of only a few of them."""
+    """Number of process groups that the rank has created, although it is a member of only a few."""
 
     operations: int = 0
     """Number of operations that the rank has executed."""
@@ -63,7 +65,7 @@ class Activity:
     """Copies between host and device, by scope, direction and place."""
 
     oddities: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Counts of things that work but should not happen, by scope and description."""
+    """Counts of suspicious operations that work but should not occur, by scope and description."""
 
     @property
     def phase(self) -> str:
@@ -72,7 +74,7 @@ class Activity:
 
     @property
     def scope(self) -> str:
-        """The scope of what happens now."""
+        """The current scope."""
         if EVALUATION in self.phases:
             return EVALUATE
         return f"step {self.step}" if self.step else START
@@ -93,7 +95,7 @@ class Activity:
         total.bytes += size
 
     def is_awaited_at_once(self, scope: str, call: Call, size: int) -> None:
-        """Records that a call, counted as asynchronous in `scope`, is waited for before anything else is done."""
+        """Records that the rank waits at once for a call that is counted as asynchronous in `scope`."""
         total = self.communication[scope, call]
         total.calls -= 1
         total.bytes -= size

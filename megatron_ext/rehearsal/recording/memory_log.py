@@ -1,11 +1,12 @@
 """Counts the device memory of a rehearsed rank: every storage from its first operation until it is freed.
 
     kind of memory     weights, gradients, optimizer, activations, temporary
-    place              module (layers together) for activations, else the line of code
+    place              for activations, the module (all layers together); otherwise the line of code
 
-Weights, gradient buffers and optimizer state are known by the phase that made them; what the first update makes and
-keeps is optimizer state; what a forward pass makes is an activation; the rest is temporary. Sizes are rounded up as
-torch's allocator does. Its fragmentation, and memory that torch does not allocate, are not part of it.
+The phase in which an allocation is made determines its kind. Allocations that the first update makes and keeps are
+optimizer state, and allocations of a forward pass are activations; all others, except weights and gradient buffers,
+are temporary. Sizes are rounded up as in torch's allocator. Its fragmentation, and memory that torch does not
+allocate, are not counted.
 """
 
 import weakref
@@ -56,13 +57,13 @@ class MemoryLog:
         self.allocations: list[Allocation] = []
         self.live = 0
         self.peak = 0
-        # The number of an allocation + 1 where it is made, the negative of that where it is freed.
+        # One entry per event: n + 1 when allocation number n is made, and -(n + 1) when it is freed.
         self._events = array("q")
         self._known: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def knows(self, storage: torch.UntypedStorage) -> bool:
-        """Returns whether the storage is counted already."""
+        """Returns whether the storage has already been counted."""
         return storage._cdata in self._known
 
     def add(self, storage: torch.UntypedStorage, kind: str, scope: str, phase: str, place: str) -> None:
@@ -85,7 +86,7 @@ class MemoryLog:
         self._watched.pop(number, None)
 
     def reset_peak(self) -> None:
-        """Makes `peak` the largest size from now on."""
+        """Resets `peak` to the current size."""
         self.peak = self.live
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: str, place: str | None = None) -> None:
@@ -97,7 +98,7 @@ class MemoryLog:
                 allocation.kind, allocation.place = kind, place or allocation.place
 
     def keep(self, phase: str, kind: str) -> None:
-        """Sets the kind of those temporary allocations of a phase that are still live after it."""
+        """Sets the kind of a phase's temporary allocations that are still live after the phase."""
         for allocation in self.allocations:
             if allocation.is_live and allocation.phase == phase and allocation.kind == TEMPORARY:
                 allocation.kind, allocation.place = kind, "made by the first update, such as Adam's moments"

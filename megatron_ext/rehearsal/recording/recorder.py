@@ -1,7 +1,7 @@
-"""Watches every operation of a rehearsed rank: its memory, FLOPs and traffic, and whether the host waits for it.
+"""Observes every operation of a rehearsed rank: memory, FLOPs, traffic, and waits of the host.
 
-Operations that return a value to the host have no value here. They return 1 (0 for integers, True for booleans), so
-that a loss is finite and no step is skipped, and each counts as a wait.
+Fake tensors have no values. An operation that returns a value to the host therefore returns 1 (0 for integers, True
+for booleans), so that a loss is finite and no step is skipped. Each such operation counts as a wait.
 """
 
 import re
@@ -31,7 +31,7 @@ _KIND_OF_PHASE = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operations inside `with recorder:`; is also the observer of the run's phases."""
+    """Records the operations inside `with recorder:`; also observes the run's phases."""
 
     def __init__(self, activity: Activity) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
         self.activity.begin(phase)
 
     def end(self, phase: str, result: Any) -> None:
-        """Called after a phase; learns which tensors are weights, gradients and optimizer state."""
+        """Called after a phase; marks tensors as weights, gradients or optimizer state."""
         self.activity.end()
         if phase == MODEL and result is not None:
             self.chunks = len(result)
@@ -116,7 +116,9 @@ class Recorder(TorchDispatchMode):
         return constant.item() if constant is not None else value_on_host(value.dtype)
 
     def _dynamic(self, func: Any, value: torch.Tensor) -> torch.Tensor:
-        """Replaces an operation whose result has a size that depends on values, as if all values were chosen."""
+        """Replaces an operation whose result has a size that depends on values; the result has the largest possible
+        size.
+        """
         self.activity.waits_for_device(f"size of the result of {func}")
         if func is aten.nonzero.default:
             return value.new_zeros((value.numel(), value.dim()), dtype=torch.int64)
@@ -130,7 +132,7 @@ class Recorder(TorchDispatchMode):
         self.memory.add(storage, kind, activity.scope, activity.phase, where)
 
     def _describe(self) -> tuple[str, str]:
-        """Returns kind and place of a tensor that is allocated now."""
+        """Returns the kind and the place of a tensor that is being allocated."""
         phase = self.activity.phase
         known = _KIND_OF_PHASE.get(phase)
         if known is not None:
@@ -172,7 +174,7 @@ def _backward() -> str:
 
 
 def _tensors(parts: Iterable[Iterable[Any]]) -> Iterator[torch.Tensor]:
-    """Yields the tensors among an operation's arguments and results, and those in lists among them."""
+    """Yields the tensors among an operation's arguments and results, including tensors in lists."""
     for part in parts:
         for value in part:
             if isinstance(value, torch.Tensor):

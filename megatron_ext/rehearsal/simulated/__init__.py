@@ -1,1 +1,1 @@
-"""The simulated device and process group: they answer torch as a GPU and other processes would."""
+"""The simulated device and process group, which behave towards torch like a GPU and other processes."""

@@ -1,6 +1,6 @@
 """Compiles `fake_device.cpp` once for each version of torch, keeps the library in the user's cache, and loads it.
 
-It must be loaded before torch is imported, so nothing here imports torch.
+The library must be loaded before torch is imported, so this module does not import torch.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ def load() -> None:
     """
     global _loaded
     path = library()
-    # With torch's own libraries first, whose symbols it uses.
+    # Load torch's own libraries first, because the library uses their symbols.
     folder = _torch() / "lib"
     for name in _NEEDED:
         for needed in sorted(folder.glob(f"{name}*")):
@@ -46,7 +46,7 @@ def load() -> None:
 
 
 def library() -> Path:
-    """Returns the path of the compiled library, which is compiled if there is none; raises as `load` does."""
+    """Returns the path of the compiled library, and compiles it if necessary; raises the errors of `load`."""
     path = _path()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def library() -> Path:
 
 
 def why_not() -> str | None:
-    """Returns why a rehearsal cannot run here, in one line; None if it can."""
+    """Returns the reason why a rehearsal cannot run on this machine, as one line; None if it can."""
     try:
         path = _path()
         if not path.is_file():
@@ -80,14 +80,15 @@ def _check(version: str) -> None:
         raise ValueError(f"--rehearse: requires torch {' or '.join(TESTED)} (got {version})")
     if (_torch() / "lib" / "libtorch_cuda.so").is_file():
         raise ValueError(
-            f"--rehearse: requires the CPU build of torch (got {version}, which has a CUDA device of its own)"
+            f"--rehearse: requires the CPU build of torch (got {version}, which has its own CUDA device)"
         )
 
 
 def _check_compiler() -> None:
     if shutil.which(_compiler()) is None:
         raise ValueError(
-            f"--rehearse: requires a C++ compiler at its first use ({_compiler()} was not found); install g++, or set "
+            f"--rehearse: requires a C++ compiler at its first use ({_compiler()} was not found); "
+            "install g++, or set "
             "CXX"
         )
 

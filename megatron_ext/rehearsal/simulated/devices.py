@@ -1,4 +1,4 @@
-"""The GPUs that a rehearsal can simulate: their memory and rates, from their vendor's data sheets.
+"""The GPUs that a rehearsal can simulate, with their memory and rates from the vendor's data sheets.
 
 The FLOP rates are those of `platform.peak_rate`. A real run rarely reaches any of these rates.
 """
@@ -14,7 +14,7 @@ class Device:
     """A GPU and the links of its host."""
 
     name: str
-    """The name that `torch.cuda.get_device_name` returns, by which the table of FLOP rates knows it."""
+    """Result of `torch.cuda.get_device_name`; the table of FLOP rates uses this name."""
 
     memory: int
     """Bytes that torch can allocate."""
@@ -59,7 +59,7 @@ _DEVICES = {
 
 
 def device_named(name: str, memory_gib: float | None) -> Device:
-    """Returns a GPU by its short name, with another memory size if one is given.
+    """Returns the GPU with a short name; `memory_gib`, if given, overrides its memory size.
 
     Raises:
         ValueError: the name is unknown.

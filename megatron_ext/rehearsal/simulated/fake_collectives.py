@@ -1,6 +1,6 @@
 """Replaces torch.distributed: the process group has one process, which acts as one rank of many.
 
-Every collective checks what NCCL would check (sizes, types, devices), is counted, and leaves its tensors as they are.
+Every collective is counted, checks its tensors like NCCL (sizes, types, devices), and does not change them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
-# The engine's groups by their short names; the first that fits names a group.
+# Short names of the engine's groups; if several names fit a group, the first one is used.
 GROUPS = {
     "TP": "_TENSOR_MODEL_PARALLEL_GROUP",
     "PP": "_PIPELINE_MODEL_PARALLEL_GROUP",
@@ -38,7 +38,8 @@ def group_name(group: Any) -> str:
     """Returns the short name of a process group."""
     if group is None:
         return "all"
-    # Imported late: the engine takes some functions from torch.distributed by name, which must be replaced by then.
+    # Imported late, because the engine imports some functions of torch.distributed by name, which must be replaced
+    # first.
     from megatron.core import parallel_state
 
     for name, attribute in GROUPS.items():
@@ -49,7 +50,7 @@ def group_name(group: Any) -> str:
 
 
 class _Work:
-    """Stands for the handle of asynchronous communication."""
+    """Replaces the handle of asynchronous communication."""
 
     def __init__(self, awaited: Callable[[], None] | None = None) -> None:
         self._awaited = awaited
@@ -84,7 +85,9 @@ class Collectives:
         sent = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         devices = {tensor.device.type for tensor in sent}
         if len(devices) > 1:
-            raise RuntimeError(f"{operation}: tensors on several devices ({', '.join(sorted(devices))})")
+            raise RuntimeError(
+                f"{operation}: tensors must be on one device (got {', '.join(sorted(devices))})"
+            )
         for tensor in sent:
             if not tensor.is_contiguous():
                 raise ValueError(f"{operation}: Tensors must be contiguous (got strides {tensor.stride()})")
@@ -108,7 +111,8 @@ class Collectives:
             raise RuntimeError(f"{operation}: {of_whole} values for {ranks} ranks with {part.numel()} each")
         if first.dtype != part.dtype or first.device != part.device:
             raise RuntimeError(
-                f"{operation}: {first.dtype} on {first.device} and {part.dtype} on {part.device} do not agree"
+                f"{operation}: tensors must have the same dtype and device (got {first.dtype} on "
+                f"{first.device}, {part.dtype} on {part.device})"
             )
 
     # Collectives of tensors
@@ -255,7 +259,7 @@ class Collectives:
 
     def _objects(self, operation: str, group: Any) -> None:
         self._record(operation, group, "object", False, 0)
-        # The lengths of the pickled objects are exchanged first, and read by the host.
+        # The ranks first exchange the lengths of the pickled objects, which the host reads.
         self._activity.waits_for_device(operation)
 
     @contextlib.contextmanager
@@ -291,7 +295,7 @@ def install(activity: Activity) -> None:
     module._all_gather_base = inner._all_gather_base = collectives.all_gather_into_tensor
     module._reduce_scatter_base = inner._reduce_scatter_base = collectives.reduce_scatter_tensor
     _patch_groups(activity, module, inner)
-    # Both p2p functions are compared with the names that a P2POp accepts.
+    # A P2POp checks the names of both point-to-point functions.
     module.isend.__func__.__name__, module.irecv.__func__.__name__ = "isend", "irecv"
 
 
@@ -308,7 +312,7 @@ def _patch_groups(activity: Activity, module: Any, inner: Any) -> None:
     ) -> None:
         own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         start("fake", store=FakeStore(), rank=own[0], world_size=own[1])
-        # torch's own function does not accept the device: this build of torch has no CUDA.
+        # Set the device here, because torch's own function does not accept it in a build without CUDA.
         inner._get_default_group().bound_device_id = device_id
 
     def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *_: Any, **more: Any) -> Any:
@@ -316,8 +320,9 @@ def _patch_groups(activity: Activity, module: Any, inner: Any) -> None:
         is_split = inner._get_default_group().bound_device_id is not None
         if backend == "gloo" and is_split and len(ranks) < dist.get_world_size():
             raise RuntimeError(
-                f"new_group: hangs, because the {len(ranks)} ranks of a gloo group do not take part in the split of "
-                "the default group for which the others wait (it was initialized with device_id)"
+                "new_group: would hang, because the default group was initialized with device_id: all "
+                f"other ranks wait for the split of the default group, in which the {len(ranks)} ranks "
+                "of a gloo group do not take part"
             )
         kept = {name: more[name] for name in ("group_desc", "use_local_synchronization") if name in more}
         return make(ranks, backend="fake", **kept)

@@ -1,7 +1,7 @@
-"""Lets `torch.cuda` and the transfers between host and device work on fake CUDA tensors, and counts the waits in them.
+"""Makes `torch.cuda` and transfers between host and device work on fake CUDA tensors, and counts their waits.
 
-Nothing here computes. Errors that a GPU would raise are raised: numpy of a CUDA tensor, a random state on the wrong
-device.
+No values are computed. Errors that a GPU would raise are raised here too, such as numpy of a CUDA tensor, or a random
+state on the wrong device.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, Device
 
 _DEVICE = torch.device("cuda", 0)
 _RANDOM_STATE_BYTES = 16
-_ARRAY = "array_in_rehearsal"  # attribute of a tensor: the array that `from_numpy` made it of
+_ARRAY = "array_in_rehearsal"  # attribute of a tensor: the array from which `from_numpy` made it
 _PINNED = "is_pinned_in_rehearsal"  # attribute of a tensor that `pin_memory` was called for
 
 
@@ -34,7 +34,7 @@ def install(device: Device, activity: Activity, memory: MemoryLog) -> None:
 
 
 class _Stream:
-    """Stands for `torch.cuda.Stream`."""
+    """Replaces `torch.cuda.Stream`."""
 
     activity: Activity
 
@@ -64,7 +64,7 @@ class _Stream:
 
 
 class _Event:
-    """Stands for `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`."""
 
     activity: Activity
 
@@ -109,7 +109,7 @@ def _patch_device_calls(device: Device, activity: Activity, memory: MemoryLog) -
     cuda.device_count, cuda.current_device = lambda: GPUS_PER_HOST, lambda: 0
     cuda.is_current_stream_capturing = lambda: False
     inner: Any = torch._C
-    inner._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes takes it when it is imported
+    inner._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes reads this function when it is imported
     cuda.synchronize = lambda *_: activity.waits_for_device("torch.cuda.synchronize")
     cuda.get_device_name = lambda *_: device.name
     cuda.get_device_capability = lambda *_: device.capability
@@ -176,7 +176,9 @@ def _patch_transfers(activity: Activity) -> None:
 
     tensor_class.to, tensor_class.tolist, tensor_class.numpy = to, tolist, numpy
     fake_class: Any = FakeTensor
-    fake_class.tolist = tolist  # its own reads the values one by one, a GPU's all at once
+    fake_class.tolist = (
+        tolist  # FakeTensor's own method reads the values one by one, but a GPU's reads them all at once
+    )
     tensor_class.pin_memory = pin_memory
     tensor_class.cpu = lambda self, *_, **__: self.to("cpu")
     tensor_class.cuda = lambda self, device=None, non_blocking=False, **_: self.to(
@@ -187,7 +189,9 @@ def _patch_transfers(activity: Activity) -> None:
 
 
 def _patch_from_numpy() -> None:
-    """Lets a tensor in host memory that was made of an array be read: its values may decide which kernels run."""
+    """Makes a tensor readable if it was made from an array in host memory, because its values may decide which
+    kernels run.
+    """
     make: Any = torch.from_numpy
 
     def from_numpy(ndarray: Any) -> torch.Tensor:
@@ -218,7 +222,9 @@ def _patch_tensor(activity: Activity) -> None:
 
 
 def _patch_modules() -> None:
-    """Lets a module's parameters be converted: torch swaps their storage, which fake tensors do not support."""
+    """Makes a module's parameters convertible; torch's own method swaps their storage, which fake tensors do not
+    support.
+    """
     module_class: Any = torch.nn.Module
 
     def apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -1,10 +1,10 @@
-"""Replaces operations whose CUDA kernels save different tensors than torch's formulas, which a fake device would run.
+"""Replaces operations whose CUDA kernels save other tensors than torch's formulas, which the fake device would use.
 
-    attention    flash, memory-efficient or unfused, as torch chooses on a GPU; saves what that kernel saves
+    attention    flash, memory-efficient or unfused, as torch chooses on a GPU; saves the same tensors as that kernel
     rms_norm     one kernel, which saves its input and 1 / rms
-    compiled     functions given to torch.compile run as they are: their intermediate tensors are counted
+    compiled     functions given to torch.compile run uncompiled, so their intermediate tensors are counted
 
-The results have the right shapes and types, and no values.
+The results have the right shapes and types, but no values.
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ def _at_the_last_key(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Stands for attention with torch's `causal_lower_right`."""
+    """Replaces attention with torch's `causal_lower_right`."""
     is_fused = query.dtype in _HALF or not enable_gqa
     mask = None if is_fused else bias._materialize(query.device)
     return torch.nn.functional.scaled_dot_product_attention(
@@ -88,7 +88,7 @@ def _efficient(
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the mask as the kernel wants it: 0 where attention is allowed, else minus infinity."""
+    """Returns the mask in the kernel's form: 0 where attention is allowed, otherwise minus infinity."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
@@ -121,7 +121,7 @@ class _FusedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         inverse = torch.empty((*values.shape[:-1], 1), dtype=torch.float32, device=values.device)
         ctx.save_for_backward(values, weight, inverse)
-        # An operation of both, so that a weight on another device is an error.
+        # An operation on both tensors, so that a weight on another device causes an error.
         return values * weight
 
     @staticmethod

@@ -58,7 +58,7 @@ class BaseCheckpoint:
         found = cls.find(named["path"])
         if found.sha256 != named["sha256"]:
             raise ValueError(
-                f"{found.folder}: this is not the base checkpoint with which the run was trained; restore the original"
+                f"{found.folder}: is not the base checkpoint with which the run was trained; restore the original"
             )
         return found
 
@@ -80,7 +80,7 @@ class BaseCheckpoint:
     def load(self, models: list[GPTModel], run_config: dict[str, Any], families: list[Family]) -> None:
         """Loads all tensors of the base model into models that may have further parameters; collective.
 
-        If the checkpoint names a base checkpoint of its own, that one is loaded first.
+        If the checkpoint itself names a base checkpoint, that base is loaded first.
 
         Args:
             models: this rank's model chunks, unwrapped.

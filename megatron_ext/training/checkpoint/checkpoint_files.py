@@ -35,7 +35,8 @@ CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
 BEGIN = "begin_of_documents"
 """Key in `run_config.json`. Its value lists the tokens that begin every training document (one token or none); it is
-None if these tokens are unknown."""
+None if these tokens are unknown.
+"""
 STATE = "state.json"
 FINAL = "final"
 """Subdirectory of `--save` with the NP weights after the last step."""
@@ -63,8 +64,8 @@ def check_writable(save: str) -> None:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
         raise OSError(f"--save {save}: not writable: {error.strerror}") from None
-    with contextlib.suppress(OSError):  # another run may have begun to write here
-        for path in made:  # a later check may refuse the run, which then leaves no directories behind
+    with contextlib.suppress(OSError):  # another run may have begun to write to this directory
+        for path in made:  # a later check may refuse the run; no directories should then be left
             path.rmdir()
 
 
@@ -90,7 +91,7 @@ def step_folders(root: Path) -> dict[int, Path]:
 def complete_checkpoints(root: Path) -> dict[int, Path]:
     """Returns the directories of the complete checkpoints in `root`, by step, in ascending order of steps."""
     found: dict[int, Path] = {}
-    # If a replacement was interrupted, the old directory counts unless the new one was completed.
+    # If a replacement was interrupted, the old directory is used unless the new one was completed.
     for prefix in (REPLACED, ""):
         for name in kinds.entries(root):
             step = step_of(name.removeprefix(prefix))
@@ -153,7 +154,7 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
         )
     reason = kinds.foreign(chosen)
     if chosen != root:
-        reason = reason or f"not a complete checkpoint of this program ({CHECKSUMS} is missing)"
+        reason = reason or f"not a complete checkpoint of this package ({CHECKSUMS} is missing)"
     elif reason is None and (below := checkpoints_below(root)):
         more = ", ..." if len(below) > _SHOWN else ""
         reason = f"no checkpoint found, but there are some in {', '.join(map(str, below[:_SHOWN]))}{more}"
@@ -186,7 +187,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 def begin(root: Path, name: str) -> Path:
-    """Removes what killed saves have left behind, and creates the hidden directory for a new checkpoint."""
+    """Removes the remains of killed saves, and creates the hidden directory for a new checkpoint."""
     root.mkdir(parents=True, exist_ok=True)
     for prefix in (WRITING, _REMOVED):
         for path in root.glob(f"{prefix}*"):
@@ -250,8 +251,8 @@ def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:
         if path.name != name and (kept_up_to is None or step > kept_up_to)
     ]
     doomed += [path for path in [root / FINAL] if path.is_dir() and kinds.holds_np_weights(path)]
-    # Rename all of them first, which is quick: if the process is killed later, the rest is hidden, and the next save
-    # removes it.
+    # Rename all directories first, which is quick. If the process is killed later, the remaining directories are
+    # hidden, and the next save removes them.
     for path in [path.rename(root / f"{_REMOVED}{path.name}") for path in doomed]:
         shutil.rmtree(path)
 
@@ -277,7 +278,8 @@ def write_tensors(path: Path, value: Any) -> None:
     # With a path, `torch.save` would hide the system's error, such as a full disk, behind an error of torch.
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    # The view is released after an error too: Python 3.13 prints an error when it collects a buffer with a view of it.
+    # Release the view even after an error, because Python 3.13 prints an error when it collects a buffer that still
+    # has a view.
     with path.open("wb") as file, buffer.getbuffer() as content:
         file.write(content)
 
@@ -294,9 +296,9 @@ def write_safetensors_file(path: Path, tensors: dict[str, torch.Tensor], metadat
     path.touch()
     mode = path.stat().st_mode & 0o777
     try:
-        save_file(tensors, path, metadata=metadata)  # replaces the file by one that only its owner may read
+        save_file(tensors, path, metadata=metadata)  # replaces the file by one that only the owner may read
     except SafetensorError as error:
-        # The library raises an error of its own, with the system's in its text.
+        # The library raises an error of its own; the system's error is in its text.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -358,8 +360,8 @@ def verify_checkpoint(
 def share(names: Iterable[str], part: int, parts: int) -> list[str]:
     """Returns the files that one of `parts` ranks compares with the manifest.
 
-    A rank takes the files that a rank of its number has written: at the same parallel layout it reads their tensors
-    afterwards, then from the system's cache. The others are divided evenly.
+    A rank takes the files that the rank of the same number has written. At the same parallel layout, it reads tensors
+    from these files afterwards, and then finds them in the system's cache. All other files are divided evenly.
     """
     writers = {name: _writer(name) for name in sorted(names)}
     rest = [name for name, writer in writers.items() if writer is None or writer >= parts]
@@ -367,7 +369,7 @@ def share(names: Iterable[str], part: int, parts: int) -> list[str]:
 
 
 def _writer(name: str) -> int | None:
-    """Returns the rank that has written a file, or None for a file that is not one rank's."""
+    """Returns the rank that has written a file; None for a file that does not belong to a single rank."""
     match = re.fullmatch(r"__(\d+)_\d+\.distcp|rng/rank_(\d+)\.pt", name)
     return int(match[1] or match[2]) if match else None
 

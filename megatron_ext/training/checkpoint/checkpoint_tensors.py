@@ -30,7 +30,8 @@ from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, 
 
 Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
 """Decides whether to read a tensor. Arguments: the tensor's name in the checkpoint, the model's tensor, and the names
-of all tensors in the checkpoint."""
+of all tensors in the checkpoint.
+"""
 
 Keeps = Callable[[str, torch.Tensor], bool]
 """Decides whether to save a tensor. Arguments: the tensor's name in the checkpoint, and the model's tensor."""
@@ -145,12 +146,14 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def without_reader_warnings() -> Iterator[None]:
-    """Inside this context, torch does not warn of the way in which megatron-core calls its loader."""
+    """Returns a context without torch's warnings about the way in which megatron-core calls torch's loader."""
     with warnings.catch_warnings():
-        # Until 0.17 it is called by a deprecated name, from 0.18 with the arguments in a former order.
+        # Up to 0.17, megatron-core calls the loader by a deprecated name; from 0.18 on, with the old order of
+        # arguments.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The argument order of load has been changed")
-        # From 0.18, although that is what the engine asks for: every rank reads its own part alone.
+        # From 0.18 on, every rank reads its own part separately, about which torch warns although the engine intends
+        # it.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
 
@@ -178,14 +181,15 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _stored(folder: Path) -> dict[str, ShardedTensor | ShardedObject]:
-    """Returns what a checkpoint contains, without the data."""
+    """Returns descriptions of a checkpoint's tensors and objects, without their data."""
     status = (folder / ".metadata").stat()
     return _parsed(folder, (status.st_ino, status.st_mtime_ns, status.st_size))
 
 
 @lru_cache(maxsize=1)
 def _parsed(folder: Path, identity: tuple[int, ...]) -> dict[str, ShardedTensor | ShardedObject]:
-    # The file of a large model takes seconds to parse, and a load needs it for the model and for the optimizer.
+    # The result is cached: for a large model, parsing takes seconds, and a load needs the result for the model and
+    # for the optimizer.
     return dict(load_sharded_metadata(str(folder)))
 
 
@@ -231,7 +235,7 @@ def check(
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
     if extra and whole:
         raise ValueError(
-            f"{folder}: contains tensors that this run's model does not have ({len(extra)}, such as {extra[0]})"
+            f"{folder}: contains {len(extra)} tensors that this run's model does not have, such as {extra[0]}"
         )
 
 

@@ -36,7 +36,8 @@ from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
 """Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
-Runs copy the section, so that a later export can restore them."""
+Runs copy the section, so that a later export can restore them.
+"""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ class Checkpointer:
         message: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
-        config: the checkpoint flags: directories, number of checkpoints to keep, what is saved and loaded.
+        config: the checkpoint flags: directories, number of checkpoints to keep, and parts to save and load.
         chunks: this rank's model chunks, wrapped or unwrapped.
         optimizer: the optimizer of `chunks`.
         scheduler: the schedule of `optimizer`.
@@ -138,7 +139,7 @@ class Checkpointer:
         )
 
     def begin_save(self, progress: TrainingProgress) -> None:
-        """Copies what a save needs, and writes it while training continues; otherwise as `save`. Collective.
+        """Like `save`, but copies the tensors and writes the copies while training continues. Collective.
 
         Call `proceed_with_save` between steps, and `give_up_save` if training fails.
         """
@@ -146,30 +147,32 @@ class Checkpointer:
         self._running = RunningSave(self._saving(progress, copies=self._copies))
 
     def proceed_with_save(self, *, wait: bool) -> bool:
-        """Takes a save that `begin_save` has begun as far as it has come. Collective.
+        """Advances a save that `begin_save` has started. Collective.
 
         Args:
-            wait: whether to wait for its end.
+            wait: whether to wait for the end of the save.
 
         Returns:
             Whether the checkpoint has been completed in this call; False if no save is running.
 
         Raises:
-            OSError: as `save`.
+            OSError: as in `save`.
         """
         if self._running is None:
             return False
         try:
             complete = self._running.proceed(wait=wait)
         except Exception:
-            self._running = None  # it has removed its files
+            self._running = None  # the failed save has already removed its files
             raise
         if complete:
             self._running = None
         return complete
 
     def give_up_save(self) -> None:
-        """Ends a running save on this rank, because training has failed; leaves what a kill would. Not collective."""
+        """Cancels a running save on this rank, because training has failed; leaves the same files as a killed
+        process. Not collective.
+        """
         if self._running is not None:
             self._running.give_up()
             self._running = None
@@ -186,7 +189,7 @@ class Checkpointer:
             The run's progress (step 0 with `--finetune`), or None if there is nothing to load.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another model, or lacks something that must be loaded.
+            ValueError: the checkpoint is damaged, belongs to another model, or lacks a part that must be loaded.
             OSError: the checkpoint cannot be read, or the step of `--ckpt-step` does not exist.
         """
         if self.config.load is None:
@@ -230,7 +233,8 @@ class Checkpointer:
             self.run_config[IMPORTED] = stored[IMPORTED]
         else:
             self.message(
-                "the tokenizer differs from the imported model's; an export will omit the imported model's generation "
+                "the tokenizer differs from the imported model's; an export will omit the imported "
+                "model's generation "
                 "configuration and additional files"
             )
 
@@ -312,7 +316,7 @@ def load_weights(
 ) -> Path:
     """Loads only the model, in any parallel layout, for tools that evaluate, generate or convert; collective.
 
-    If the checkpoint refers to a base checkpoint, that one is loaded first.
+    If the checkpoint refers to a base checkpoint, the base is loaded first.
 
     Args:
         path: a directory of checkpoints, or the directory of one checkpoint.
@@ -366,7 +370,9 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
 
 
 def read_step(folder: Path) -> int:
-    """Returns the number of steps for which a checkpoint's model was trained; `folder` is its own directory."""
+    """Returns the number of steps for which a checkpoint's model was trained; `folder` is the directory of this
+    checkpoint.
+    """
     return int(files.read_json(folder / files.STATE)["progress"]["iteration"])
 
 

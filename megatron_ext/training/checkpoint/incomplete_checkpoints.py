@@ -1,4 +1,4 @@
-"""Describes directories that are not complete checkpoints of this program, and says what the user can do about them.
+"""Describes directories that are not complete checkpoints of this package, with advice for the user.
 
 A run whose --load names such a directory must not silently start from scratch.
 """
@@ -41,7 +41,9 @@ def entries(folder: Path) -> list[str]:
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Returns whether a directory contains a model in Hugging Face's format and is not a checkpoint of this program."""
+    """Returns whether a directory contains a model in Hugging Face's format and is not a checkpoint of this
+    package.
+    """
     names = entries(folder)
     if "checksums.json" in names or "latest_checkpointed_iteration.txt" in names:
         return False
@@ -66,7 +68,7 @@ def import_command(root: Path) -> str:
 
 
 def megatron_problem(folder: Path, root: str) -> str | None:
-    """Says why a Megatron-LM checkpoint cannot be imported, and what to do; None if its format is no reason.
+    """Returns the reason why a Megatron-LM checkpoint's format cannot be imported, with advice; None if it can.
 
     Args:
         folder: the checkpoint's directory.
@@ -80,7 +82,8 @@ def megatron_problem(folder: Path, root: str) -> str | None:
         )
     if ".metadata" in names and not names & {"common.pt", "metadata.json"}:
         return (
-            "a checkpoint of Megatron-LM in the format torch_dcp or fsdp_dtensor, which is not read; load it with the "
+            "a checkpoint of Megatron-LM in the format torch_dcp or fsdp_dtensor, which is not read; "
+            "load it with the "
             "program that wrote it, and save it with --ckpt-format torch_dist"
         )
     return None
@@ -90,7 +93,7 @@ def foreign(folder: Path) -> str | None:
     """Describes what a directory without a complete checkpoint contains; None if the contents are not recognized."""
     names = set(entries(folder))
     if names & _OWN_PARTS:
-        return "not a complete checkpoint of this program (checksums.json is missing); copy the whole directory again"
+        return "not a complete checkpoint of this package (checksums.json is missing); copy the whole directory again"
     root = folder.parent if folder.name == RELEASE or folder.name.startswith("iter_") else folder
     problem = megatron_problem(folder, str(root))
     if problem is not None:
@@ -98,7 +101,10 @@ def foreign(folder: Path) -> str | None:
     if names & _MEGATRON_PARTS or any(name.endswith(".distcp") for name in names):
         return f"a checkpoint of Megatron-LM; {import_command(root)}"
     if any(_NP_WEIGHTS in name for name in names):
-        return "NP weights without a model; load their base model's checkpoint and pass this path to --load-npt-weights"
+        return (
+            "NP weights without a model; load their base model's checkpoint and pass this path to "
+            "--load-npt-weights"
+        )
     if is_hugging_face(folder):
         return "a model in Hugging Face's format; convert it with tools/convert_checkpoint.py import"
     return None

@@ -5,15 +5,16 @@ the parameter's shape. Its name contains {name}, the parameter's global name:
 
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
-This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; the plain optimizers
-use it as well. megatron-core's own code for it is not used: it ignores the padding between gradient buckets, so that
-parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
-a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not stored: they follow
-from the configuration and the schedule. Adam's step count is one number for all parameters, stored separately.
+This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; here, the plain
+optimizers use it as well. megatron-core's own code for it is not used: it ignores the padding between gradient
+buckets, so that parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with
+several buckets, or a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not
+stored: they follow from the configuration and the schedule. Adam's step count is one number for all parameters,
+stored separately.
 
-A parameter may already have been trained in a smaller model. Its attribute `earlier_steps` can then hold the number of
-those updates, from which torch's Adam continues to count. Transformer Engine's and Apex's Adam ignore this attribute:
-they keep one count per parameter group.
+A parameter may already have been trained in a smaller model. Its attribute `earlier_steps` can then hold the number
+of updates there, and torch's Adam continues to count from this number. Transformer Engine's and Apex's Adam ignore
+this attribute: they keep one count per parameter group.
 """
 
 from collections.abc import Iterator
@@ -92,8 +93,8 @@ class OptimizerState:
         """Copies a loaded state dict into the optimizer; the model must have been loaded before.
 
         Args:
-            state: the state dict from `sharded`, filled by megatron-core's loader; parameters that it lacks keep their
-                present state.
+            state: the state dict from `sharded`, filled by megatron-core's loader; parameters that it lacks keep
+                their current state.
             step: Adam's step count.
         """
         for part in self._parts:
@@ -120,10 +121,12 @@ class OptimizerState:
 def _sharded(
     shard: ShardedTensor | ShardedTensorFactory, name: str, tensor: torch.Tensor
 ) -> ShardedTensor | ShardedTensorFactory:
-    """Returns a tensor of a parameter's state, in the parameter's shape or [rows, 1], as part of a checkpoint."""
+    """Describes a tensor of a parameter's state, which has the parameter's shape or [rows, 1], as part of a
+    checkpoint.
+    """
     if isinstance(shard, ShardedTensorFactory) or tuple(tensor.shape) == tuple(shard.local_shape):
         return make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
-    # One number per row, which is equal on all ranks that hold a part of the row.
+    # There is one number per row, which is equal on all ranks that hold a part of the row.
     part, copy = shard.global_offset[1] // shard.local_shape[1], shard.replica_id[-1]
     return ShardedTensor.from_rank_offsets(
         f"{PREFIX}{name}.{shard.key}", tensor.detach(), replica_id=(0, part, copy)
@@ -223,7 +226,7 @@ def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, to
 
 
 def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    # torch's Adam does; Transformer Engine's and Apex's keep one step count in the parameter group.
+    # torch's Adam keeps a step count per parameter; Transformer Engine's and Apex's keep one in the parameter group.
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 

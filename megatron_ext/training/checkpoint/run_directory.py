@@ -69,7 +69,7 @@ def check_unused(save: Path, remedy: str, but_for: Collection[str] = ()) -> None
     steps = files.step_folders(save)
     series = [name for name in kinds.SERIES if name in names and name not in but_for]
     if files.CHECKSUMS in names:
-        raise ValueError(f"--save {save}: this is a checkpoint itself; pass a directory for checkpoints")
+        raise ValueError(f"--save {save}: is itself a checkpoint; pass a directory for checkpoints")
     if steps or "release" in names:
         raise ValueError(f"--save {save}: contains another run (steps {_listed(steps)}); {remedy}")
     if series:
@@ -120,7 +120,7 @@ def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Foun
 def check_checkpoint_args(given: Mapping[str, Any], *sources: str) -> None:
     """Raises `ValueError` if `--use-checkpoint-args` is given, but none of the fields that can name a checkpoint.
 
-    As in Megatron-LM, a named directory may have no checkpoint yet: the flags then decide.
+    As in Megatron-LM, a named directory may have no checkpoint yet; the flags are then used.
     """
     if given.get("use_checkpoint_args") and not given.keys() & set(sources):
         raise ValueError(f"--use-checkpoint-args: requires {' or '.join(map(flag_name, sources))}")

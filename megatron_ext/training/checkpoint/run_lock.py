@@ -45,7 +45,7 @@ def run_lock(save: str | None) -> Iterator[None]:
     finally:
         for file in held:
             release_lock(file)
-        if held and made:  # a refused run leaves no empty directory behind
+        if held and made:  # a refused run must not leave an empty directory
             with contextlib.suppress(OSError):
                 Path(str(save)).rmdir()
 
@@ -80,7 +80,7 @@ def take_lock(directory: Path) -> list[TextIO]:
             return []
         if _is_at(path, file):
             break
-        file.close()  # the previous holder has removed this file meanwhile; lock the new one
+        file.close()  # the previous holder has meanwhile removed this file, so lock the new one
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -48,7 +48,7 @@ _SHAPE = (
     "final_logit_softcapping",
     "untie_embeddings_and_output_weights",
 )
-"""Fields of `ModelConfig` that determine a layer's tensors and what it computes with them."""
+"""Fields of `ModelConfig` that determine a layer's tensors and computation."""
 
 _MEANING = (
     "rotary_base",

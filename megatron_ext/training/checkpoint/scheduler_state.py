@@ -37,7 +37,8 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "wd_incr_steps": (*_LENGTH, *_BATCH),
 }
 """Maps each attribute of the schedule (lengths are in samples) to the fields of the configuration on which it
-depends."""
+depends.
+"""
 
 _WITHOUT_EFFECT_IF_CONSTANT = {
     "lr_decay_style": {"min_lr", "lr_decay_steps", "wsd_decay_steps", "lr_wsd_decay_style"},
@@ -47,7 +48,9 @@ _GROUP_FIELDS = ("max_lr", "min_lr")
 
 
 def scheduler_state_of(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
-    """Returns the schedule and the parameter groups' rates, which model families may scale, as JSON values."""
+    """Returns the schedule, and the rates of the parameter groups (which model families may scale), as JSON
+    values.
+    """
     groups = [{name: group[name] for name in _GROUP_FIELDS} for group in scheduler.optimizer.param_groups]
     shape = {name: getattr(scheduler, name) for name in _SETTINGS}
     return {"num_steps": scheduler.num_steps, "shape": shape, "groups": groups}
@@ -67,7 +70,7 @@ def restore_scheduler(
         scheduler: this run's schedule.
         state: the state from `scheduler_state_of`; None in an imported checkpoint.
         folder: the checkpoint's directory, named in errors.
-        run: the run's `run_config`, which has the settings as the user typed them.
+        run: the run's `run_config`, with the settings as the user gave them.
         stored: the checkpoint's `run_config`.
 
     Raises:
@@ -125,14 +128,16 @@ def _check_shape(
         if typed:
             differing[typed[0]] = our_fields.get(typed[0]), their_fields.get(typed[0])
         else:
-            # Only the data-parallel size has changed, and with it the samples per step.
+            # The values are equal in steps: only the data-parallel size, and with it the samples per step, has
+            # changed.
             differing[fields[0]] = ours, theirs
     if differing:
         ours_told = ", ".join(f"{flag_name(name)} {_told(pair[0])}" for name, pair in differing.items())
         theirs_told = ", ".join(_told(pair[1]) for pair in differing.values())
         raise ValueError(
-            f"{ours_told}: the schedule in {folder} was made with {theirs_told}; to continue with this run's schedule "
-            "add --override-opt-param-scheduler, with the checkpoint's schedule --use-checkpoint-opt-param-scheduler"
+            f"{ours_told}: the schedule in {folder} was made with {theirs_told}; to continue with this "
+            "run's schedule add --override-opt-param-scheduler; to continue with the checkpoint's add "
+            "--use-checkpoint-opt-param-scheduler"
         )
 
 

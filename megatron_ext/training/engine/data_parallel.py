@@ -42,8 +42,9 @@ def wrap_model(
     )
     modules = [Float16Module(config, chunk) if precision != "fp32" else chunk for chunk in chunks]
     wrapped = [
-        # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
-        # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.
+        # With buckets, reduction overlaps with the rest of the backward pass. As in Megatron-LM, only the first chunk
+        # has buckets: with interleaving, a later chunk's reduction overlaps with the backward pass of earlier chunks
+        # anyway.
         DistributedDataParallel(
             config,
             ddp_config,
@@ -64,13 +65,16 @@ def wrap_model(
 def _buffer_layout(
     ddp_config: DistributedDataParallelConfig, module: torch.nn.Module, *, has_buckets: bool
 ) -> dict[str, Any]:
-    """Returns where the distributed optimizer's parameters lie in their buffers, as an argument of the wrapper."""
-    # Until 0.17 the wrapper computes this itself. From 0.18 the caller should; the wrapper still can, with a log line.
+    """Returns the layout of the distributed optimizer's parameters in their buffers, as an argument of the
+    wrapper.
+    """
+    # Up to 0.17, the wrapper computes the layout. From 0.18 on, the caller should compute it; otherwise the wrapper
+    # does so and logs a message.
     compute = getattr(DistributedOptimizer, "compute_full_param_layout", None)
     if compute is None or not ddp_config.use_distributed_optimizer:
         return {}
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    # As the wrapper does: on later stages reduction is not on the critical path, so one bucket holds all parameters.
+    # As in the wrapper: on later stages, reduction is not on the critical path, so one bucket holds all parameters.
     has_buckets = has_buckets and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     bucket_size = (
         max(40_000_000, 1_000_000 * ranks) if has_buckets and ddp_config.overlap_grad_reduce else None
@@ -95,8 +99,8 @@ def unwrap_models(chunks: Sequence[torch.nn.Module]) -> list[GPTModel]:
 def gather_parameters(chunks: list[torch.nn.Module]) -> None:
     """Gathers the parameters that the last step updated. Collective; does nothing without --overlap-param-gather.
 
-    With that flag the next forward pass would gather them. Until then each rank has new values only for its own part of
-    the parameters.
+    With this flag, the next forward pass would gather the parameters; until then, each rank has new values only for
+    its own part of them.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:

@@ -1,7 +1,8 @@
 """Computes the gradients' global norm, clips by it, and computes the norms of individual gradients for statistics.
 
-Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
-has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
+Without the distributed optimizer, every data-parallel rank has the whole reduced gradient in `main_grad`. With the
+distributed optimizer, a rank has only its own part of every bucket; the rest of `main_grad` is not reduced and must
+not be read.
 """
 
 import torch
@@ -18,8 +19,8 @@ from megatron_ext.platform import process_groups
 def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """Returns the global L2 norm of the gradients on the device, a scalar in float64. Collective.
 
-    Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per tensor where neither Transformer
-    Engine nor Apex is installed.
+    The result equals `optimizer.get_grad_norm()`. The engine's method is not used, because without Transformer Engine
+    and Apex it waits for the device once per tensor.
     """
     gradients = _counted_gradients(optimizer)
     square = torch.zeros((), device=process_groups.device())
@@ -31,9 +32,9 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
 
 @torch.no_grad()
 def zeros_in_gradient(optimizer: MegatronOptimizer) -> torch.Tensor:
-    """Returns how many elements of the gradients are zero, a scalar in float64 on the device. Collective.
+    """Returns the number of zeros in the gradients, a scalar in float64 on the device. Collective.
 
-    Equal to `optimizer.count_zeros()`, for which the host waits.
+    The result equals `optimizer.count_zeros()`, which makes the host wait.
     """
     zeros = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     for gradient in _counted_gradients(optimizer):
@@ -43,8 +44,8 @@ def zeros_in_gradient(optimizer: MegatronOptimizer) -> torch.Tensor:
 
 
 def _counted_gradients(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
-    """Returns this rank's gradients that count: not those of shared and of duplicated parameters."""
-    # Only the optimizer's parts know which these are. 0.19 renamed their method.
+    """Returns this rank's gradients, without those of shared and of duplicated parameters."""
+    # Only the parts of a chained optimizer can select these gradients. 0.19 renamed their method.
     name = "get_grads_for_grad_norm"
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [
@@ -67,13 +68,14 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: fl
     factor = (largest / (norm + 1.0e-6)).clamp(max=1.0)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     gradients = [p.grad for part in parts for p in part.get_parameters() if p.grad is not None]
-    # A factor of 1 changes nothing. On the CPU it costs nothing to see that, on a GPU the host would wait.
+    # A factor of 1 changes nothing. On a CPU, skip the multiplication then; on a GPU, the host would have to wait for
+    # the factor.
     if gradients and (factor.is_cuda or factor < 1.0):
         torch._foreach_mul_(gradients, factor.float())
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
-    """Stores in each parameter's attribute `reduced_range` which part of its flattened gradient this rank reduces.
+    """Stores in each parameter's attribute `reduced_range` the part of the flattened gradient that this rank reduces.
 
     Does nothing without the distributed optimizer.
     """
@@ -94,8 +96,8 @@ def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Returns this rank's part of a gradient's squared norm; the sum over all data-parallel ranks is the squared norm.
 
     Args:
-        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter. With --fp16
-            its gradient is still scaled; the result is not.
+        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter. With
+            --fp16, the gradient is still scaled at this point, but the result is unscaled.
 
     Returns:
         A scalar, float64.

@@ -1,7 +1,8 @@
 """The loss scale of fp16 runs: the loss is multiplied by it, so that small gradients do not vanish in fp16.
 
-megatron-core's scaler divides the gradients by it before the update. A step whose gradients overflow is skipped; after
---hysteresis of them the scale is halved, and after --loss-scale-window steps without one it is doubled.
+megatron-core's scaler divides the gradients by it before the update. A step whose gradients overflow is skipped;
+after --hysteresis overflows the scale is halved, and after --loss-scale-window steps without an overflow it is
+doubled.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ LOSS_SCALE = "loss_scale"
 
 def scaler_of(optimizer: MegatronOptimizer) -> MegatronGradScaler | None:
     """Returns the optimizer's loss scaler; None without fp16."""
-    # Dense models have one part; the engine would make further ones for experts, whose scales would be the same.
+    # A dense model's optimizer has one part; further parts would be for experts, and would have the same scale.
     part, *_ = getattr(optimizer, "chained_optimizers", [optimizer])
     scaler: MegatronGradScaler | None = getattr(part, "grad_scaler", None)
     return scaler
@@ -39,11 +40,11 @@ def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
 
 
 def restore_loss_scale(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Restores what `loss_scale_state` returned; a fixed scale stays that of --loss-scale.
+    """Restores the result of `loss_scale_state`; a fixed scale is always taken from --loss-scale.
 
     Args:
         optimizer: the optimizer.
-        state: the content of state.json; after a run without fp16 or with a fixed scale a new scale starts.
+        state: the content of state.json; if the earlier run had no fp16 or a fixed scale, a new scale starts.
     """
     scaler, stored = scaler_of(optimizer), state.get(LOSS_SCALE, {})
     if isinstance(scaler, DynamicGradScaler) and len(stored) > 1:

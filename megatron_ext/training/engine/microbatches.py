@@ -24,10 +24,10 @@ from megatron_ext.training.interface.family_interface import Batch, Family, auxi
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Divisor = Callable[[Batch], torch.Tensor]
-"""Returns what the loss sum of a micro-batch is divided by before the backward pass."""
+"""A function that returns the divisor of a micro-batch's loss sum, for use before the backward pass."""
 
 Prepare = Callable[[list[Batch]], Iterable[Batch]]
-"""Adds fields to micro-batches on the device; see `Family.prepare_batches`."""
+"""A function that adds fields to micro-batches on the device; see `Family.prepare_batches`."""
 
 
 def run_microbatches(
@@ -42,7 +42,7 @@ def run_microbatches(
 ) -> list[dict[str, torch.Tensor]]:
     """Runs the forward pass, and unless `forward_only` the backward pass, on every micro-batch. Collective.
 
-    With a backward pass the gradients are those of the mean loss over the tokens of the whole global batch, unless
+    With a backward pass, the gradients belong to the mean loss over the tokens of the whole global batch, unless
     `per_token` is False.
 
     Args:
@@ -62,8 +62,8 @@ def run_microbatches(
     divisor = None if forward_only else _divisor_of_all(moved) if per_token else _divisor_of_each
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # Under pipeline parallelism the stages run different micro-batches at a time. If `prepare` ran lazily, the
-        # collectives in it would block the communication between stages.
+        # Under pipeline parallelism, the stages run different micro-batches at the same time. If `prepare` ran
+        # lazily, its collectives would block the communication between stages.
         prepared = list(prepared)
     forward_step = partial(_forward_step, families, output_loss, divisor)
     return _run_schedule(chunks, forward_step, moved, prepared, forward_only)
@@ -72,9 +72,9 @@ def run_microbatches(
 def run_forward(
     chunks: list[GPTModel], families: list[Family], batches: list[Batch], output_loss: OutputLoss
 ) -> list[dict[str, torch.Tensor]]:
-    """Runs the forward pass as `run_microbatches` does, on micro-batches that it has passed to `prepare`. Collective.
+    """Runs only the forward pass, on micro-batches that `run_microbatches` has passed to `prepare`. Collective.
 
-    They are on the device, and under context parallelism they are this rank's part of the sequences.
+    The micro-batches are on the device, and contain only this rank's part of the sequences under context parallelism.
     """
     forward_step = partial(_forward_step, families, output_loss, None)
     return _run_schedule(chunks, forward_step, batches, batches, forward_only=True)
@@ -121,11 +121,11 @@ def accumulate_gradients(
         left -= 1
         with contextlib.ExitStack() as stack:
             if left:
-                # As in the schedules, gradients are reduced over data-parallel ranks after the last micro-batch only.
+                # As in the schedules, gradients are reduced over data-parallel ranks only after the last micro-batch.
                 for chunk in chunks:
                     stack.enter_context(chunk.no_sync())
             backward(batch)
-        del batch  # its fields are freed before `prepare` computes those of the next one
+        del batch  # free its fields before `prepare` computes the next batch's fields
     get_model_config(chunks[0]).finalize_model_grads_func(chunks, None)
 
 
@@ -141,25 +141,27 @@ def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
 
 
 def _bounds_of(batch: Batch, device: torch.device) -> Batch:
-    """Returns the bounds of the batch's documents, of whole sequences and in host memory; none without documents."""
+    """Returns the bounds of the documents in the batch's whole sequences, in host memory; empty without documents."""
     if DOCUMENT_STARTS not in batch:
         return {}
     bounds = document_bounds(batch[DOCUMENT_STARTS])
-    # A GPU's attention copies them, in every layer.
+    # Pin the bounds, because attention on a GPU copies them in every layer.
     return {DOCUMENT_BOUNDS: bounds.pin_memory() if device.type == "cuda" else bounds}
 
 
 def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and value.device.type == "cpu":
-        # From other memory the copy would make the host wait. The loader pins its tensors, but families add their own.
+        # A copy from unpinned memory would make the host wait. The loader pins its tensors, but families add further
+        # tensors.
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 def _divisor_of_all(batches: list[Batch]) -> Divisor:
-    """Returns what gives a micro-batch's sum of loss weights, averaged over micro-batches and data-parallel ranks.
+    """Returns a function whose result is the mean, over micro-batches and data-parallel ranks, of the micro-batches'
+    sums of loss weights.
 
-    It is 1 if all weights are 0.
+    The result is 1 if all weights are 0.
     """
     # megatron-core averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
     # divided by this value, the average is the mean loss over the global batch.
@@ -172,9 +174,9 @@ def _divisor_of_all(batches: list[Batch]) -> Divisor:
 
 
 def _divisor_of_each(batch: Batch) -> torch.Tensor:
-    """Returns a micro-batch's own sum of loss weights, or 1 if all are 0; as Megatron-LM's default.
+    """Returns a micro-batch's own sum of loss weights, as in Megatron-LM's default; 1 if all weights are 0.
 
-    Under context parallelism each rank's part of the sequences counts as a micro-batch, as there.
+    As in Megatron-LM, each rank's part of the sequences counts as a micro-batch under context parallelism.
     """
     total = batch["loss_mask"].sum(dtype=torch.float32)
     return torch.where(total > 0, total, 1.0) * parallel_state.get_context_parallel_world_size()

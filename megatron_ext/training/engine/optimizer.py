@@ -39,8 +39,8 @@ def build_optimizer(
         settings: learning rate, weight decay, Adam's constants, clipping.
         parallel: the parallel layout, which specifies whether the distributed optimizer is used.
         chunks: this rank's chunks, wrapped by `wrap_model`.
-        families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters,
-            and optimizers for those that the engine does not train.
+        families: the run's model families, which supply overrides of learning rate and weight decay for their
+            parameters, and optimizers for parameters that the engine does not train.
         precision: precision of the parameters; in fp16 the optimizer scales the loss.
     """
     config = OptimizerConfig(
@@ -103,12 +103,13 @@ def update_if(condition: torch.Tensor, optimizer: MegatronOptimizer) -> None:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [part.optimizer for part in parts if not isinstance(part, OwnOptimizer)]
     if all(isinstance(each, torch.optim.AdamW) for each in inner if each is not None):
-        # The fused kernel reads this flag on the device, and leaves parameters, moments and step counts as they are.
+        # The fused kernel reads this flag on the device; if it is set, parameters, moments and step counts do not
+        # change.
         for each in inner:
             if each is not None:
                 each.found_inf = (~condition).float()
     elif not bool(
         condition
-    ):  # Transformer Engine's and Apex's Adam have no such flag: the host has to read it
+    ):  # Transformer Engine's and Apex's Adam have no such flag, so the host has to read the condition
         return
     optimizer.step_with_ready_grads()

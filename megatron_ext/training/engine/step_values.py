@@ -1,11 +1,12 @@
-"""The values of a step or an evaluation: reduced over the ranks on the device, named when the host has read them.
+"""The values of a step or an evaluation, which are reduced over the ranks on the device and later read by the host.
 
     value = sum(value * weight) / sum(weight)        over micro-batches, data-parallel ranks and stages
 
 Each value is a row [weighted sum, sum of weights]: the losses of the last stage, then the values that layers have
-recorded, with weight 1 for each data-parallel rank. All rows are reduced together. Ranks must use the same names for
-the layers' values, and no rank knows those of the other stages: the last row counts the ranks that know all of their
-own names. If one does not, every rank sees it there, and all exchange their names once.
+recorded, with weight 1 for each data-parallel rank. All rows are reduced together. For this, all ranks need the same
+list of names of the layers' values, but a rank does not know the names on other stages. Therefore the last row counts
+the ranks whose own names are all in the list. If a rank is missing, every rank sees this in the count, and all ranks
+exchange their names once.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ class LayerNames:
         found = dict.fromkeys((*self.names, *own))
         for group in _groups():
             found = merge_over_ranks(found, group)
-        # Sorted: rows are added by position, and ranks may have recorded in different order.
+        # Sort the names, because rows are added by position, and ranks may have recorded in a different order.
         self.names = tuple(sorted(found))
 
 
@@ -52,7 +53,7 @@ class StepValues:
                 than the last an empty list.
             names: the names of the losses, in the same order on every rank.
             layer_names: the names of the layers' values that all ranks know.
-            of_nothing: the value of a loss whose weights are all 0.
+            of_nothing: the value to return for a loss whose weights are all 0.
         """
         self._losses, self._layer_names, self._of_nothing = names, layer_names, of_nothing
         self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
@@ -61,7 +62,7 @@ class StepValues:
         self._recorded = LayerLosses.take()
         self._names = layer_names.names
         self.rows = self._reduced()
-        """The reduced rows, [rows, 2] in float64; `named` needs a copy of them on the host."""
+        """The reduced rows, [rows, 2] in float64, on the device; `named` needs a copy on the host."""
 
     def are_finite(self) -> torch.Tensor:
         """Returns whether all losses are finite, as a scalar on the device."""
@@ -85,12 +86,12 @@ class StepValues:
         }
         of_layers = zip(self._names, rows[len(self._losses) : -1], strict=True)
         recorded = {name: total / weight for name, (total, weight) in of_layers if weight}
-        # Layers record in fp32; the mean over ranks has no more digits.
+        # Layers record in fp32, so round the mean over ranks to fp32.
         values = torch.tensor(list(recorded.values()), dtype=torch.float32).tolist()
         return losses, dict(zip(recorded, values, strict=True))
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Returns `named` of the values; waits for the device. Collective."""
+        """Copies the rows to the host and returns the result of `named`; waits for the device. Collective."""
         return self.named(self.rows.tolist())
 
     def _knows_own_names(self) -> bool:
@@ -98,7 +99,7 @@ class StepValues:
 
     def _reduced(self) -> torch.Tensor:
         """Returns this rank's rows, summed over data-parallel ranks and stages."""
-        # Scalars that exist on the device already: nothing is copied to it.
+        # Use scalars that are already on the device, so that nothing is copied to it.
         zero = torch.zeros((), device=process_groups.device())
         one = torch.ones_like(zero)
         values = [self._recorded.get(name, zero) for name in self._names]
@@ -115,6 +116,6 @@ class StepValues:
 def _groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return (
         parallel_state.get_data_parallel_group(with_context_parallel=True),
-        # A row is zero on the stages that do not own its value, so the sum over the stages is that value.
+        # A row is zero on stages that do not own its value, so the sum over the stages is the value.
         parallel_state.get_pipeline_model_parallel_group(),
     )

@@ -4,9 +4,10 @@
 
 A step whose loss or gradient norm is not finite is skipped: it changes no parameter, no optimizer state, no schedule.
 
-The host only queues a step's work. The device decides whether the step is skipped, and the host reads the step's values
-when it needs them, at the latest before the next update: the learning rate depends on whether the step was skipped. By
-then it has queued the next step's forward and backward passes, so the device does not idle while the host waits.
+The host only queues a step's work, and the device decides whether the step is skipped. The host reads the step's
+values when it needs them, at the latest before the next update, because the learning rate depends on whether the step
+was skipped. By then the host has queued the next step's forward and backward passes, so the device does not idle
+while the host waits.
 """
 
 import math
@@ -50,7 +51,8 @@ class StepResult:
 
     losses: dict[str, float]
     """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the model family that
-    replaces it. The values that model families return from `Family.summary` are included."""
+    replaces it. The values that model families return from `Family.summary` are included.
+    """
 
     layer_losses: dict[str, float]
     """Means of the losses attached to layers and of other values recorded by layers, by name."""
@@ -65,7 +67,9 @@ class StepResult:
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     is_overflow: bool = False
-    """Whether it was skipped only because a gradient is too large for fp16, which a lower loss scale may prevent."""
+    """Whether the step was skipped only because a gradient is too large for fp16, which a lower loss scale may
+    prevent.
+    """
 
     num_zeros: float | None = None
     """Number of elements of the gradient that are zero; None unless `--log-num-zeros-in-grad`."""
@@ -77,7 +81,7 @@ class StepResult:
     """Learning rate of this step."""
 
     shared: list[float]
-    """What the argument `shared` of `Stepper.start` returned."""
+    """Result of the argument `shared` of `Stepper.start`."""
 
     statistics: dict[str, float]
     """The model families' statistics of this step; empty if none are due. They are complete only on rank 0."""
@@ -89,7 +93,7 @@ class StepResult:
 
 
 ReadStep = Callable[[], StepResult]
-"""Returns the results of a step that was started; waits until the device has done the step. Collective."""
+"""A function that returns the results of a started step; waits until the device has finished the step. Collective."""
 
 
 class Stepper:
@@ -115,13 +119,13 @@ class Stepper:
         families: the run's model families, which supply auxiliary inputs, losses and statistics.
         optimizer: the optimizer of `chunks`.
         scheduler: learning-rate schedule, advanced by the number of sequences in each step.
-        global_batch_size: sequences per step, over all data-parallel ranks; a step may be told another number.
+        global_batch_size: sequences per step, over all data-parallel ranks; the default of `batch_size` in `start`.
         micro_batch_size: sequences per micro-batch.
         clip_grad: largest global gradient norm; 0 disables clipping.
         log_params_norm: whether to compute the norm of the parameters in every step.
         log_num_zeros_in_grad: whether to count the zeros of the gradient in every step.
-        per_token_loss: whether gradients are those of the mean over tokens; see `run_microbatches`.
-        empty_memory_level: whether unused memory is given back before the update (1), or also after it (2).
+        per_token_loss: whether gradients belong to the mean over tokens; see `run_microbatches`.
+        empty_memory_level: release unused memory before the update (1), before and after it (2), or never (0).
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_models(chunks)
@@ -161,7 +165,8 @@ class Stepper:
             batches: endless iterator over micro-batches.
             iteration: number of this step, from 1. A model family's statistics are due at multiples of its
                 `statistics_interval`.
-            shared: returns further values to read with the step's, float64 on the device, equal on every rank.
+            shared: returns further values to read together with the step's: float64 on the device, equal on every
+                rank.
             batch_size: sequences in this step, over all data-parallel ranks; None for `global_batch_size`.
         """
         batch_size = batch_size or self.global_batch_size
@@ -228,7 +233,7 @@ class Stepper:
         )
 
     def _of_scaler(self, values: StepValues) -> list[torch.Tensor]:
-        """Returns the loss scale, and whether a step that is not finite is an overflow; empty without fp16."""
+        """Returns the loss scale, and whether a non-finite step counts as an overflow; empty without fp16."""
         if self.scaler is None:
             return []
         falls = can_fall(self.scaler)
@@ -275,10 +280,10 @@ class Stepper:
         """Computes mean losses over `num_steps` global batches without gradients. Collective.
 
         Args:
-            make_batches: returns an iterator over the batches, the same ones at every call.
+            make_batches: returns an iterator over the same batches at every call.
             num_steps: number of global batches.
             split: `validation` or `test`, passed on to the model families.
-            progress: called with the name of a pass over the batches; returns what is called after each step.
+            progress: called with the name of a pass over the batches; returns a function to call after each step.
 
         Returns:
             Values by name: `lm loss` in nats per token, values recorded by layers, and values of the model families.
@@ -344,13 +349,13 @@ class Stepper:
         if self.clip_grad > 0:
             clip_gradients(self.optimizer, norm, self.clip_grad)
         if self._read_last is not None:
-            self._read_last()  # sets this step's learning rate
+            self._read_last()  # this also sets the learning rate of the current step
         update_if(is_finite, self.optimizer)
         self._empty_memory(2)
         return norm, is_finite
 
     def _empty_memory(self, level: int) -> None:
-        """Gives cached but unused memory back to the device if `--empty-unused-memory-level` is at least `level`."""
+        """Releases cached but unused device memory if `--empty-unused-memory-level` is at least `level`."""
         if self.empty_memory_level >= level:
             torch.cuda.empty_cache()
 

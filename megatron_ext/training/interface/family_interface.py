@@ -29,7 +29,8 @@ from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
 Batch = dict[str, torch.Tensor]
 """The tensors of a micro-batch by name: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float,
-and fields that model families add."""
+and fields that model families add.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Family:
     """Short name of the model family and of its `Extension`."""
 
     is_frozen: bool = False
-    """Whether the run trains none of the model family's parameters, although it could; set by who builds the run."""
+    """Whether all of the model family's parameters are frozen in this run; set by the code that builds the run."""
 
     statistics_interval: int | None = None
     """Number of steps between two calls of `statistics`; None never calls it."""
@@ -85,7 +86,7 @@ class Family:
         return None
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
-        """Returns which parts of the model a training step runs and trains; None if it runs and trains all.
+        """Describes the parts of the model that a training step runs and trains; None if all parts.
 
         Args:
             model: configuration of the base model.
@@ -128,7 +129,7 @@ class Family:
     def own_optimizers(
         self, chunks: list[GPTModel], settings: OptimizerSettings, engine: MegatronOptimizer
     ) -> list[OwnOptimizer]:
-        """Returns optimizers of parameters that the engine does not train, because they do not require gradients.
+        """Returns optimizers for parameters that the engine does not train because they do not require gradients.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
@@ -172,12 +173,14 @@ class Family:
     def trains_apart(self) -> bool:
         """Returns whether `backward` computes this step's gradients, without a pass through the whole model.
 
-        Called before every step. At most one model family of a run may do so; then no output loss is computed.
+        Called before every step. At most one model family of a run may return True; then no output loss is computed.
         """
         return False
 
     def backward(self, chunks: list[GPTModel], batch: Batch) -> None:
-        """Computes the losses of a micro-batch that `prepare_batches` returned, and adds their gradients; see above."""
+        """Computes the losses of a micro-batch from `prepare_batches`, and adds their gradients; see
+        `trains_apart`.
+        """
         raise TypeError(
             f"{type(self).__name__} overrides trains_apart but not backward; it must override both"
         )
@@ -191,7 +194,7 @@ class Family:
             chunks: this rank's model chunks, unwrapped.
             split: `validation` or `test`; a split's batches are the same in every evaluation.
             loss: the mean cross-entropy of this evaluation, in nats per token.
-            evaluate: recomputes the mean cross-entropy on the same batches with the model's present state.
+            evaluate: recomputes the mean cross-entropy on the same batches with the model's current state.
         """
         return {}
 
@@ -210,7 +213,8 @@ class Family:
     def needs_values(self, iteration: int) -> bool:
         """Returns whether `after_step` must be called before the next step starts, which makes the host wait.
 
-        Otherwise it is called while the device computes the next step. Must be equal on every rank.
+        Otherwise `after_step` is called while the device computes the next step. The result must be equal on every
+        rank.
         """
         return False
 
@@ -228,7 +232,7 @@ class Family:
         return []
 
     def is_complete(self) -> bool:
-        """Returns whether the run should end now, as if its last step were done; must be equal on every rank."""
+        """Returns whether the run should end now, as after its last step; must be equal on every rank."""
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
@@ -256,7 +260,7 @@ class Family:
         )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
-        """Turns a loaded model into a base model that computes the same function; returns messages for the user."""
+        """Converts a loaded model to a base model that computes the same function; returns messages for the user."""
         raise TypeError(f"{type(self).__name__} overrides check_plain but not merge; it must override both")
 
     def write_adapters(
@@ -292,7 +296,7 @@ class Family:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned."""
+        """Restores the result of `state_dict`."""
 
 
 def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:

@@ -28,7 +28,8 @@ class OutputLoss:
 
     factors: Mapping[str, float] = {"lm loss": 1.0}
     """Maps the name of each value that is part of the differentiated loss to its factor; the weights of these values
-    must be the `loss_mask`."""
+    must be the `loss_mask`.
+    """
 
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
@@ -59,7 +60,7 @@ class OutputLoss:
 
 
 class NoLoss(OutputLoss):
-    """A loss of zero, for passes that are run only because layers compute or record something."""
+    """A loss of zero, for passes that run only because layers compute or record values."""
 
     reads = "hidden"
     names = ()

@@ -1,9 +1,9 @@
-"""The optimizer of parameters that a model family reduces and updates itself.
+"""Base class for optimizers of parameters that a model family reduces and updates itself.
 
-megatron-core keeps a gradient of every element of a parameter that it trains, reduces it, and updates every element. A
-model family that can do with less sets `requires_grad` of such a parameter to False, so that the engine's gradient
-buffers and optimizer pass it over, and supplies an `OwnOptimizer`. It is chained to the engine's optimizer: learning
-rate, gradient norm, clipping, skipped steps and checkpoints treat both alike.
+For every parameter that it trains, megatron-core stores and reduces a gradient of every element, and updates every
+element. A model family that needs less sets `requires_grad` of such a parameter to False, so that the engine's
+gradient buffers and optimizer skip the parameter, and supplies an `OwnOptimizer`. This is chained to the engine's
+optimizer, so that learning rate, gradient norm, clipping, skipped steps and checkpoints apply to both.
 """
 
 from abc import abstractmethod
@@ -27,10 +27,10 @@ class HeldState:
     """The state by name: `param` for fp32 main weights, `exp_avg` and `exp_avg_sq` for Adam's moments, others."""
 
     start: int
-    """First row of the parameter whose state is here."""
+    """First row of the parameter whose state is on this rank."""
 
     end: int
-    """The row after the last one."""
+    """Last row plus one."""
 
 
 class OwnOptimizer(MegatronOptimizer):
@@ -43,25 +43,27 @@ class OwnOptimizer(MegatronOptimizer):
         engine: the engine's optimizer, to which this one will be chained.
         group: the parameter group of all parameters, without `params`; overrides of learning rate and weight decay.
         """
-        # Not the base class's: it wraps an optimizer of torch.
+        # Do not call the base class's `__init__`, which requires an optimizer of torch.
         first, *_ = getattr(engine, "chained_optimizers", [engine])
         self.optimizer = None
         self.config = first.config
         self.is_applied = torch.ones((), dtype=torch.bool)
-        """Whether the next `step_with_ready_grads` changes anything: a scalar on the device."""
+        """Whether the next `step_with_ready_grads` makes an update: a boolean scalar on the device."""
 
         self.grad_stats_parallel_group = first.get_grad_stats_parallel_group()
         self.is_distributed = isinstance(first, DistributedOptimizer)
         """Whether the engine divides the optimizer's state among data-parallel ranks."""
 
         self.host_group: dist.ProcessGroup | None = getattr(first, "data_parallel_group_gloo", None)
-        """The data-parallel ranks, for tensors in CPU memory; None if their other group takes such tensors."""
+        """The group of data-parallel ranks for tensors in CPU memory; None if the usual group accepts such
+        tensors.
+        """
 
         self._groups = [
             {
                 "params": [],
                 "is_expert_parallel": False,
-                "default_config": False,  # the learning rate that is logged is that of the engine's parameters
+                "default_config": False,  # the logged learning rate is that of the engine's parameters
                 "wd_mult": 1.0,
                 "lr_mult": 1.0,
                 "is_decoupled_lr": False,
@@ -77,21 +79,21 @@ class OwnOptimizer(MegatronOptimizer):
         return self._groups
 
     def get_parameters(self) -> list[torch.Tensor]:
-        """Returns the tensors whose `grad` clipping scales."""
+        """Returns the tensors whose attribute `grad` is scaled by clipping."""
         parameters: list[torch.Tensor] = self._groups[0]["params"]
         return parameters
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor]:
-        """Returns this rank's reduced gradients; data-parallel ranks hold the same."""
+        """Returns this rank's reduced gradients, which are equal on all data-parallel ranks."""
 
     @abstractmethod
     def data_parallel_rank(self) -> int:
-        """Returns this rank's place among the ranks that hold the same gradients."""
+        """Returns this rank's index among the ranks that hold the same gradients."""
 
     @abstractmethod
     def bring_up_to_date(self) -> None:
-        """Carries out all updates that were put off: afterwards parameters and state are those after the last step."""
+        """Carries out all postponed updates, so that parameters and state are those after the last step."""
 
     @abstractmethod
     def held(self) -> Iterator[HeldState]:
@@ -99,7 +101,7 @@ class OwnOptimizer(MegatronOptimizer):
 
     @abstractmethod
     def whole(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-        """Yields every parameter with its whole state, to save; possibly on the first data-parallel rank only.
+        """Yields every parameter with its complete state, to be saved; possibly on the first data-parallel rank only.
         Collective.
         """
 
@@ -109,43 +111,44 @@ class OwnOptimizer(MegatronOptimizer):
 
     @abstractmethod
     def restored(self, step: int) -> None:
-        """Called after the tensors of `held` were filled with the state after `step` updates."""
+        """Called when the tensors of `held` have been filled with the state after `step` updates."""
 
     def get_main_grads_for_grad_norm(self) -> list[torch.Tensor]:
         """Returns the gradients that this rank adds to the global norm."""
-        # The distributed optimizer sums over data-parallel ranks, too, all of which hold these gradients.
+        # The distributed optimizer also sums over data-parallel ranks, which all hold these gradients, so only the
+        # first rank adds them.
         return [] if self.is_distributed and self.data_parallel_rank() else self.gradients()
 
-    get_grads_for_grad_norm = get_main_grads_for_grad_norm  # the name since megatron-core 0.19
+    get_grads_for_grad_norm = get_main_grads_for_grad_norm  # the method's name from megatron-core 0.19 on
 
     def get_loss_scale(self) -> torch.Tensor:
-        """Returns 1: only fp16 scales the loss."""
+        """Returns 1, because only fp16 scales the loss."""
         return torch.ones(1, device=torch.cuda.current_device())
 
     def step(self) -> None:
-        """Not used: `Stepper` runs the parts of a step."""
+        """Not used, because `Stepper` runs the parts of a step."""
         raise NotImplementedError
 
     def state_dict(self) -> None:
-        """Not used: `OptimizerState` saves."""
+        """Not used, because `OptimizerState` saves the state."""
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Not used: `OptimizerState` loads."""
+        """Not used, because `OptimizerState` loads the state."""
         raise NotImplementedError
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Not used: `OptimizerState` saves."""
+        """Not used, because `OptimizerState` saves the state."""
         raise NotImplementedError
 
 
 def own_optimizers(optimizer: MegatronOptimizer) -> list[OwnOptimizer]:
-    """Returns the optimizers of model families that are chained to the engine's."""
+    """Returns the model families' optimizers that are chained to the engine's optimizer."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part, OwnOptimizer)]
 
 
 def bring_up_to_date(optimizer: MegatronOptimizer) -> None:
-    """Carries out all updates that were put off; call it before anything but a training step reads parameters."""
+    """Carries out all postponed updates; call this before any code outside of a training step reads parameters."""
     for own in own_optimizers(optimizer):
         own.bring_up_to_date()

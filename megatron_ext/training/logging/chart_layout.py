@@ -42,13 +42,14 @@ class ChartLayout:
         declared = [*map(_entry, charts), *(_entry(chart, over_samples=True) for chart in charts)]
         self._rank = {entry: rank for rank, entry in enumerate(declared)}
         earlier = _earlier_entries(folder)
-        # An earlier chart whose declaration has changed is left out; its tags would otherwise appear in two charts.
+        # An earlier chart whose declaration has changed is dropped, because its tags would otherwise appear in two
+        # charts.
         self._entries = {entry for entry in earlier if entry in self._rank or entry[0] == OTHER_VALUES}
         self._tags = set[str]()
         self._is_written = False
 
     def add(self, tag: str) -> None:
-        """Takes note of a tag that the run writes, and adds its chart if the layout does not contain it yet."""
+        """Adds the chart of a tag that the run writes, if the layout does not contain it yet."""
         if tag in self._tags:
             return
         self._tags.add(tag)
@@ -88,7 +89,8 @@ class ChartLayout:
 
 
 def _entry(chart: ScalarChart, *, over_samples: bool = False) -> _Entry:
-    # TensorBoard looks for the expression at the beginning of a tag only, so its end must be in the expression.
+    # TensorBoard matches the expression only at the beginning of a tag, so the expression must also describe the
+    # tag's end.
     if over_samples:
         return OVER_SAMPLES, chart.title, f"(?:{chart.tags}){SAMPLES_ENDING}$"
     return chart.section, chart.title, f"(?:{chart.tags})$"
@@ -126,5 +128,5 @@ def _records(file: Path) -> Iterator[bytes]:
             length = int.from_bytes(head[:8], "little")
             record = stream.read(length + 4)
             if len(record) < length + 4:
-                return  # a killed run's last record
+                return  # the incomplete last record of a killed run
             yield record[:length]

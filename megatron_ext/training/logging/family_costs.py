@@ -23,7 +23,7 @@ class RunCost:
     """Cost of the base model under `base`, then of each model family under its name."""
 
     work: StepWork | None
-    """Which parts of the base model the step runs and trains; None if everything trains."""
+    """The parts of the base model that the step runs and trains; None if everything trains."""
 
 
 def run_cost(
@@ -38,7 +38,7 @@ def run_cost(
         families: the model families of the run.
         iteration: number of the step, from 1.
     """
-    # A frozen family's own account of a step is that of its own training.
+    # Ignore a frozen family's `step_work`, which describes a step that trains the family.
     works = {
         family.name: None if family.is_frozen else family.step_work(model, iteration) for family in families
     }
@@ -47,7 +47,7 @@ def run_cost(
     for family in families:
         cost, own = family.cost(model), works[family.name]
         if cost is not None and family.is_frozen:
-            # Forward, and the gradients of inputs.
+            # A frozen family costs the forward pass and the gradients of inputs.
             cost = replace(cost, trained=0, training_flops=2 * cost.forward_flops_per_token)
         if cost is not None and own is not None:
             cost = replace(cost, trained=own.trained_parameters, training_flops=own.flops_per_token)

@@ -1,8 +1,8 @@
-"""`--profile`: records some steps of a run with torch's profiler, or marks them for NVIDIA's.
+"""`--profile`: records some steps of a run with torch's profiler, or marks them for NVIDIA's profiler.
 
 torch's profiler writes a trace for each profiled rank to TensorBoard's directory, `rank_{r}.*.pt.trace.json`, which
 TensorBoard's profiler plugin and https://ui.perfetto.dev show. NVIDIA's profiler, which is started with `nsys profile
---capture-range cudaProfilerApi`, writes its own files; the run only says when to record.
+--capture-range cudaProfilerApi`, writes its own files; the run only marks the first and the last step to record.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,8 @@ BeforeStep = Callable[[int], None]
 def profiling(
     logging: LoggingConfig, message: Callable[[str], None] = lambda text: None
 ) -> Iterator[BeforeStep]:
-    """Context manager: yields what starts and ends the recording; a recording that runs at the end is written too.
+    """Context manager that yields a function which starts and ends the recording. A recording that still runs at the
+    end is written, too.
 
     Args:
         logging: the flags of the profiler.
@@ -61,7 +62,7 @@ class _Recording:
             self._begin(warmup=int(iteration < first), active=end - max(first, iteration))
 
     def end(self) -> None:
-        """Ends the recording if it runs; writes its trace unless it is written already."""
+        """Ends the recording if it runs, and writes the trace if it has not been written yet."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None

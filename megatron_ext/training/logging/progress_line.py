@@ -1,4 +1,4 @@
-"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere.
+"""Shows a run's progress: a live bar on a terminal, otherwise plain lines.
 
 One plain line is printed per log interval; its fields are separated by ` | `, so that `grep`, `cut` or a spreadsheet
 can read it. The bar shows the same fields and is updated at every step.

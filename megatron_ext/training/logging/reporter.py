@@ -36,10 +36,11 @@ from megatron_ext.training.logging.wandb_run import WandbRun, check_wandb
 
 _LARGEST_EXPONENT = 20.0
 """Losses are capped at this value before the perplexity is computed, as in Megatron-LM: early values would flatten the
-curve."""
+curve.
+"""
 
 _WITH_BASELINE: WeakSet[TextIO] = WeakSet()
-"""Streams that show the MFU baseline already. The phases of a run share a stream; their baseline is measured once."""
+"""Streams on which the MFU baseline has already been printed; the phases of a run share a stream and a baseline."""
 
 
 class Reporter:
@@ -66,7 +67,7 @@ class Reporter:
         """Opens the outputs on rank 0.
 
         Args:
-            logging: what to write, and where.
+            logging: the logging flags.
             total_iterations: optimizer steps of the whole run.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
             precision: the run's precision, on which the device's peak rate depends.
@@ -76,7 +77,7 @@ class Reporter:
             configuration: the config groups by name, as dataclasses or JSON values; written as text.
             rank: this process's rank; None for the rank that `torchrun` sets.
             world_size: number of processes; None for the number that `torchrun` sets.
-            stream: where progress is printed; None for standard output.
+            stream: output stream for progress; None for standard output.
 
         Raises:
             ValueError: the TensorBoard directory cannot be written, or W&B is requested but not installed.
@@ -99,7 +100,7 @@ class Reporter:
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         stream = stream or sys.stdout
         self._progress = open_progress(stream, total_iterations, iteration)
-        # A process without standard output, such as a service, has None for it.
+        # In a process without standard output, such as a service, the stream is None.
         if self._peak is not None and stream is not None and stream not in _WITH_BASELINE:
             _WITH_BASELINE.add(stream)
             rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s per process ({self._peak.source})"
@@ -154,7 +155,7 @@ class Reporter:
                 shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
             if "/" in name:
                 continue
-            perplexity = math.exp(min(loss, _LARGEST_EXPONENT))  # in this order nan stays nan
+            perplexity = math.exp(min(loss, _LARGEST_EXPONENT))  # with this order of arguments, nan stays nan
             shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
             if self._logging.log_validation_ppl:
                 self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)
@@ -217,12 +218,13 @@ class Reporter:
     def _raise_peak(self) -> None:
         if self._peak is None:
             return
-        # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
+        # A peak that was measured on a busy machine is too low, so that MFU would exceed 100 %.
         peak = self._peak.raised(self._flops_per_second_per_device())
         if peak is not self._peak:
             was, self._peak = self._peak, peak
             self.message(
-                f"MFU baseline: {peak.flops_per_second / 1e12:.4g} TFLOP/s per process from now on, because the run is "
+                f"MFU baseline: {peak.flops_per_second / 1e12:.4g} TFLOP/s per process from now on, "
+                "because the run is "
                 f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start, when the machine was busy"
             )
 

@@ -1,6 +1,6 @@
 """Metrics of one training step, and their means over a log interval.
 
-The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens are included.
+The means exclude the losses of a skipped step (with a non-finite loss or gradient), but include its time and tokens.
 """
 
 import math

@@ -100,7 +100,7 @@ def test_a_directory_with_calibrated_weights_only_says_what_takes_them(prepared:
     folder = prepared.root / "only"
     run_single(train, *prepared.flags("only", *DROP, "--np-rank", "4", "--train-iters", "0"))
     refused = run_single(_refused, str(folder))
-    assert refused.startswith(f"--load {folder}: no checkpoint found; the calibrated NP weights in it")
+    assert refused.startswith(f"--load {folder}: no checkpoint found; it contains only calibrated NP weights")
     assert f"--npt-weights {folder}/calibrated/npt_weights.safetensors" in refused
     assert run_single(_refused, f"{folder}/none") == f"--load {folder}/none: no such directory"
 

@@ -70,5 +70,5 @@ def test_a_copy_for_saves_that_does_not_fit_beside_the_run_is_one_line_that_name
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(
-        "error: --async-save: a step and the copy of what is saved need"
+        "error: --async-save: a step and the copy of the saved tensors need"
     )

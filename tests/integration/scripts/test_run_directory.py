@@ -152,7 +152,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
         _release,
         "contains 'release' instead of a step number; --ckpt-step selects one (available: 1, 2)",
     ),
-    "ours without checksums": (_ours_without_checksums, "not a complete checkpoint of this program"),
+    "ours without checksums": (_ours_without_checksums, "not a complete checkpoint of this package"),
     "the newest without checksums": (_newest_without_checksums, "selects another one (available: 1)"),
     "a directory copied in part": (_copied_in_part, "iter_0000002: not a complete checkpoint"),
     "a tracker with rubbish": (

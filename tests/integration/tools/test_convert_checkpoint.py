@@ -290,7 +290,7 @@ def test_np_weights_that_do_not_fit_are_refused_before_anything_is_written(
     weights.mkdir()
     argv = ["export", "--load", f"{folder}/checkpoint", "--model-dir", f"{tmp_path}/out", "--npt-weights"]
     torch.save({}, weights / "npt_weights.pt")
-    with pytest.raises(ValueError, match="--npt-weights .*: config.json is missing in the directory"):
+    with pytest.raises(ValueError, match="--npt-weights .*: config.json, which specifies the layers"):
         alone(main, [*argv, f"{weights}/npt_weights.pt"])
     for settings, message in (
         (NPTModuleConfig(np_rank=2), "layer_2_np.gate.A is missing in the NP weights"),

@@ -1,1 +1,1 @@
-"""Writing a checkpoint's files: in the step that saves, or from a copy while training continues."""
+"""Writes a checkpoint's files, either directly or from a copy while training continues."""

@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
-"""Bytes that are hashed and written at once: a block is still in the processor's cache when it is written."""
+"""Bytes that are hashed and written at once, few enough that a block is still in the processor's cache when it is
+written.
+"""
 
 
 class WritingCancelled(Exception):
-    """The file is no longer wanted."""
+    """Raised by a write after the save was cancelled."""
 
 
 class HashedFile(io.FileIO):
-    """A new file that hashes what is written to it."""
+    """A new file that hashes the written bytes."""
 
-    # It has no buffer: a loader process that is forked during a write would inherit the buffer's content and could
-    # write it a second time.
+    # The file has no buffer, because a loader process that is forked during a write would inherit the buffer's
+    # content and could write it a second time.
 
     def __init__(self, path: Path, cancelled: threading.Event) -> None:
         """Args:
-        path: the file; an existing one is replaced.
-        cancelled: once it is set, the next write raises `WritingCancelled`.
+        path: the file; an existing file is replaced.
+        cancelled: after this event is set, the next write raises `WritingCancelled`.
         """
         super().__init__(path, "w")
         self._cancelled = cancelled
@@ -40,10 +42,11 @@ class HashedFile(io.FileIO):
                 block = view[start : start + _BLOCK]
                 self._sha.update(block)
                 self._size += len(block)
-                while block:  # the system may write a part only
+                while block:  # the system may write only a part of the block
                     block = block[super().write(block) :]
         except BaseException:
-            # The traceback keeps these views; Python 3.13 prints an error when it collects a buffer with views of it.
+            # Release the views, which the traceback would keep: Python 3.13 prints an error when it collects a buffer
+            # that still has views.
             for part in (block, view, data):
                 if isinstance(part, memoryview):
                     part.release()
@@ -51,11 +54,11 @@ class HashedFile(io.FileIO):
         return len(view)
 
     def flush(self) -> None:
-        # torch's wrapper of the file flushes once more when it is collected, which may be after the file is closed;
-        # Python 3.13 prints the error.
+        # torch's wrapper of the file flushes again when it is collected, possibly after the file is closed; Python
+        # 3.13 would print the error.
         if not self.closed:
             super().flush()
 
     def digest(self) -> dict[str, Any]:
-        """Returns the sha256 and the size of what has been written, as the manifest lists them."""
+        """Returns the sha256 and the size of the written bytes, as listed in the manifest."""
         return {"sha256": self._sha.hexdigest(), "size": self._size}

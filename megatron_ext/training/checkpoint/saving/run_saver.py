@@ -1,4 +1,4 @@
-"""Writes the checkpoints of one run, and removes those that --keep-last and --overwrite-checkpoints leave out."""
+"""Writes the checkpoints of one run, and removes old ones according to --keep-last and --overwrite-checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,9 @@ from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.interface.own_optimizer import bring_up_to_date
 
 StateOf = Callable[[int | None], dict[str, Any]]
-"""Returns the content of state.json for a number of updates of the optimizer; None if the optimizer is not saved."""
+"""A function that returns the content of state.json, given the optimizer's number of updates (None if the optimizer
+is not saved).
+"""
 
 
 class RunSaver:
@@ -50,16 +52,16 @@ class RunSaver:
         self._run_config, self._keeps, self._message = run_config, keeps, message
         self._has_saved = False
         self.goes_on_from: int | None = None
-        """The step from which the run resumed, if that checkpoint is in --save; None if the run is new there."""
+        """The step from which the run resumed, if its checkpoint is in --save; otherwise None."""
 
     def parts(self, path: Path, step: int, state: StateOf, copies: HostCopies | None) -> Parts:
-        """Yields the parts of a save; with `copies` they may run while training changes the model.
+        """Yields the parts of a save; with `copies`, parts may run while training changes the model.
 
         Args:
             path: the checkpoint's directory.
-            step: steps done.
-            state: what state.json says.
-            copies: where to copy the tensors; None to write them as they are.
+            step: number of completed steps.
+            state: content of state.json.
+            copies: memory for copies of the tensors; None to write the tensors directly.
 
         Raises:
             OSError: the checkpoint could not be written; raised on every rank. Earlier checkpoints are intact.
@@ -68,17 +70,15 @@ class RunSaver:
         try:
             yield from self._writing(path, state, copies)
         except GeneratorExit:
-            raise  # the save is given up: other ranks may still write, so that nothing is removed
+            raise  # the save is cancelled; other ranks may still write, so remove nothing
         except BaseException as error:
             if is_first_rank():
                 files.discard(root, name)
             if isinstance(error, OSError):
-                dist.barrier()  # no rank may end the run while rank 0 still removes files
+                dist.barrier()  # no rank may end the run while rank 0 is still removing files
                 left = "its files were removed"
                 if path.is_dir():
-                    left = (
-                        f"it is complete, but {files.TRACKER} does not name it: --ckpt-step {step} loads it"
-                    )
+                    left = f"it is complete, but {files.TRACKER} does not name it; load it with --ckpt-step {step}"
                 raise OSError(
                     f"--save {root}: the checkpoint of step {step} could not be written ({error}); {left}; earlier "
                     "checkpoints are intact"
@@ -89,7 +89,7 @@ class RunSaver:
             self._message(line)
 
     def _writing(self, path: Path, state: StateOf, copies: HostCopies | None) -> Parts:
-        """Yields the parts in which a checkpoint is written and published."""
+        """Yields the parts of writing and publishing a checkpoint."""
         gather_parameters(self._chunks)
         bring_up_to_date(self._optimizer)
         folder = on_first_rank(lambda: files.begin(path.parent, path.name))
@@ -105,17 +105,17 @@ class RunSaver:
             writer.gather()
             yield lambda: publish(written) if is_first_rank() else None
         finally:
-            writer.cancelled.set()  # if the save is given up, this ends `write` in its thread
+            writer.cancelled.set()  # if the save is cancelled, this ends `write` in its thread
 
     def _prepare(self, folder: Path, state_of: StateOf, copies: HostCopies | None) -> TensorWriter:
-        """Writes everything but this rank's tensors, and prepares to write those. Collective."""
+        """Writes everything except this rank's tensors, and prepares to write these tensors. Collective."""
         state = tensors.model_state(self._models, self._keeps())
         step = None
         if not self._config.no_save_optim:
             optimizer = OptimizerState(self._optimizer, state)
             step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
-            # A rank that saves no optimizer state needs no entry: megatron-core does not accept an empty one.
+            # A rank without optimizer state gets no entry, because megatron-core does not accept an empty one.
             state |= {"optimizer": held} if held else {}
         writer = TensorWriter(state, folder, copies)
         told = state_of(step)
@@ -136,8 +136,8 @@ class RunSaver:
         """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require.
 
         Returns:
-            A line for the user: what --keep-last has removed, or why a checkpoint could not be removed (the run
-            continues); None if nothing was to be removed.
+            A line for the user: the checkpoints that --keep-last has removed, or the reason why one could not be
+            removed (the run continues). None if there was nothing to remove.
         """
         keep, iteration = self._config.keep_last, files.step_of(name) or 0
         overwrites = self._config.overwrite_checkpoints and not self._has_saved

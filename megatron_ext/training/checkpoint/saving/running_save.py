@@ -1,9 +1,9 @@
-"""Runs the parts of a save, one after the other, in the step that saves or beside the steps that follow.
+"""Runs the parts of a save one after the other, either directly or in the background of later steps.
 
-A save is a generator of parts. Each part is a function that one rank runs without waiting for the others; what lies
-between two parts is collective. In the background a part runs in a thread, which takes part in no collective, so that
-none of a save's falls between those of training: between two steps the ranks agree on whether all have run the part,
-and then run together what follows it.
+A save is a generator of parts. Each part is a function that a rank runs without waiting for other ranks; the code
+between two parts is collective. In the background, a part runs in a thread that takes part in no collective, so that
+the collectives of a save never mix with those of training. Between two steps, the ranks check whether all of them
+have finished the part; if so, they run the code after it together.
 """
 
 import contextlib
@@ -16,14 +16,17 @@ from typing import Any
 from megatron_ext.platform.collectives import gather_or_raise, holds_on_every_rank
 
 Part = Callable[[], Any]
-"""What one rank does; must not wait for other ranks."""
+"""A function that a rank runs; must not wait for other ranks."""
 
 Parts = Generator[Part, list[Any], None]
-"""Yields the parts of a save, and receives what each returned on every rank. The code between two is collective."""
+"""A generator that yields the parts of a save, and receives each part's results on all ranks. The code between two
+parts is collective.
+"""
 
 _NICE = 15
-"""Added to the thread's niceness, so that it takes the time that training leaves: where all cores are busy, Linux gives
-it about 3 % of one."""
+"""Added to the thread's niceness, so that it uses only time that training leaves: if all cores are busy, Linux gives
+the thread about 3 % of a core.
+"""
 
 
 def run_parts(parts: Parts) -> None:
@@ -39,24 +42,24 @@ def run_parts(parts: Parts) -> None:
 
 
 def _proceed(parts: Parts, run: Part) -> Part:
-    """Runs a part on every rank, hands the results to the generator, and returns the next part."""
+    """Runs a part on every rank, sends the results to the generator, and returns the next part."""
     try:
         results = gather_or_raise(run)
     except Exception as error:
-        return parts.throw(error)  # the generator cleans up, and raises
+        return parts.throw(error)  # the generator cleans up and raises an error
     return parts.send(results)
 
 
 class RunningSave:
-    """A save that goes on while training does."""
+    """A save that runs while training continues."""
 
     def __init__(self, parts: Parts) -> None:
-        """Runs what comes before the first part, and starts that one in the background. Collective."""
+        """Runs the code before the first part, and starts the first part in the background. Collective."""
         self._parts = parts
         self._thread = _Thread(next(parts))
 
     def proceed(self, *, wait: bool) -> bool:
-        """Continues with the next part if every rank has run the present one. Collective.
+        """Continues with the next part if every rank has finished the current one. Collective.
 
         Args:
             wait: whether to wait for the end of the save.
@@ -75,7 +78,7 @@ class RunningSave:
         return False
 
     def give_up(self) -> None:
-        """Ends the save on this rank, wherever it is; not collective."""
+        """Cancels the save on this rank at any point; not collective."""
         self._parts.close()
         self._thread.join()
 
@@ -97,14 +100,14 @@ class _Thread:
         self._thread.join()
 
     def result(self) -> Any:
-        """Waits for the function; returns what it returned, or raises what it raised."""
+        """Waits for the function; returns its result, or raises its exception."""
         self.join()
         if self._error is not None:
             raise self._error
         return self._returned[0]
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # elsewhere a process has one priority for all its threads
+        if sys.platform == "linux":  # on other systems, all threads of a process have the same priority
             with contextlib.suppress(OSError):
                 thread = threading.get_native_id()
                 os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)

@@ -1,9 +1,10 @@
 """Writes one rank's tensors of a checkpoint in megatron-core's `torch_dist` format.
 
 megatron-core's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model,
-does not work in daemonic processes, leaves the manager running if the rank is killed, and hangs the other ranks when
-rank 0's disk is full. Planning is megatron-core's; torch's writer writes the same files in this process, from the
-tensors themselves or from copies that a background thread may write while training changes the tensors.
+does not work in daemonic processes, leaves the manager running if the rank is killed, and makes the other ranks hang
+when rank 0's disk is full. Only the planning is megatron-core's. torch's writer then writes the same files in this
+process, either from the tensors or from copies; a background thread may write copies while training changes the
+tensors.
 """
 
 import io
@@ -31,15 +32,17 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.saving.hashed_file import HashedFile
 
 Digests = dict[str, dict[str, Any]]
-"""Maps the names of files to their sha256 and size, as the manifest lists them."""
+"""Maps the names of files to their sha256 and size, as listed in the manifest."""
 
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""Returns the tensor with a global name, at an offset in the global tensor; a new one, which is freed once written."""
+"""A function that returns a new tensor, given its global name and the offset in the global tensor; the tensor is
+freed after it is written.
+"""
 
 
 class HostCopies:
-    """Copies of tensors in host memory (pinned if the tensor is on a GPU), whose memory later saves use again."""
+    """Copies of tensors in host memory, pinned if the tensor is on a GPU; later saves reuse the memory."""
 
     def __init__(self) -> None:
         self._held: dict[Any, torch.Tensor] = {}
@@ -74,13 +77,14 @@ class TensorWriter:
             state: the sharded state dict of model and optimizer.
             folder: the checkpoint's directory.
             copies: if given, the tensors are copied there, and `write` writes the copies.
-            read: if given, the tensors of `state` are on the meta device, and `write` reads each when it writes it.
+            read: if given, the tensors of `state` are on the meta device, and `write` calls `read` for each tensor
+                just before writing it.
 
         Raises:
             OSError: some rank could not write; raised on every rank.
         """
         self.cancelled = threading.Event()
-        """Once it is set, `write` stops in another thread."""
+        """Event that stops `write` in another thread."""
 
         self._writer = _Writer(folder, self.cancelled, copies, read)
         sharded, common = save_preprocess(state)
@@ -117,7 +121,7 @@ class TensorWriter:
         return self._writer.write()
 
     def gather(self) -> None:
-        """Tells rank 0 where every rank has written its tensors. Collective."""
+        """Sends the places of every rank's tensors to rank 0. Collective."""
         self._everyone = self._ranks.gather_object(self._writer.results) or []
 
     def write_metadata(self) -> Digests:
@@ -151,7 +155,7 @@ def write(state: ShardedStateDict, folder: Path, read: Read | None = None) -> Di
 
 
 class _HashedFiles(FileSystem):
-    """torch's file system with files that hash what is written to them."""
+    """torch's file system, with files that hash the written bytes."""
 
     def __init__(self, cancelled: threading.Event) -> None:
         self.cancelled = cancelled
@@ -166,7 +170,7 @@ class _HashedFiles(FileSystem):
 
 
 class _Copied:
-    """Stands for a planner in `write_data`, which asks it for the data of an item of the plan."""
+    """Replaces a planner in `write_data`; supplies the copied data of an item of the plan."""
 
     def __init__(self, data: dict[Any, Any]) -> None:
         self._data = data
@@ -176,7 +180,7 @@ class _Copied:
 
 
 class _Reading:
-    """Stands for a planner in `write_data`; reads a tensor when it is asked for."""
+    """Replaces a planner in `write_data`; reads a tensor when its data is requested."""
 
     def __init__(self, planner: SavePlanner, read: Read) -> None:
         self._planner, self._read = planner, read
@@ -185,12 +189,13 @@ class _Reading:
     def resolve_data(self, item: WriteItem) -> Any:
         if item.type == WriteItemType.BYTE_IO:
             return self._planner.resolve_data(item)
-        # torch's writer keeps every tensor of a file until the file is complete; the last one is written by now.
+        # torch's writer keeps every tensor of a file until the file is complete. The last tensor has been written, so
+        # free its memory.
         if self._written is not None and self._written.resizable():
             self._written.resize_(0)
         tensor = self._read(item.index.fqn, tuple(item.index.offset or ()))
         storage = tensor.untyped_storage()
-        # As torch's writer would; also where the memory is not torch's own, such as pages of a mapped file.
+        # Copy the tensor as torch's writer would, and also if torch does not own the memory, as for a mapped file.
         if storage.nbytes() != tensor.nbytes or not storage.resizable():
             tensor = tensor.clone()
         self._written = tensor.untyped_storage()
@@ -198,13 +203,13 @@ class _Reading:
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer in the steps of megatron-core's: plan, copy, write, finish."""
+    """torch's writer, used in the steps of megatron-core's writer: plan, copy, write, finish."""
 
     def __init__(
         self, folder: Path, cancelled: threading.Event, copies: HostCopies | None, read: Read | None
     ) -> None:
-        # Copies are in host memory already; with a limit, torch would wait for the GPU every few megabytes.
-        # What is read when it is written must be written before the next is read.
+        # Copies are already in host memory; with a limit, torch would wait for the GPU every few megabytes. If
+        # tensors are read during writing, each one must be written before the next one is read.
         ahead = 10_000_000 if copies is None and read is None else 0
         super().__init__(folder, thread_count=1, per_thread_copy_ahead=ahead)
         self.fs: _HashedFiles = _HashedFiles(cancelled)
@@ -213,7 +218,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         self._work: tuple[SavePlan, Any] | None = None
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Keeps the plan; copies the tensors, if they are to be written while training changes them."""
+        """Stores the plan; copies the tensors if they will be written while training changes them."""
         if self._copies is None:
             self._work = plan, planner if self._read is None else _Reading(planner, self._read)
             return
@@ -236,5 +241,5 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         return dict(self.fs.digests)
 
     def metadata_digest(self) -> Digests:
-        """Returns the digest of `.metadata`, which torch writes under another name first."""
+        """Returns the digest of `.metadata`, which torch first writes under another name."""
         return {".metadata": self.fs.digests[".metadata.tmp"]}
