@@ -113,7 +113,7 @@ def _errors(page: Page, report: dict[str, Any]) -> None:
     page.heading("Errors of the converted MLPs, and the layers that hold the model back")
     page.paragraph(
         "Error of a token: |MLP output - target| / |target|, on the layer's input in the base model. "
-        "Untrained: without deltas. Massive: |target|^2 above {report['mlp_error']['massive_above']:g} "
+        f"Untrained: without deltas. Massive: |target|^2 above {report['mlp_error']['massive_above']:g} "
         "times the median; share: fraction of the sum of all |target|^2. Last column: reduction of "
         "KL(base || NPT) if this layer is replaced by its base layer."
     )
