@@ -66,7 +66,7 @@ class BenchmarkConfig:
     """Number of timed rounds; each times every variant once."""
 
     variants: tuple[str, ...] = ("ours", "hugging face", "ours + PLE")
-    """Models to time: ours, hugging face, mcore, ours + PLE, ours + NPT. `ours` must be one of them."""
+    """Models to time: ours, hugging face, mcore, ours + PLE, ours + PLE by rows, ours + NPT. `ours` must be one."""
 
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Precisions to time them in."""
@@ -267,6 +267,7 @@ def _ratios(config: BenchmarkConfig, measured: Measured) -> Iterator[str]:
     yield f"GEMM rate of the machine: {rate / 1e9:.0f} GFLOP/s; the part of it that ours uses: {', '.join(used)}"
     for name, detail in (
         ("ours + PLE", "PLE (per-layer size h/8)"),
+        ("ours + PLE by rows", "PLE (the same, --per-layer-sparse)"),
         ("ours + NPT", "NPT (rank h/32, all layers)"),
     ):
         if name in measured.memory:
@@ -283,7 +284,11 @@ def _costs(config: BenchmarkConfig) -> "tuple[ModelCost, dict[str, ModelCost]]":
     from megatron_ext.models.costs.model_cost import model_cost
 
     model = _model(config)
-    families: dict[str, Any] = {"ours + PLE": _per_layer(config), "ours + NPT": _npt(config)}
+    families: dict[str, Any] = {
+        "ours + PLE": _per_layer(config),
+        "ours + PLE by rows": _per_layer(config, by_rows=True),
+        "ours + NPT": _npt(config),
+    }
     added = {name: family.cost(model) for name, family in families.items()}
     return model_cost(model, config.vocab_size), added
 
@@ -302,12 +307,15 @@ def _model(config: BenchmarkConfig) -> ModelConfig:
     )
 
 
-def _per_layer(config: BenchmarkConfig) -> "PerLayerFamily":
+def _per_layer(config: BenchmarkConfig, *, by_rows: bool = False) -> "PerLayerFamily":
     from megatron_ext.per_layer.per_layer_config import PerLayerConfig
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
     per_layer = PerLayerConfig(
-        use_per_layer_embedding=True, per_layer_hidden_size=config.hidden_size // 8, per_layer_preset="gemma4"
+        use_per_layer_embedding=True,
+        per_layer_hidden_size=config.hidden_size // 8,
+        per_layer_preset="gemma4",
+        per_layer_sparse=by_rows,
     )
     return PerLayerFamily(per_layer, vocab_size=config.vocab_size)
 
@@ -339,6 +347,8 @@ def _ours(config: BenchmarkConfig, bf16: bool, families: "list[Family]") -> Vari
         precision="bf16" if bf16 else "fp32",
         extensions=[f.extension() for f in families],
     )
+    for family in families:
+        family.prepare_model(chunks)
     wrapped = wrap_model(chunks, parallel, precision="bf16" if bf16 else "fp32")
     settings = OptimizerSettings(lr=1e-4)
     optimizer = build_optimizer(settings, parallel, wrapped, families, precision="bf16" if bf16 else "fp32")
@@ -378,6 +388,7 @@ VARIANTS: dict[str, Callable[[BenchmarkConfig, bool], Variant]] = {
     "hugging face": _peer("hugging_face"),
     "mcore": _peer("mcore"),
     "ours + PLE": lambda config, bf16: _ours(config, bf16, [_per_layer(config)]),
+    "ours + PLE by rows": lambda config, bf16: _ours(config, bf16, [_per_layer(config, by_rows=True)]),
     "ours + NPT": lambda config, bf16: _ours(config, bf16, [_npt(config)]),
 }
 
