@@ -93,23 +93,29 @@ class PerLayerBlock(MegatronModule):
             active, others = hidden_states.split(
                 [layer_inputs.rows, hidden_states.size(0) - layer_inputs.rows]
             )
-            update = self._update(active * self.input_scale, layer_inputs)
+            update = self.post_norm(self._projected(active * self.input_scale, layer_inputs))
             by_stream = others.view(-1, *active.shape) + update
             return torch.cat([active, by_stream.flatten(0, 1)])
-        output = hidden_states + self._update(hidden_states, layer_inputs)
-        return output * self.layer_scalar if self.settings.has_layer_scalar else output
+        output = self.post_norm(self._projected(hidden_states, layer_inputs), residual=hidden_states)
+        return output * self.layer_scalar if self._scales() else output
 
-    def _update(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
-        """Returns the update that is added to the residual stream, or to several residual streams."""
+    def _scales(self) -> bool:
+        """Returns whether the output has to be multiplied by `layer_scalar`."""
+        # A run that starts from scratch keeps 1. To see that costs nothing on the CPU; on a GPU the host would wait.
+        return self.settings.has_layer_scalar and (self.layer_scalar.is_cuda or bool(self.layer_scalar != 1))
+
+    def _projected(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
+        """Returns the values of which the norm is added to the residual stream, or to several of them."""
         combined = layer_inputs.read_part(PER_LAYER_STREAM, self.part, self.parts)
         activated = self.activation(self.gate(hidden_states)[0])
-        update: torch.Tensor = self.post_norm(self.projection(activated * self._dropped(combined))[0])
+        projected: torch.Tensor = self.projection(activated * self._dropped(combined))[0]
         # With activation recomputation, this code runs twice, first without gradients; record only the second run.
         if self.recorder is not None and torch.is_grad_enabled():
             self.recorder.add_mean("gate_activation", activated.unsqueeze(0))
-            self.recorder.add_squares("update", update.unsqueeze(0))
+            with torch.no_grad():
+                self.recorder.add_squares("update", self.post_norm(projected).unsqueeze(0))
             self.recorder.add_squares("residual", hidden_states.unsqueeze(0))
-        return update
+        return projected
 
     def _dropped(self, combined: torch.Tensor) -> torch.Tensor:
         rate = self.settings.per_layer_projection_dropout

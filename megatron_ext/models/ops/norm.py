@@ -25,24 +25,55 @@ class _CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        values = hidden_states.float()
-        inverse_rms = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
-        inverse_rms = inverse_rms.div_(values.size(-1)).add_(eps).rsqrt_()
-        ctx.save_for_backward(hidden_states, weight, inverse_rms)
-        return (values * inverse_rms).mul_(weight).to(hidden_states.dtype)
+        normed = _normalize(ctx, hidden_states, weight, eps)
+        return normed.mul_(weight).to(hidden_states.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden_states, weight, inverse_rms = ctx.saved_tensors
-        grad = grads[0].float()
-        normed = hidden_states.float() * inverse_rms
-        product = grad * normed
-        rows = product.reshape(-1, product.size(-1))
-        grad_weight = rows.sum(0).to(weight.dtype)
-        # The mean over h of (grad * weight * normed) as one matrix-vector product, which saves a pass over memory.
-        projection = (rows @ weight.float()).view_as(inverse_rms) / rows.size(-1)
-        grad_input = torch.mul(grad, weight, out=product).sub_(normed.mul_(projection)).mul_(inverse_rms)
-        return grad_input.to(hidden_states.dtype), grad_weight, None
+        return *_norm_gradients(ctx, grads[0]), None
+
+
+class _CpuAddedRMSNorm(torch.autograd.Function):
+    """A residual stream plus the RMSNorm of other values, with two passes over memory less than one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        normed = _normalize(ctx, hidden_states, weight, eps)
+        if residual.dtype == hidden_states.dtype == torch.float32:
+            return torch.addcmul(residual, normed, weight, out=normed)
+        return residual + normed.mul_(weight).to(residual.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        return grads[0], *_norm_gradients(ctx, grads[0]), None
+
+
+def _normalize(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns the values over their RMS, in fp32; saves what `_norm_gradients` needs."""
+    values = hidden_states.float()
+    inverse_rms = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
+    inverse_rms = inverse_rms.div_(values.size(-1)).add_(eps).rsqrt_()
+    ctx.save_for_backward(hidden_states, weight, inverse_rms)
+    return values * inverse_rms
+
+
+def _norm_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of values and weight; with r = 1 / rms(x), they are
+
+    dx = r (g w) - x r^3 mean(g w x)        dw = sum over rows of r g x
+
+    """
+    hidden_states, weight, inverse_rms = ctx.saved_tensors
+    grad, values, scale = gradient.float(), hidden_states.float(), inverse_rms.flatten()
+    product = grad * values
+    rows = product.reshape(-1, product.size(-1))
+    grad_weight = (scale @ rows).to(weight.dtype)
+    # Matrix-vector products, which need no pass over memory for their factors.
+    mean = (rows @ weight.float()).mul_(scale.pow(3)).div_(rows.size(-1)).view_as(inverse_rms)
+    grad_input = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(values, mean, value=-1)
+    return grad_input.to(hidden_states.dtype), grad_weight
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,6 +90,15 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
     if hidden_states.is_cuda:
         return F.rms_norm(hidden_states, weight.shape, weight, eps)
     return _CpuRMSNorm.apply(hidden_states, weight, eps)
+
+
+def add_rms_norm(
+    residual: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Returns residual + RMSNorm(hidden_states), [..., h] both; other arguments as for `rms_norm`."""
+    if hidden_states.is_cuda:
+        return residual + rms_norm(hidden_states, weight, eps)
+    return _CpuAddedRMSNorm.apply(residual, hidden_states, weight, eps)
 
 
 def unit_rms(values: torch.Tensor, eps: float) -> torch.Tensor:
@@ -101,8 +141,10 @@ class WeightedNorm(torch.nn.Module):
 class RMSNorm(WeightedNorm):
     """RMSNorm (formula at the top of this file); arguments as for `WeightedNorm`."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalizes the last dimension, [..., h] -> [..., h]."""
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalizes the last dimension and adds the result to `residual` if that is given; [..., h] each."""
+        if residual is not None:
+            return add_rms_norm(residual, hidden_states, full_weight(self), self.eps)
         return rms_norm(hidden_states, full_weight(self), self.eps)
 
 

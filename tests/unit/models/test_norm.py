@@ -76,6 +76,32 @@ def test_norm_equals_torch_in_float64_forward_and_backward(
         assert_close(found.grad, wanted.grad, tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=["same residual", "fp32 residual"])
+def test_a_residual_stream_plus_an_rms_norm_equals_float64_forward_and_backward(
+    dtype: torch.dtype, tolerance: float, residual_dtype: torch.dtype | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    residual, values, grad = (torch.randn(5, 3, HIDDEN, generator=generator) * 3 for _ in range(3))
+    inputs = [residual.to(residual_dtype or dtype), values.to(dtype)]
+    norm, exact = build("RMSNorm", dtype), [each.double().requires_grad_() for each in inputs]
+    for each in inputs:
+        each.requires_grad_()
+
+    output = norm(inputs[1], residual=inputs[0])
+    output.backward(grad.to(output.dtype))
+    normed, (weight,) = reference("RMSNorm", norm, exact[1])
+    expected = exact[0] + normed
+    expected.backward(grad.to(output.dtype).double())
+
+    assert output.dtype == inputs[0].dtype
+    assert_close(output, expected, tolerance)
+    for found, wanted in zip((*inputs, norm.weight), (*exact, weight), strict=True):
+        assert_close(found.grad, wanted.grad, tolerance)
+
+
 def assert_close(found: torch.Tensor | None, expected: torch.Tensor | None, tolerance: float) -> None:
     """Relative to the largest value."""
     assert found is not None and expected is not None
