@@ -52,7 +52,27 @@ _SHOWN = {
     ),
 }
 
-PER_LAYER_CHARTS = tuple(
-    ScalarChart(section="Per-layer embedding", title=title, tags=rf"per-layer/{name}/layer_\d+", shows=shows)
-    for name, (title, shows) in _SHOWN.items()
-)
+_OF_ROWS = {
+    "rows-touched": (
+        "Rows looked up by a step",
+        "Different rows of a table that the step looks up, on all data-parallel ranks (--per-layer-sparse).",
+    ),
+    "rows-ever-touched-share": (
+        "Share of the table looked up so far",
+        "Share of a table's rows that a step has looked up since the run began or was resumed.",
+    ),
+    "row-gradients-mib": (
+        "Gradients of the rows, MiB",
+        "Gradients of the rows of a step in one copy of the model, in MiB: what data-parallel ranks reduce.",
+    ),
+}
+
+
+def _charts(shown: dict[str, tuple[str, str]], place: str) -> tuple[ScalarChart, ...]:
+    return tuple(
+        ScalarChart(section="Per-layer embedding", title=title, tags=rf"per-layer/{name}{place}", shows=shows)
+        for name, (title, shows) in shown.items()
+    )
+
+
+PER_LAYER_CHARTS = _charts(_SHOWN, r"/layer_\d+") + _charts(_OF_ROWS, "")

@@ -227,13 +227,6 @@ class PerLayerRunConfig(RunConfig):
 
     def _check_rows(self) -> None:
         settings, adam = self.per_layer, self.optimizer
-        if self.training.fp16:
-            raise ValueError("--per-layer-sparse: does not support --fp16; use --bf16 or fp32")
-        if self.rehearsal.is_on:
-            raise ValueError(
-                "--rehearse: does not support --per-layer-sparse, because a rehearsal has no ids and "
-                "therefore no rows; use --dry-run to estimate the memory"
-            )
         if settings.per_layer_optimizer == "adam" and adam.adam_beta1**2 >= adam.adam_beta2:
             raise ValueError(
                 f"--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got "

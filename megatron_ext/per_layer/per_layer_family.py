@@ -37,6 +37,7 @@ from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_IDS, stage_module
 from megatron_ext.per_layer.per_layer_statistics import start_recording, stop_recording
 from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
+from megatron_ext.per_layer.sparse.row_statistics import RowStatistics
 from megatron_ext.per_layer.sparse.row_updates import UPDATES, AdamConstants
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.own_optimizer import OwnOptimizer
@@ -227,6 +228,8 @@ class PerLayerFamily(Family):
             engine,
             dict(override),
         )
+        if self.settings.log_per_layer_stats:
+            self._rows.statistics = RowStatistics(self.rows, stages[0].tables()[0].device)
         for stage in stages:
             stage.row_optimizer = self._rows
         return [self._rows]
@@ -283,9 +286,14 @@ class PerLayerFamily(Family):
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
         """Returns the recorded statistics by TensorBoard tag; see `per_layer_statistics`."""
-        if self._rows is not None:
-            self._rows.reduce()
-        return stop_recording(chunks, self.settings)
+        if self._rows is None:
+            return stop_recording(chunks, self.settings)
+        self._rows.reduce()
+        values = stop_recording(chunks, self.settings)
+        if self._rows.statistics is not None:
+            width = chunks[0].config.num_layers * self.settings.per_layer_hidden_size
+            values |= self._rows.statistics.values(width)
+        return values
 
 
 def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | None:

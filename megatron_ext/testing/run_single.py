@@ -53,7 +53,7 @@ def clean_process() -> Iterator[None]:
         process_groups.shutdown = shutdown
         shutdown()
         get_cuda_rng_tracker().reset()
-        LayerLosses.scale, LayerLosses.evaluating = 1.0, False
+        LayerLosses.scale, LayerLosses.loss_scale, LayerLosses.evaluating = 1.0, 1.0, False
         LayerLosses._sums, LayerLosses._counts = {}, {}
         sys.argv = arguments
         os.environ.clear()

@@ -29,32 +29,37 @@ _CLOSE = 1e-5
 class MissedSteps:
     """Learning rate and weight decay of the steps since all rows were last brought up to date."""
 
-    def __init__(self, beta1: float, beta2: float, eps: float, first: int = 0) -> None:
+    def __init__(self, beta1: float, beta2: float, eps: float, first: torch.Tensor) -> None:
         """Args:
         beta1: Adam's beta1; 0 if there is no momentum.
         beta2: Adam's beta2.
         eps: the constant in Adam's denominator.
-        first: number of the last step that is in all rows.
+        first: number of the last step that is in all rows, [1] integer.
         """
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.blocks = _blocks(beta1, beta2)
         self.restart(first)
 
-    def restart(self, step: int) -> None:
-        """Forgets the past: all rows are up to date with `step`."""
-        self.first = self.last = step
-        # Per step from `first` on: lr / (1 - beta1^j), sqrt(1 - beta2^j), and the sum of log(1 - lr wd) up to it.
-        self._of_steps = torch.zeros(1024, 3, dtype=torch.float64)
+    def restart(self, step: torch.Tensor) -> None:
+        """Forgets the past: all rows are up to date with `step`, [1] integer."""
+        self.first = self.last = step.clone()
+        self.recorded = 0
+        """Number of steps since then; those that were not applied count, because only the device knows them."""
 
-    def record(self, learning_rate: float, weight_decay: float) -> None:
-        """Adds a step."""
-        place = self.last + 1 - self.first
-        if place == len(self._of_steps):
+        # Per step from `first` on: lr / (1 - beta1^j), sqrt(1 - beta2^j), and the sum of log(1 - lr wd) up to it.
+        self._of_steps = torch.zeros(1024, 3, dtype=torch.float64, device=step.device)
+
+    def record(self, learning_rate: float, weight_decay: float, is_applied: torch.Tensor) -> None:
+        """Adds a step if it is applied, which a boolean scalar on the device says."""
+        self.recorded += 1
+        if self.recorded == len(self._of_steps):
             self._of_steps = torch.cat((self._of_steps, torch.zeros_like(self._of_steps)))
-        self.last += 1
-        corrected = learning_rate / (1 - self.beta1**self.last), math.sqrt(1 - self.beta2**self.last)
-        decay = float(self._of_steps[place - 1, 2]) + math.log1p(-learning_rate * weight_decay)
-        self._of_steps[place] = torch.tensor((*corrected, decay), dtype=torch.float64)
+        step = (self.last + 1).double()
+        corrected = learning_rate / (1 - self.beta1**step), (1 - self.beta2**step).sqrt()
+        decay = self._log(self.last) + math.log1p(-learning_rate * weight_decay)
+        # The next step overwrites a step that was not applied.
+        self._of_steps.index_copy_(0, self.last + 1 - self.first, torch.stack((*corrected, decay), dim=1))
+        self.last = self.last + is_applied
 
     def decay(self, since: torch.Tensor) -> torch.Tensor:
         """Returns D(a) for steps a, [n] integer -> [n] in float64."""
@@ -69,11 +74,13 @@ class MissedSteps:
         Returns:
             Pairs of tensors [n] in float64; an entry of A is 0 where a row has missed no step of the block.
         """
-        longest = self.last - int(since.min()) if since.numel() else 0
+        # On a GPU the host does not wait to learn which row is behind most; its terms of missed steps too many are 0.
+        longest = self.recorded if since.is_cuda or not since.numel() else int(self.last - since.min())
         terms = []
         for start, end in self.blocks:
             if start < longest:
-                block = self._block(since, torch.arange(start + 1, min(end, longest) + 1))
+                offsets = torch.arange(start + 1, min(end, longest) + 1, device=since.device)
+                block = self._block(since, offsets)
                 terms += _gauss_rule(*block, close=_CLOSE / _ratio(self.beta1, self.beta2) ** start)
         return terms
 
@@ -81,14 +88,14 @@ class MissedSteps:
         """Returns A and C of the steps `since + offsets`, each [n, length]; A is 0 for steps in the future."""
         steps = since.unsqueeze(1) + offsets
         missed = steps <= self.last
-        rate, root, decay = self._of_steps[steps.clamp(max=self.last) - self.first].unbind(-1)
+        rate, root, decay = self._of_steps[steps.minimum(self.last) - self.first].unbind(-1)
         shift = root * self.beta2 ** (-offsets.double() / 2)
         weight = (
             (self._log(self.last) - decay).exp_().mul_(rate).mul_(shift).mul_(self.beta1 ** offsets.double())
         )
         return weight.where(missed, 0.0), shift
 
-    def _log(self, step: torch.Tensor | int) -> torch.Tensor:
+    def _log(self, step: torch.Tensor) -> torch.Tensor:
         return self._of_steps[step - self.first, 2]
 
 
@@ -124,7 +131,8 @@ def _gauss_rule(
     distance = node - mean.unsqueeze(1)
     variance = (share * distance.square()).sum(1)
     several = variance > close * mean.square()
-    if not several.any():
+    # Only where it does not make the host wait: two terms at the same node are the same.
+    if not several.is_cuda and not several.any():
         return [(total, mean)]
     spread = variance.where(several, 1.0).sqrt()
     skew = ((share * distance.pow(3)).sum(1) / spread.pow(3) / 2).where(several, 0.0)

@@ -4,6 +4,9 @@ With the distributed optimizer a rank has main weights and state of its own bloc
 every rank has the only block, which holds all rows. L tables, q columns on this rank.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 
@@ -21,23 +24,19 @@ class RowBlocks:
         divides: whether rows are divided at all.
         """
         self.rows, self.group, self.host_group = rows, group, host_group
-        self.number, rank = (group.size(), group.rank()) if divides else (1, 0)
+        self.number, self.place = (group.size(), group.rank()) if divides else (1, 0)
         self.size = -(-rows // self.number)
-        self.start, self.end = (min(block * self.size, rows) for block in (rank, rank + 1))
+        self.start, self.end = (min(block * self.size, rows) for block in (self.place, self.place + 1))
 
-    def own(self, ids: torch.Tensor) -> slice:
-        """Returns which of some ids, ascending, are in this rank's block."""
-        if self.number == 1:
-            return slice(0, ids.numel())
-        bounds = torch.tensor([self.start, self.end], device=ids.device)
-        return slice(*torch.searchsorted(ids, bounds).tolist())
+    def own(self, below: Sequence[int]) -> slice:
+        """Returns which of some ids, ascending, are in this rank's block; `below` as from `touched_rows`."""
+        return slice(below[self.place - 1] if self.place else 0, below[self.place])
 
-    def gather(self, own: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Joins the rows that each rank has of some ids, ascending: [L, m, q] -> [L, n, q]. Collective."""
+    def gather(self, own: torch.Tensor, below: Sequence[int]) -> torch.Tensor:
+        """Joins the rows that each rank has of some ids: [L, m, q] -> [L, n, q]. Collective."""
         if self.number == 1:
             return own
-        bounds = torch.arange(1, self.number + 1, device=ids.device) * self.size
-        counts = torch.searchsorted(ids, bounds).diff(prepend=bounds.new_zeros(1)).tolist()
+        counts = [end - start for start, end in pairwise((0, *below))]
         padded = own.new_zeros(own.size(0), max(counts), own.size(2))
         padded[:, : own.size(1)] = own
         pieces = [torch.empty_like(padded) for _ in counts]

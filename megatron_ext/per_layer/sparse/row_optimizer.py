@@ -25,12 +25,16 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.per_layer.sparse.missed_steps import MissedSteps
 from megatron_ext.per_layer.sparse.row_blocks import RowBlocks
+from megatron_ext.per_layer.sparse.row_statistics import RowStatistics
 from megatron_ext.per_layer.sparse.row_updates import RowUpdate, State, StepFacts
 from megatron_ext.per_layer.sparse.touched_rows import touched_rows
 from megatron_ext.training.interface.own_optimizer import HeldState, OwnOptimizer
 
 _ELEMENTS_AT_ONCE = 1 << 22
 """Elements of the tables that are brought up to date at once before a save or an evaluation."""
+
+_LEAST_WIDTH = 256
+"""Columns of all tables that a row counts for at least, because the terms of its missed steps need memory, too."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,12 @@ class RowOptimizer(OwnOptimizer):
         )
         constants = update.constants
         own = [table.detach()[self._blocks.start : self._blocks.end] for table in self.tables]
-        self._missed = MissedSteps(update.momentum, constants.beta2, constants.eps)
         # In fp32 parts of the tables themselves.
         self._mains = [part.float() for part in own]
+        self._count = torch.zeros(1, dtype=torch.int64, device=self._mains[0].device)
+        """Number of updates so far, on the device, which alone knows at once whether a step is skipped."""
+
+        self._missed = MissedSteps(update.momentum, constants.beta2, constants.eps, self._count)
         self._state = {
             name: [main.new_zeros(len(main), width or main.size(1)) for main in self._mains]
             for name, width in update.width_of_state.items()
@@ -93,11 +100,12 @@ class RowOptimizer(OwnOptimizer):
         self._last_steps = torch.zeros(len(self._mains[0]), dtype=torch.int32, device=self._mains[0].device)
         """Per row of the block the last step that is in it."""
 
+        self.statistics: RowStatistics | None = None
+        """Counts the rows of the steps, if it is set."""
+
         self._rows: StepRows | None = None
         self._gradients: list[torch.Tensor] = []
         self._is_reduced = False
-        self._unknown: tuple[torch.Tensor, torch.Tensor, dict[str, Any]] | None = None
-        self._count = 0
 
     @torch.no_grad()
     def begin(self, ids: Sequence[torch.Tensor]) -> None:
@@ -106,11 +114,12 @@ class RowOptimizer(OwnOptimizer):
         Args:
             ids: the per-layer ids of this rank's micro-batches.
         """
-        self._settle()
-        rows = touched_rows(ids, self.data_group)
-        own = self._blocks.own(rows)
+        rows, below = touched_rows(ids, self._blocks)
+        if self.statistics is not None:
+            self.statistics.add(rows)
+        own = self._blocks.own(below)
         weights, state = self._copied(rows[own] - self._blocks.start)
-        whole = self._blocks.gather(weights.to(self.tables[0].dtype), rows)
+        whole = self._blocks.gather(weights.to(self.tables[0].dtype), below)
         gradient = torch.zeros(whole.shape, device=whole.device)
         inputs = [of_table.detach().requires_grad_() for of_table in whole]
         for leaf, into in zip(inputs, gradient, strict=True):
@@ -144,12 +153,13 @@ class RowOptimizer(OwnOptimizer):
         if self.data_group.size() > 1:
             gradient.div_(self.data_group.size())
             dist.all_reduce(gradient, group=self.data_group)
-        # Clipping scales it in place. A part is copied: torch's fused update takes no slices.
-        self._rows.weights.grad = gradient[:, self._rows.own].contiguous()
 
     def prepare_grads(self) -> bool:
         """Reduces the gradient; returns False: what is not finite shows in the gradient's norm. Collective."""
         self.reduce()
+        if self._rows is not None:
+            # Clipping scales it in place. A part is copied: torch's fused update takes no slices.
+            self._rows.weights.grad = self._rows.gradient[:, self._rows.own].contiguous()
         return False
 
     def gradients(self) -> list[torch.Tensor]:
@@ -171,20 +181,25 @@ class RowOptimizer(OwnOptimizer):
         step = StepFacts(group, self._count, self.is_applied)
         self.rule.update(rows.weights, rows.weights.grad, rows.state, step)
         self._write(places, rows.weights, rows.state)
-        self._unknown = (places, self.is_applied, {name: group[name] for name in ("lr", "weight_decay")})
+        self._count = self._count + self.is_applied
+        if self.rule.catches_up:
+            self._missed.record(group["lr"], group["weight_decay"], self.is_applied)
+        self._last_steps[places] = (
+            self._count.int()
+        )  # `begin` has caught them up even if the update is skipped
         self._rows, group["params"] = None, []
         return True
 
     @torch.no_grad()
     def bring_up_to_date(self) -> None:
         """Catches all rows up, and completes the tables; see the base class. Not within a step. Collective."""
-        self._settle()
         if self.rule.catches_up:
             behind = (self._last_steps < self._count).nonzero().squeeze(1)
-            at_once = max(1, _ELEMENTS_AT_ONCE // (len(self._mains) * self.tables[0].size(1)))
+            width = max(len(self._mains) * self.tables[0].size(1), _LEAST_WIDTH)
+            at_once = max(1, _ELEMENTS_AT_ONCE // width)
             for places in behind.split(at_once):
                 self._write(places, *self._copied(places))
-            self._last_steps.fill_(self._count)
+            self._last_steps.copy_(self._count)
             self._missed.restart(self._count)
         for table in self.tables:
             self._blocks.complete(table)
@@ -206,15 +221,14 @@ class RowOptimizer(OwnOptimizer):
 
     def step_count(self) -> int:
         """Returns the number of updates so far; waits for the device."""
-        self._settle()
-        return self._count
+        return int(self._count)
 
     def restored(self, step: int) -> None:
         """Continues after `step` updates; see the base class."""
-        self._rows = self._unknown = None
-        self._count = step
+        self._rows = None
+        self._count = torch.full_like(self._count, step)
         self._last_steps.fill_(step)
-        self._missed.restart(step)
+        self._missed.restart(self._count)
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Takes main weights from the model's."""
@@ -223,18 +237,6 @@ class RowOptimizer(OwnOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: the gradient of a step begins with zeros."""
-
-    def _settle(self) -> None:
-        """Takes the last update into account, once it is known whether it was applied; waits for the device."""
-        if self._unknown is None:
-            return
-        places, is_applied, settings = self._unknown
-        self._unknown = None
-        if bool(is_applied):
-            self._count += 1
-            if self.rule.catches_up:
-                self._missed.record(settings["lr"], settings["weight_decay"])
-        self._last_steps[places] = self._count  # `begin` has caught them up even if the update was skipped
 
     def _copied(self, places: torch.Tensor) -> tuple[torch.Tensor, State]:
         """Copies rows of the block out of tables and state, and brings the copies up to date."""
@@ -258,13 +260,20 @@ class RowOptimizer(OwnOptimizer):
 
     def _catch_up(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
         """Carries out the missed updates of copied rows, in place; see `missed_steps`."""
-        since, place = self._last_steps[places].cpu().long().unique(return_inverse=True)
+        if not self._missed.recorded:
+            return
+        since, row = self._last_steps[places].long(), None
+        if (
+            not since.is_cuda
+        ):  # a few different steps are less work; on a GPU the host would wait for their number
+            since, row = since.unique(return_inverse=True)
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
-            return values.float()[place].to(weights.device).unsqueeze(1)
+            values = values.float()
+            return (values if row is None else values[row]).unsqueeze(1)
 
         weights.mul_(by_row(self._missed.decay(since)))
-        if not self.rule.momentum or not state["exp_avg"].any():
+        if not self.rule.momentum or not (weights.is_cuda or state["exp_avg"].any()):
             return
         constants = self.rule.constants
         root = state["exp_avg_sq"].sqrt()

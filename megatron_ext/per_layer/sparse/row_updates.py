@@ -38,8 +38,8 @@ class StepFacts:
     group: dict[str, Any]
     """The parameter group, with `lr` and `weight_decay`."""
 
-    earlier: int
-    """Number of updates before this one."""
+    earlier: torch.Tensor
+    """Number of updates before this one, [1] integer on the device."""
 
     is_applied: torch.Tensor
     """Whether anything changes: a scalar on the device."""
@@ -77,8 +77,8 @@ class LazyAdam(RowUpdate):
 
     def update(self, rows: torch.Tensor, gradient: torch.Tensor, state: State, step: StepFacts) -> None:
         """Applies torch's fused AdamW, which the engine's optimizer uses, too."""
-        # On a GPU the kernel reads the number of updates on the device.
-        count = torch.full((), float(step.earlier), device=rows.device)
+        # The kernel reads the number of updates on the device, and adds one to it.
+        count = step.earlier.float().squeeze(0)
         adamw(
             [rows],
             [gradient],

@@ -5,26 +5,36 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_ext.per_layer.sparse.row_blocks import RowBlocks
+from megatron_ext.platform import host_copy
 
-def touched_rows(ids: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the ids that occur in a step's micro-batches on any rank of `group`, ascending, [n]. Collective.
 
-    The host waits for the device, because n depends on the ids.
+def touched_rows(ids: Sequence[torch.Tensor], blocks: RowBlocks) -> tuple[torch.Tensor, list[int]]:
+    """Finds the ids that occur in a step's micro-batches on any data-parallel rank. Collective.
+
+    The host waits for the device once, because their number depends on the ids.
 
     Args:
-        ids: the per-layer ids of this rank's micro-batches.
-        group: the data-parallel ranks.
+        ids: the per-layer ids of this rank's micro-batches; every rank has equally many.
+        blocks: the division of the rows.
+
+    Returns:
+        The ids, ascending, [n]; and for every block, how many of them are in it or in one before it.
     """
-    own = torch.cat([each.reshape(-1) for each in ids]).unique()
-    ranks = group.size()
-    if ranks == 1:
-        return own
-    count = torch.tensor([own.numel()], device=own.device)
-    counts = [torch.empty_like(count) for _ in range(ranks)]
-    dist.all_gather(counts, count, group=group)
-    sizes = torch.cat(counts).tolist()
-    padded = own.new_zeros(max(sizes))
-    padded[: own.numel()] = own
-    of_ranks = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(of_ranks, padded, group=group)
-    return torch.cat([each[:size] for each, size in zip(of_ranks, sizes, strict=True)]).unique()
+    found = torch.cat([each.reshape(-1) for each in ids])
+    ranks = blocks.group.size()
+    if ranks > 1:
+        of_ranks = [torch.empty_like(found) for _ in range(ranks)]
+        dist.all_gather(of_ranks, found, group=blocks.group)
+        found = torch.cat(of_ranks)
+    # Not `unique`: the host would wait for n before it can ask for the blocks' parts.
+    ordered = found.sort().values
+    places = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+    rows = torch.full_like(ordered, blocks.rows).scatter_(0, places, ordered)
+    most = min(rows.numel(), blocks.rows)
+    ends = (torch.arange(1, blocks.number + 1, device=rows.device) * blocks.size).clamp(max=blocks.rows)
+    below = host_copy.read_sizes(
+        torch.searchsorted(rows, ends),
+        [most * block // blocks.number for block in range(1, blocks.number + 1)],
+    )
+    return rows[: below[-1]], below

@@ -15,7 +15,7 @@ START, EVALUATE = "start", "evaluation"
 _PACKAGE = str(Path(__file__).parents[2])
 _OWN = str(Path(__file__).parents[1])
 _ENGINE = "/megatron/core/"
-_WRAPPERS = ("platform/run_phases.py", "platform/host_copy.py")
+_WRAPPERS = ("platform/run_phases.py", "platform/host_copy.py", "platform/engine_imports.py")
 
 
 @dataclass(frozen=True)

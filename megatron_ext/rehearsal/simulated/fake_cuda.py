@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from megatron_ext.platform import host_copy
 from megatron_ext.rehearsal.recording.activity import Activity
 from megatron_ext.rehearsal.recording.memory_log import MemoryLog
 from megatron_ext.rehearsal.recording.recorder import value_on_host
@@ -186,6 +187,7 @@ def _patch_transfers(activity: Activity) -> None:
     )
     _patch_tensor(activity)
     _patch_from_numpy()
+    _patch_sizes()
 
 
 def _patch_from_numpy() -> None:
@@ -200,6 +202,16 @@ def _patch_from_numpy() -> None:
         return made
 
     torch.from_numpy = from_numpy
+
+
+def _patch_sizes() -> None:
+    """Replaces sizes that depend on values by the expected ones."""
+
+    def read_sizes(sizes: torch.Tensor, expected: list[int]) -> list[int]:
+        sizes.tolist()  # the host waits
+        return expected
+
+    host_copy.read_sizes = read_sizes
 
 
 def _patch_tensor(activity: Activity) -> None:

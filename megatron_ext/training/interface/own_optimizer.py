@@ -72,6 +72,8 @@ class OwnOptimizer(MegatronOptimizer):
                 **group,
             }
         ]
+        if self.config.fp16:
+            _unscale_together(first, self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -82,6 +84,10 @@ class OwnOptimizer(MegatronOptimizer):
         """Returns the tensors whose attribute `grad` is scaled by clipping."""
         parameters: list[torch.Tensor] = self._groups[0]["params"]
         return parameters
+
+    @abstractmethod
+    def reduce(self) -> None:
+        """Reduces the gradients over data-parallel ranks if that has not been done in this step. Collective."""
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor]:
@@ -122,7 +128,7 @@ class OwnOptimizer(MegatronOptimizer):
     get_grads_for_grad_norm = get_main_grads_for_grad_norm  # the method's name from megatron-core 0.19 on
 
     def get_loss_scale(self) -> torch.Tensor:
-        """Returns 1, because only fp16 scales the loss."""
+        """Returns 1: the loss has the scale of the engine's optimizer."""
         return torch.ones(1, device=torch.cuda.current_device())
 
     def step(self) -> None:
@@ -140,6 +146,17 @@ class OwnOptimizer(MegatronOptimizer):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Not used, because `OptimizerState` saves the state."""
         raise NotImplementedError
+
+
+def _unscale_together(engine: Any, own: OwnOptimizer) -> None:
+    """Makes the engine's fp16 optimizer unscale the gradients of `own`, and lower the loss scale if they overflow."""
+    collect = engine._collect_main_grad_data_for_unscaling
+
+    def collect_all() -> list[torch.Tensor]:
+        own.reduce()
+        return [*collect(), *own.gradients()]
+
+    engine._collect_main_grad_data_for_unscaling = collect_all
 
 
 def own_optimizers(optimizer: MegatronOptimizer) -> list[OwnOptimizer]:

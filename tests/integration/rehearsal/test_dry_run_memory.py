@@ -86,6 +86,8 @@ CASES = {
         (0, 7),
         PLE + TP + PP + INTERLEAVED + "--per-layer-combination-method concat ",
     ),
+    "PLE, rows": (GPT, (0, 7), PLE + TP + PP + SP + SHARDED + "--per-layer-sparse "),
+    "PLE, rows, undivided state": (GPT, (0,), PLE + TP + SP + "--per-layer-sparse "),
     "PLE, gated": (GPT, (0,), PLE + TP + SHARDED + "--per-layer-combination-method gated "),
     "PLE, recomputation": (GPT, (0,), PLE + TP + SP + SHARDED + FULL),
     "PLE, context parallel": (GPT, (0,), PLE + CP + TP + SP + SHARDED),

@@ -89,6 +89,15 @@ CASES = {
         + PLE
         + "--log-per-layer-stats --log-per-layer-gradients --per-layer-stats-interval 1 ",
     ),
+    # The number of rows depends on the ids.
+    "PLE, rows": (GPT, 7, 2, PLAIN + BF16 + TP + PP + SP + SHARDED + PLE + "--per-layer-sparse "),
+    # All rows are brought up to date first; their share and the layers' values are read before the update.
+    "PLE, rows, fp32, statistics": (
+        GPT,
+        0,
+        5,
+        PLAIN + TP + PLE + "--per-layer-sparse --log-per-layer-stats --per-layer-stats-interval 1 ",
+    ),
     "PLE, context parallel": (GPT, 0, 1, PLAIN + BF16 + CP + TP + SP + PLE),
     "NPT, from scratch": (NPT, 7, 1, PLAIN + BF16 + TP + PP + SP + SHARDED + FROM_SCRATCH),
     "NPT, key_value": (

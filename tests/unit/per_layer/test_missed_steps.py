@@ -9,6 +9,7 @@ import torch
 from megatron_ext.per_layer.sparse.missed_steps import MissedSteps
 
 _EPS, _STEPS = 1e-8, 400
+_YES = torch.tensor(True)
 Snapshot = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -35,6 +36,10 @@ def _train(beta1: float, beta2: float, dtype: torch.dtype) -> dict[int, Snapshot
     return snapshots  # type: ignore[return-value]
 
 
+def _missed(beta1: float, beta2: float, first: int = 0) -> MissedSteps:
+    return MissedSteps(beta1, beta2, _EPS, torch.tensor([first]))
+
+
 def _caught_up(missed: MissedSteps, since: int, snapshot: Snapshot) -> torch.Tensor:
     weight, mean, square = snapshot
     steps = torch.full((4,), since)
@@ -49,9 +54,9 @@ def test_a_row_that_missed_up_to_395_steps_is_where_adamw_would_have_moved_it(
     betas: tuple[float, float],
 ) -> None:
     exact, single = (_train(*betas, dtype) for dtype in (torch.float64, torch.float32))
-    missed = MissedSteps(*betas, _EPS)
+    missed = _missed(*betas)
     for step in range(1, _STEPS + 1):
-        missed.record(_rate(step), 0.1)
+        missed.record(_rate(step), 0.1, _YES)
         for since in (5, 6, 10, 60):
             if step in (since, since + 1, since + 7, _STEPS):
                 found = _caught_up(missed, since, exact[since])
@@ -63,16 +68,16 @@ def test_a_row_that_missed_up_to_395_steps_is_where_adamw_would_have_moved_it(
 
 def test_few_steps_are_summed_exactly() -> None:
     exact = _train(0.9, 0.999, torch.float64)
-    missed = MissedSteps(0.9, 0.999, _EPS)
+    missed = _missed(0.9, 0.999)
     for step in (*range(1, 8),):
-        missed.record(_rate(step), 0.1)
+        missed.record(_rate(step), 0.1, _YES)
     torch.testing.assert_close(_caught_up(missed, 5, exact[5]), exact[7][0], rtol=0, atol=1e-15)
 
 
 def test_rows_that_missed_different_steps_do_not_mix() -> None:
-    missed = MissedSteps(0.9, 0.999, _EPS)
+    missed = _missed(0.9, 0.999)
     for step in range(1, 41):
-        missed.record(_rate(step), 0.1)
+        missed.record(_rate(step), 0.1, _YES)
     together = torch.tensor([40, 3, 38])
     one_by_one: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]] = lambda step: missed.moment_terms(  # noqa: E731
         torch.tensor([step])
@@ -88,12 +93,12 @@ def test_rows_that_missed_different_steps_do_not_mix() -> None:
 
 
 def test_steps_are_forgotten_once_all_rows_are_up_to_date_and_kept_beyond_any_fixed_number() -> None:
-    missed = MissedSteps(0.9, 0.999, _EPS, first=7)
+    missed = _missed(0.9, 0.999, first=7)
     for _ in range(3000):
-        missed.record(1e-3, 0.1)
+        missed.record(1e-3, 0.1, _YES)
     assert missed.last == 3007
     torch.testing.assert_close(
         missed.decay(torch.tensor([7, 3007])), torch.tensor([0.9999**3000, 1.0]).double()
     )
-    missed.restart(3007)
+    missed.restart(torch.tensor([3007]))
     assert missed.decay(torch.tensor([3007])).item() == 1.0

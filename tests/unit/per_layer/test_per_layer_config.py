@@ -7,7 +7,6 @@ import pytest
 
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
-from megatron_ext.config.groups.rehearsal_config import RehearsalConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig, PerLayerRunConfig
@@ -116,11 +115,6 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (
-            {"training": TrainingConfig(train_iters=1, fp16=True)},
-            "--per-layer-sparse: does not support --fp16",
-        ),
-        ({"rehearsal": RehearsalConfig(rehearse="0")}, "--rehearse: does not support --per-layer-sparse"),
         (
             {"optimizer": OptimizerSettings(lr=1e-3, adam_beta2=0.8)},
             "--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got 0.8 and 0.9)",

@@ -70,10 +70,10 @@ def _compare(name: str) -> None:
     yes = torch.tensor(True)
     for earlier in range(5):
         gradient = torch.randn(2, 5, 4, generator=generator)
-        rule.update(rows, gradient, state, StepFacts(_GROUP, earlier, yes))
+        rule.update(rows, gradient, state, StepFacts(_GROUP, torch.tensor([earlier]), yes))
         torch.testing.assert_close(rows, reference(gradient), rtol=1e-6, atol=1e-7)
     before = [tensor.clone() for tensor in (rows, *state.values())]
-    rule.update(rows, torch.full_like(rows, float("nan")), state, StepFacts(_GROUP, 5, ~yes))
+    rule.update(rows, torch.full_like(rows, float("nan")), state, StepFacts(_GROUP, torch.tensor([5]), ~yes))
     assert all(torch.equal(*pair) for pair in zip(before, (rows, *state.values()), strict=True))
 
 
