@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def traces(folder: Path) -> dict[tuple[str, str], list[TrainingTrace]]:
     """The traces of all ranks."""
-    found = {}
+    found: dict[tuple[str, str], list[TrainingTrace]] = {}
     for size, layouts in ((1, {"TP1": LAYOUTS["TP1"]}), (2, OF_TWO)):
         cases = [case for case in CASES if case[1] in layouts]
         ranks = run_distributed(_steps, size, str(folder), [(name, layouts[at]) for name, at in cases])

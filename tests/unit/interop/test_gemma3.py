@@ -74,7 +74,7 @@ def test_transformers_own_files_are_of_one_of_these_layouts(tmp_path: Path) -> N
 
 def test_fields_that_googles_files_leave_out_have_the_defaults_of_the_class() -> None:
     # The section of the 4B model.
-    given = {
+    given: dict[str, Any] = {
         "hidden_size": 2560,
         "intermediate_size": 10240,
         "model_type": "gemma3_text",
