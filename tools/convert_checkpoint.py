@@ -4,10 +4,10 @@
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
     convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
-    convert_checkpoint.py merge --load RUN --save CKPT            make a checkpoint from a run with LoRA adapters,
-    merged convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of
-    Megatron-LM convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for
-    pretrain_gpt.py --load
+    convert_checkpoint.py merge --load RUN --save CKPT            make a checkpoint with a run's LoRA adapters merged
+
+    convert_checkpoint.py import --format megatron --model-dir DIR --save CKPT   read a checkpoint of Megatron-LM
+    convert_checkpoint.py export --format megatron --load CKPT --model-dir DIR   write one, for pretrain_gpt.py --load
 
 The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
 Each command has its own --help; docs/interop.md lists what is converted and what is rejected.

@@ -42,7 +42,7 @@ class AdapterExtension(Extension):
 
     def __init__(self, settings: LayerSettings) -> None:
         """Args:
-        settings: the adapters of every layer, and which of its parts are frozen.
+        settings: the adapters of every layer, and which parts of the layer are frozen.
         """
         self.settings = settings
 
@@ -53,7 +53,7 @@ class AdapterExtension(Extension):
 
 class AdapterFamily(Family):
     """LoRA adapters for a frozen model. Must come after the run's other families, because it also freezes the modules
-    of those that the loaded model already has.
+    of families that the loaded model already has.
     """
 
     name = "lora"

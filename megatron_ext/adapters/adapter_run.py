@@ -72,8 +72,8 @@ def find_model(
     stored = {} if folder is None else read_run_config(str(folder))
     if AdapterFamily.name not in stored.get("families", {}):
         raise ValueError(
-            f"{given}: --load {checkpoint.load} contains no run with adapters; add --finetune to begin one over its "
-            "model"
+            f"{given}: --load {checkpoint.load} contains no run with adapters; add --finetune to begin "
+            "such a run on its model"
         )
     return BaseCheckpoint.of_run(stored), checkpoint
 

@@ -2,8 +2,8 @@
 
 The harness asks for three things; each is defined as in its own model type `hf`, so the numbers can be compared:
 
-    loglikelihood            sum of log p(token | earlier tokens) over a continuation, and whether it is the greedy
-        one
+    loglikelihood            sum of log p(token | earlier tokens) over a continuation, and whether the continuation is
+                             the greedy one
     loglikelihood_rolling    the same sum over a whole text, in windows of the longest sequence
     generate_until           a continuation that ends before any of several stop texts
 

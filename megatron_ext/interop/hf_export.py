@@ -338,12 +338,12 @@ def export_checkpoint(
 def gemma_per_layer(
     model: ModelConfig, families: dict[str, Any], architecture: str | None
 ) -> PerLayer | None:
-    """Returns the per-layer embedding if the model is exported as a Gemma that has it, otherwise None.
+    """Returns the per-layer embedding if the model is exported as a Gemma with per-layer embedding, otherwise None.
 
     Args:
         model: configuration of the base model.
         families: the section `families` of the run's configuration, without adapters.
-        architecture: the class to export to; None for any.
+        architecture: the class to export to; None for any class.
     """
     found = exported_per_layer(families) if families.keys() == {FAMILY} else None
     if found is None or architecture not in (PER_LAYER[found.preset], None):

@@ -15,11 +15,10 @@ The computation of a training step in a layer depends on the parts that train:
 Values per token that a layer saves for the backward pass beyond a base layer's, with h divided under sequence
 parallelism, n d and f divided by t:
 
-    trained adapters on frozen weights    2 h + f         inputs of the four linears, which a frozen layer does not
-    save
+    trained adapters on frozen weights    2 h + f         inputs of the four linears (a frozen layer saves none)
                                           r per linear    products of these inputs with A
-    trained in another precision          2 h (undivided) + n d + f, in that precision; without adapters, instead of 2
-    h + f
+    trained in another precision          2 h (undivided) + n d + f, in that precision; without adapters, these
+                                          replace 2 h + f
 
 Unpacking four-bit weights is not a matrix product and is not counted.
 """

@@ -11,8 +11,8 @@ A model family declares its `AuxiliaryStream`s. Streams are transported in two w
   layers may overwrite, is sent with its value after the stage's last layer.
 
 Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism, these are the local part of the
-    sequence; a stream with `full_sequence=True` always has all rows. In a model with k residual streams (AltUp), the
-    hidden states have k s rows, but auxiliary streams have s rows.
+sequence; a stream with `full_sequence=True` always has all rows. In a model with k residual streams (AltUp), the
+hidden states have k s rows, but auxiliary streams have s rows.
 """
 
 from dataclasses import dataclass

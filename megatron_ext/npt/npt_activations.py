@@ -3,8 +3,7 @@
 Values per token that an NPT layer keeps for its NP components, with the hidden size h divided under sequence
 parallelism and f divided by t:
 
-    n                 h         the MLP's normed input, which the factors are multiplied by; a trained base keeps it
-        anyway
+    n                 h         the MLP's normed input, by which factors are multiplied; a trained base keeps it anyway
     a                 h         the attention output, which replaces the input of a second norm
     activation        f         with a delta of `down`: the input of `down`; a trained base keeps it anyway
     coefficients      r each    per target; low_rank: 4, outer_product: 3 and 2 more in fp32, key_value: 3

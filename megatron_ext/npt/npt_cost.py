@@ -19,9 +19,8 @@ The computation of a training step with a frozen base (`npt_work`):
     layers above                            forward and input gradients; NP: all gradients, or only input gradients
     teacher, if a loss or a blend needs it  one more forward pass, including the output layer
     direct MLP, equivalence loss            one more forward pass of the MLP
-    the same, local                         the same; and in layers whose inputs have gradients, a forward and
-    backward pass
-                                            of the modulated MLP on detached inputs
+    the same, local                         the same; and in layers whose inputs have gradients, a forward and a
+                                            backward pass of the modulated MLP on detached inputs
 
 In layer-parallel training, the layers up to the last trained one run forward. In addition, the modulated MLP of each
 trained layer runs forward and backward, as in the first trained layer of the table; nothing else runs.

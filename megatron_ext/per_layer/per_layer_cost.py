@@ -5,15 +5,14 @@
 
 Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
 order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer; the
-preset gemma3n adds a vector [h] per layer. Only
-matrix products count as FLOPs; a table look-up costs none.
+preset gemma3n adds a vector [h] per layer. Only matrix products count as FLOPs; a table look-up costs none.
 
 A rank keeps these values per token for the backward pass (q = p / t; h is divided under sequence parallelism):
 
     a layer's block      2 h + 3 q     its input and W_out's output; W_gate's output, the activation (relu: only one
-    of these two) and the product with the vector a layer's vector     2 q           projection and vector; concat: 2
-    p more, gated: 2 p + 3 q more a stage              h             the received word embedding; undivided if the
-    stage gathers the sequence
+                                       of these two) and the product with the vector
+    a layer's vector     2 q           projection and vector; concat: 2 p more, gated: 2 p + 3 q more
+    a stage              h             the received word embedding; undivided if the stage gathers the sequence
 
 It also keeps copies of all layers' context projections and combination matrices, which are multiplied in one product.
 """

@@ -2,8 +2,8 @@
 
 megatron-core creates groups of about twenty kinds, many of which consist of the same ranks: groups of experts, and
 groups for context parallelism even if the run has none. All processes take part in creating each of them, and a gloo
-group costs each of its ranks three threads, one of which wakes a hundred times per second. Sharing is
-safe: all ranks issue the collectives of a set of ranks in the same order, and point-to-point messages are separate.
+group costs each of its ranks three threads, one of which wakes a hundred times per second. Sharing is safe: all ranks
+issue the collectives of a set of ranks in the same order, and point-to-point messages are separate.
 """
 
 import contextlib

@@ -126,13 +126,13 @@ def _merge_or_write(
 
 
 def _check_families(families: dict[str, Any], load: str, exported: set[str], *, as_adapters: bool) -> None:
-    """Raises `ValueError` unless every model family can be exported; called before the model is loaded (slow).
+    """Raises `ValueError` unless every model family can be exported; called before the slow loading of the model.
 
     Args:
         families: the section `families` of the run's configuration.
         load: value of `--load`, for error messages.
-        exported: names of the families that the architecture expresses.
-        as_adapters: whether the adapters are written, and not merged.
+        exported: names of the families that the architecture can express.
+        as_adapters: whether the adapters are written separately instead of being merged.
     """
     if not families.keys() - exported:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Reads the flags that choose the layers with a sliding window and the layers with rotary positions.
 
 The values are spelled as in Megatron-LM. With `--window-size 511,0` a token attends to 511 earlier tokens, to itself,
-and to no later token. `--window-attn-skip-freq` and `--no-rope-freq` take a number N or a list. With N, layers N, 2
-N, ... (counted from 1) have no window, or no rotary positions. A list has one entry per layer: 1 for a layer with a
-window, or without rotary positions, otherwise 0. Lists may be added and repeated, as in ([1]*5+[0])*2.
+and to no later token. `--window-attn-skip-freq` and `--no-rope-freq` take a number N or a list. With N, every Nth
+layer has no window, or no rotary positions (layers are counted from 1). A list has one entry per layer: 1 for a layer
+with a window, or without rotary positions, otherwise 0. Lists may be added and repeated, as in ([1]*5+[0])*2.
 """
 
 import ast

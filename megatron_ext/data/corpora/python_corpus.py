@@ -202,5 +202,5 @@ def _write_lines(stream: TextIO, texts: list[str]) -> None:
 
 
 def _count(texts: list[str], repeat: int) -> CorpusCounts:
-    """Counts the documents and bytes of a file that holds `texts` `repeat` times."""
+    """Counts the documents and bytes of a file that contains all texts, repeated `repeat` times."""
     return CorpusCounts(len(texts) * repeat, sum(len(text.encode()) for text in texts) * repeat)

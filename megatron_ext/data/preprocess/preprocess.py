@@ -266,7 +266,9 @@ class Preprocessor:
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
     ) -> tuple[list[tuple[Any, str]], list[str]]:
-        """Returns the renames that publish the datasets, indices last, and older files to remove before them."""
+        """Returns the renames that publish the datasets (indices last), and the older files to remove before the
+        renames.
+        """
         prefix = self.config.output_prefix
         reports = [
             (Assembly.REJECTED, rejected_path(prefix)),

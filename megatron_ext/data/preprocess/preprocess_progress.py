@@ -47,7 +47,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, documents: int, tokens: int, input_bytes: int) -> None:
-        """Shows the progress. In a resumed run, too, all three numbers count from the beginning of the dataset."""
+        """Shows the progress. All three numbers count from the beginning of the dataset, also in a resumed run."""
         if self._first is None:  # shards that a killed run finished must not count as this run's speed
             self._first = (documents, tokens, input_bytes)
         seconds = max(time.monotonic() - self._begin, 1e-9)

@@ -119,7 +119,9 @@ class WorkDirectory:
         return (self.path / PUBLISH).is_file()
 
     def prepare(self, moves: list[tuple[Path, str]], stale: list[str]) -> None:
-        """Writes two lists to disk: renames to make, in order, and an older dataset's files to remove before them."""
+        """Writes two lists to disk: the renames to make, in order, and the files of an older dataset to remove
+        first.
+        """
         self._write(PUBLISH, {"moves": [[str(source), target] for source, target in moves], "stale": stale})
 
     def publish(self) -> None:

@@ -231,7 +231,7 @@ class _StreamCutter:
         return self.position - self._start >= STREAM_CHUNK_BYTES
 
     def take(self, *, long_line: bool = False) -> Iterator[Chunk]:
-        """Yields the chunk of the lines added so far, or of the skipped long line; yields nothing if there are none."""
+        """Yields the chunk of the lines added so far, or of the skipped long line; without either, yields nothing."""
         if self.position > self._start:
             consumed = self._packed_position() if self._packed_position else self.position
             data = None if long_line else b"".join(self._parts)

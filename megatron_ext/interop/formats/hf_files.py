@@ -1,8 +1,8 @@
 """Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
 A tensor is read only when it is accessed, and the size of a written file is limited. Therefore reading needs memory
-for one tensor, and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not
-supported.
+for one tensor, and writing needs memory for one file, however large the model is. Pickled weights
+(`pytorch_model.bin`) are not supported.
 """
 
 import functools

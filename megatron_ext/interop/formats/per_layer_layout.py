@@ -12,8 +12,7 @@
       input_scale (Gemma 3n)                  [h]                model.layers.{i}.altup.correct_output_scale
 
 Hugging Face packs the tables of L layers into one tensor [V, L p], and the projections into one tensor [L p, h].
-V_p: number of rows of a checkpoint's table, V: rows of Hugging Face's table, p: per-layer hidden size, h: hidden
-    size.
+V_p: rows of a checkpoint's table, V: rows of Hugging Face's table, p: per-layer hidden size, h: hidden size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Reads the language model inside a model of text, images and audio, such as Google's own Gemma 3 4B and Gemma 4 E2B.
 
 The language model's configuration is the section `text_config` of config.json. Its tensors have the prefix
-`model.language_model.` (in files of transformers 4 also `language_model.model.`) instead of `model.`; all other tensors
+`model.language_model.` instead of `model.`, or `language_model.model.` in files of transformers 4. All other tensors
 are ignored.
 """
 

@@ -35,8 +35,7 @@ With `layer_scalar` (Gemma 4):
 The rows of linear_qkv are ordered by key/value group: the group's n/g query heads, then its key head, then its value
 head; there is no value head if the keys are also the values, and there are only query heads if another layer supplies
 the keys. Both formats rotate the two halves of a head, so the channels within a head keep their order. Names and
-shapes are
-global: they do not depend on the parallel layout.
+shapes are global: they do not depend on the parallel layout.
 h: hidden size, f: FFN size, n: query heads, g: key/value heads, d: head size, V: vocabulary size.
 """
 

@@ -4,8 +4,8 @@ Every argument of the model is in one of these tables:
 
     `TAKEN`            read here
     `HARMLESS`         refused unless it has one of the listed values
-    `WITHOUT_EFFECT`   changes speed, memory, rounding or initial values only, or refines a feature that `HARMLESS`
-    refuses
+    `WITHOUT_EFFECT`   changes only speed, memory, rounding or initial values, or refines a feature that `HARMLESS`
+                       refuses
 
 Names are those of the command line or, for arguments that Megatron-LM passes on, of megatron-core's configuration.
 """

@@ -1,9 +1,8 @@
 """megatron-core's self-attention with a KV cache no longer than the window, and with keys and values of other layers.
 
 The engine's cache has a row for every position. Here a layer with a window of w tokens keeps the last w - 1 keys and
-values, to which later queries attend besides their own. Keys are cached before rotation. Since rotary attention
-depends only
-    on differences of positions, the keys that remain in the cache may be numbered from 0.
+values; a later query attends to these and to its own. Keys are cached before rotation. Since rotary attention depends
+only on differences of positions, the keys that remain in the cache may be numbered from 0.
 
 For each key/value group, the projection `linear_qkv` computes the query heads, followed by
 

@@ -6,7 +6,7 @@
                  ends    AltUp   4 (k - 1) h^2
 
 Letters: k residual streams, h hidden size, r Laurel's rank. The ends are the matrices that build the streams before
-    the first layer and join them after the last one. FLOPs are per token.
+the first layer and join them after the last one. FLOPs are per token.
 
 A layer keeps the following values per token for the backward pass, with h divided under sequence parallelism. AltUp:
 its input and the predictions (2 k h); both routers' inputs, the layer's output and its difference from the prediction

@@ -81,8 +81,8 @@ class SDPAttention(torch.nn.Module):
 
         Args:
             angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation;
-                [positions, b, 1, r] where each sequence has an embedding of its own (`RotaryByLength`).
-                If layers have different embeddings, each half holds all of these, one after the other.
+                [positions, b, 1, r] if each sequence has its own embedding (`RotaryByLength`). If layers have different
+                embeddings, each half holds all of these, one after the other.
         """
         # The engine caches its embedding, so the same object arrives at every call. Keep cos and sin as long as the
         # object is the same.

@@ -2,7 +2,7 @@
 
     X = sum x x^T [k, k],  Y = sum x y^T [k, j],  sum |y|^2           x [k] and y [j] belong to one token
     R = (X + penalties)^-1 Y                                          y' = x R
-    error left = (|y|^2 - 2 <R, Y> + <R, X R>) / |y|^2                relative to the square of y
+    error left = (|y|^2 - 2 <R, Y> + <R, X R>) / |y|^2                relative to |y|^2
 
 The sums of micro-batches and ranks can be added up. All values are in fp64. X is scaled to a diagonal of ones before
 a ridge is added, so that the result does not depend on the units of x.

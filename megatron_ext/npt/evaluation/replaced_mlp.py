@@ -1,7 +1,8 @@
 """Temporarily replaces the computation of the MLP in every NPT layer. One replacement is defined here:
 
-without deltas      MLP(LN2(h)): the converted layer before anything is learned. The MLP's input is the normed input
-of the layer, and the attention output has no effect on the MLP.
+    without deltas      MLP(LN2(h)): the converted layer before anything is learned
+
+The MLP's input is the normed input of the layer, and the attention output has no effect on the MLP.
 """
 
 import contextlib

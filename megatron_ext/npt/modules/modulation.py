@@ -2,8 +2,9 @@
 
 The base layer computes y = W x. With the delta, which is applied in factored form, the layer computes
 
-    y = W x + u B         u: r values per token and component. The delta itself, [output, input] per token, is not
-    built.
+    y = W x + u B         u: r values per token and component
+
+The delta itself, [output, input] per token, is never built.
 
 Two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight matrix, whose input x has width f:
 
@@ -17,7 +18,6 @@ Two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight 
                     v_b = z W_b_up                                                 W_b_up: [r, output]
                     u = scale / sqrt(k r) * (v_a . x) * z
                     `down` divides v_a by rms(W_a_up x) instead of sqrt(input)
-
 
 The third form is in `key_value`.
 

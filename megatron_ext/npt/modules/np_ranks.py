@@ -4,9 +4,10 @@ calibration.
     64                  all layers and targets
     64/192              gate, up and fc1 have rank 64, `down` has 192
     64,96/192,32        one entry per NPT layer, in ascending order of the layers
-    auto:0.15           the calibration chooses ranks with which the NP parameters are 15 % of the converted layers'
-    own auto:kl=0.01        the calibration chooses the smallest ranks with a predicted KL(base || NPT) of at most
-    0.01 nats per token
+    auto:0.15           the calibration chooses ranks with which the number of NP parameters is 15 % of the number of
+                        the converted layers' own parameters
+    auto:kl=0.01        the calibration chooses the smallest ranks with a predicted KL(base || NPT) of at most 0.01
+                        nats per token
 
 Stored settings never contain `auto`: they are an int if all ranks are equal, otherwise text in the second or third
 form. The command line imports this file, so it must not import torch.

@@ -6,9 +6,8 @@ A curriculum is written as a list of stages (format, and an example):
 
 Each stage lasts the given number of steps. A ratio is the student's share in an input,
 `(1 - ratio) * teacher + ratio * student`: attn_ratio in attention's input, mlp_ratio in the MLP's input. By default
-mlp_ratio equals
-attn_ratio. The share is 0 for `teacher`, 1 for `student` and by default 0.5 for `mixed`. The stage depends only on the
-step; the last stage lasts until the end of the run.
+mlp_ratio equals attn_ratio. The share is 0 for `teacher`, 1 for `student` and by default 0.5 for `mixed`. The stage
+depends only on the step; the last stage lasts until the end of the run.
 Source: docs/design/npt_curriculum.md.
 """
 

@@ -13,7 +13,7 @@ base layer's; it depends on np_residual:
 `--layer-losses local` changes three things, which matter for deep models and for real activations:
 
     inputs      h and a are detached, so that a layer's losses train only its own factors. Otherwise they would also
-        train the layers below through h and a, while the target is held constant
+                train the layers below through h and a, while the target is held constant
     tokens      each token's squared error is divided by a mean square of the same token, so that one token with massive
                 activations cannot outweigh all others; mean is over h, and E over tokens:
                 direct MLP          E [ mean (MLP*(n) - target)^2 / (mean target^2 + 1e-12) ]

@@ -6,7 +6,7 @@ The defaults depend on the mode. The last column (defaults of the NP components)
     equivalence     equivalence 1                                            student          low_rank, rank 16
     single_layer    stage 1: reconstruction 1; then direct MLP 1,            student          outer_product, rank 256
                     fidelity 1
-    sequential      as single_layer, for one layer after the other  student          outer_product, rank 256
+    sequential      as single_layer, for one layer after the other           student          outer_product, rank 256
     multi_layer     direct MLP 1, fidelity 1                                 teacher, mixed,  outer_product, rank 256
                                                                              student
     layer_parallel  direct MLP 1                                             teacher          low_rank, rank 16
@@ -204,7 +204,8 @@ class NPTTrainingConfig:
         if (self.teacher_cache_steps is None) != (self.teacher_cache_passes == 1):
             raise ValueError(
                 f"--teacher-cache-passes {self.teacher_cache_passes}: more than 1 pass requires "
-                f"--teacher-cache-steps, and the reverse (got --teacher-cache-steps {self.teacher_cache_steps})"
+                "--teacher-cache-steps, and --teacher-cache-steps requires more than 1 pass (got "
+                f"--teacher-cache-steps {self.teacher_cache_steps})"
             )
         if self.mode == "layer_parallel":
             self._check_layer_parallel()

@@ -8,8 +8,8 @@ At the end of a run, `npt_weights.pt` and `config.json` are also written to `fin
     config.json             the run's whole configuration; NPT's settings under "np"
 
 These files are for people and other programs: they contain only tensors and plain values, and load with `weights_only`.
-A resumed run does not read them; it reads the files of `checkpoint_files` in the same directory. Only these contain
-Adam's moments, as sharded tensors; `optimizer_state_dict["state"]` lists the tensors' names.
+A resumed run does not read them; it reads the files of `checkpoint_files` in the same directory. Only those files
+contain Adam's moments, as sharded tensors; `optimizer_state_dict["state"]` lists the tensors' names.
 """
 
 import json
@@ -142,7 +142,8 @@ def multi_layer_state(
 
 
 def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress) -> None:
-    """Writes the directory `final/` atomically into that of `--save`; without `--save`, does nothing. Collective.
+    """Writes the directory `final/` atomically into the directory of `--save`; without `--save`, does nothing.
+    Collective.
 
     Args:
         config: the run's configuration.

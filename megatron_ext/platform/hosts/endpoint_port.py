@@ -1,4 +1,5 @@
-"""Uses the endpoint's port until torch's store takes it over: one launcher listens there, the other hosts' wait for it.
+"""Uses the endpoint's port until torch's store takes over: one launcher listens there, and the launchers of other
+hosts wait for it.
 
 The endpoint is the address (host and port) at which the launchers of a run meet. A waiting launcher sends the first
 message of a store's client. The answer comes from the store or, while `torchrun` starts, from the launcher that holds

@@ -71,7 +71,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
         found = json.loads((directory / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"--cache-dir {directory}: must be empty or an activation cache; pass another directory"
+            f"--cache-dir {directory}: must be empty, or contain an activation cache; pass another directory"
         ) from None
     expected = json.loads(json.dumps(identity))
     for name in sorted(found.keys() | expected.keys()):

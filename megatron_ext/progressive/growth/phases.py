@@ -5,7 +5,7 @@ Each phase is one training run, with one of these names:
     progressive_stack_{i}      the model has stacks 0 .. i; stack i is trained on its trunk, the older stacks
     progressive_joint          the model has all stacks, and nothing is frozen; lasts --joint-steps
     progressive_end_to_end     the only phase with --no-enabled: trains all stacks, for the sum of the other phases'
-    steps
+                               steps
 
 Every phase has its own learning-rate schedule, beginning with the warm-up. Steps and samples are counted over all
 phases.

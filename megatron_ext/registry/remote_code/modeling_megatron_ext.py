@@ -16,8 +16,8 @@ is the word embedding that enters the first layer, `id` the token's per-layer id
     x <- x + RMSNorm( W_out( act(W_gate x) * c ) )   then x <- x * layer_scalar, if the layer has one
 
 `npt`: in some layers, the attention output `a` is not an input of the MLP; it changes the MLP's weights, for each
-    token. `y` is the output of a weight matrix for the input `x`, `n` the normed input of the layer, r the rank, k
-    the number of components.
+token. `y` is the output of a weight matrix for the input `x`, `n` the normed input of the layer, r the rank, k the
+number of components.
 
     low_rank         y = W x + scale * (x A * tanh(a A)) B
     outer_product    y = W x + scale / sqrt(k r) * sum over k of (v_a . x) * z B       v_a = z A / sqrt(r) + c_a

@@ -1,5 +1,5 @@
-"""Records a rehearsed rank's activity other than computation: collectives, waits of the host for the device,
-oddities.
+"""Records a rehearsed rank's activity other than computation: collectives, waits of the host for the device, and
+suspicious operations.
 """
 
 import sys
@@ -95,7 +95,7 @@ class Activity:
         total.bytes += size
 
     def is_awaited_at_once(self, scope: str, call: Call, size: int) -> None:
-        """Records that the rank waits at once for a call that is counted as asynchronous in `scope`."""
+        """Records that the rank waits immediately for a call, which was counted as asynchronous in `scope`."""
         total = self.communication[scope, call]
         total.calls -= 1
         total.bytes -= size

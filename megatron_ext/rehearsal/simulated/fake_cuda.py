@@ -1,7 +1,7 @@
 """Makes `torch.cuda` and transfers between host and device work on fake CUDA tensors, and counts their waits.
 
-No values are computed. Errors that a GPU would raise are raised here too, such as numpy of a CUDA tensor, or a random
-state on the wrong device.
+No values are computed. Errors that a GPU would raise are raised here too, for example for `numpy()` of a CUDA tensor,
+or for a random state on the wrong device.
 """
 
 from collections import defaultdict

@@ -296,9 +296,10 @@ def write_safetensors_file(path: Path, tensors: dict[str, torch.Tensor], metadat
     path.touch()
     mode = path.stat().st_mode & 0o777
     try:
-        save_file(tensors, path, metadata=metadata)  # replaces the file by one that only the owner may read
+        # This function replaces the file by one that only the owner may read.
+        save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        # The library raises an error of its own; the system's error is in its text.
+        # The library raises its own error, whose text contains the operating system's error.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise

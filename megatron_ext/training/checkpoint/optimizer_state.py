@@ -6,9 +6,10 @@ the parameter's shape. Its name contains {name}, the parameter's global name:
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
 This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; here, the plain
-optimizers use it as well. megatron-core's own code for it is not used: it ignores the padding between gradient
-buckets, so that parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with
-several buckets, or a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not
+optimizers use it as well. megatron-core's own code for this format is not used, for two reasons. It ignores the
+padding between gradient buckets, so that parameters after a padded bucket are saved with their neighbours' state
+(megatron-core 0.16.1, with several buckets, or a word embedding that stages share). And it cannot load into torch's
+Adam. Learning rates are not
 stored: they follow from the configuration and the schedule. Adam's step count is one number for all parameters,
 stored separately.
 

@@ -136,7 +136,7 @@ def _check_shape(
         theirs_told = ", ".join(_told(pair[1]) for pair in differing.values())
         raise ValueError(
             f"{ours_told}: the schedule in {folder} was made with {theirs_told}; to continue with this "
-            "run's schedule add --override-opt-param-scheduler; to continue with the checkpoint's add "
+            "run's schedule, add --override-opt-param-scheduler; to continue with the checkpoint's schedule, add "
             "--use-checkpoint-opt-param-scheduler"
         )
 

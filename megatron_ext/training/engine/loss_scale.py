@@ -1,8 +1,8 @@
 """The loss scale of fp16 runs: the loss is multiplied by it, so that small gradients do not vanish in fp16.
 
-megatron-core's scaler divides the gradients by it before the update. A step whose gradients overflow is skipped;
-after --hysteresis overflows the scale is halved, and after --loss-scale-window steps without an overflow it is
-doubled.
+megatron-core's scaler divides the gradients by the scale before the update. A step whose gradients overflow is
+skipped; after --hysteresis overflows the scale is halved, and after --loss-scale-window steps without an overflow it
+is doubled.
 """
 
 from typing import Any

@@ -2,8 +2,8 @@
 
 For every parameter that it trains, megatron-core stores and reduces a gradient of every element, and updates every
 element. A model family that needs less sets `requires_grad` of such a parameter to False, so that the engine's
-gradient buffers and optimizer skip the parameter, and supplies an `OwnOptimizer`. This is chained to the engine's
-optimizer, so that learning rate, gradient norm, clipping, skipped steps and checkpoints apply to both.
+gradient buffers and optimizer skip the parameter, and supplies an `OwnOptimizer`. The `OwnOptimizer` is chained to
+the engine's optimizer, so that learning rate, gradient norm, clipping, skipped steps and checkpoints apply to both.
 """
 
 from abc import abstractmethod

@@ -22,7 +22,7 @@ BeforeStep = Callable[[int], None]
 def profiling(
     logging: LoggingConfig, message: Callable[[str], None] = lambda text: None
 ) -> Iterator[BeforeStep]:
-    """Context manager that yields a function which starts and ends the recording. A recording that still runs at the
+    """Context manager that yields a function, which starts and ends the recording. A recording that still runs at the
     end is written, too.
 
     Args:

@@ -43,7 +43,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A bar at the bottom of a terminal with the fields below it; messages scroll above it."""
+    """A progress bar at the bottom of a terminal, with the fields below it; messages scroll above the bar."""
 
     def __init__(self, console: Console, total_iterations: int, iteration: int) -> None:
         self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), expand=True)

@@ -327,7 +327,7 @@ def test_a_directory_that_is_no_cache_is_refused(content: str | None, tmp_path: 
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "cache.json").write_text(content)
-    with pytest.raises(ValueError, match="must be empty or an activation cache"):
+    with pytest.raises(ValueError, match="must be empty, or contain an activation cache"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path)), {})
     with pytest.raises(ValueError, match="notes.txt: must be a directory"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path / "notes.txt")), {})

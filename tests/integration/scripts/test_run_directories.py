@@ -180,7 +180,7 @@ def test_load_alone_brings_the_shape_and_a_longer_run_needs_one_more_flag_which_
     assert code == 2
     assert "--train-iters 8, --lr-decay-style cosine: the schedule in" in message(output)
     assert (
-        "was made with 6, constant; to continue with this run's schedule add --override-opt-param-scheduler"
+        "was made with 6, constant; to continue with this run's schedule, add --override-opt-param-scheduler"
         in message(output)
     )
     code, output = pretrain(

@@ -2,8 +2,8 @@
 
 `--ffn-hidden-sizes` is a list of one width per layer, such as [6144]*15+[12288]*20. Flags that end in `-full` are for
 layers without a sliding window in a model whose other layers have one, as in Gemma 4. With `--num-kv-shared-layers N`
-each of the last N layers uses the keys and values of the last of the layers before them that is of its kind, with a
-window or without.
+each of the last N layers uses the keys and values of an earlier layer: the last one, before these N, that is of the
+same kind (with a window, or without).
 """
 
 from dataclasses import dataclass, replace

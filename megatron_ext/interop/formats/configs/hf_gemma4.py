@@ -44,7 +44,7 @@ def gemma4_flags(config: Mapping[str, Any], windows: tuple[int | None, ...], sou
         source: path of the file, for error messages.
 
     Raises:
-        ValueError: the layers cannot have the heads that the file gives them.
+        ValueError: the layers cannot have the heads that the file specifies.
     """
     shared = config.get("num_kv_shared_layers", 0)
     check_shared_layers(shared, windows, source)
@@ -134,8 +134,8 @@ def _heads_of_full_layers(
 
 
 def plain_ropes(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], float]:
-    """Returns the rotary parameters, in which the type `proportional` is replaced by the type with the same scaling,
-    and the proportion of rotated channels.
+    """Returns two items: the rotary parameters, with the type `proportional` replaced by the type with the same
+    scaling; and the proportion of rotated channels.
     """
     ropes = dict(config.get("rope_parameters") or ROPES)
     for name in ROPES:

@@ -3,7 +3,7 @@
 qwen3         --qk-layernorm
 olmo2, olmo3  --post-norm, --qk-projection-norm
 smollm3       layers without rotary positions, `no_rope_layers`: --no-rope-freq. Default: every
-    `no_rope_layer_interval`-th layer
+              `no_rope_layer_interval`-th layer
 granite       `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling`:
               --embedding-multiplier, --softmax-scale, --residual-multiplier and --logit-divisor
 gemma3_text   see `hf_gemma`

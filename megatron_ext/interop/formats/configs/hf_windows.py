@@ -1,6 +1,7 @@
 """Reads and writes the sliding windows in a config.json, the numbers of tokens that each layer attends to.
 
-    llama, olmo2, granite: none
+    llama, olmo2   none
+    granite        none
     mistral, phi3  `sliding_window` in every layer
     gemma3_text    `sliding_window` in the layers that `layer_types` calls `sliding_attention`; without `layer_types`,
                    in all but every sixth (`sliding_window_pattern`) layer

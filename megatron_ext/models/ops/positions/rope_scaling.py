@@ -5,7 +5,7 @@ Letters: r rotated channels of a head, F the scaling factor, L the original leng
 
     llama3    arXiv 2407.21783: f / F for t <= lo, f for t >= hi, interpolated linearly in t in between
     yarn      arXiv 2309.00071: as llama3, but interpolated linearly in i, from the last integer i with t >= hi to the
-        first with t <= lo; rotated queries and keys are multiplied by `rotary_scale`
+              first with t <= lo; rotated queries and keys are multiplied by `rotary_scale`
     dynamic   for a sequence of s > L tokens: f with the base multiplied by (F s / L - F + 1)^(r / (r - 2))
     longrope  arXiv 2402.13753: f / short_i in sequences up to L, f / long_i in longer ones; with `rotary_scale`
 """
