@@ -78,7 +78,7 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def whole_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """Returns all tensors of a model but those of adapters; otherwise as `base_state`."""
+    """Returns all tensors of a model except those of adapters; otherwise the same as `base_state`."""
     return {
         shard.key: _whole(tensor, shard)
         for tensor, shard in _stored(chunks)

@@ -39,7 +39,7 @@ class LayerTokens:
     """Output of `down` without bias; same shape as a."""
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the values of the tokens that count, [n, ..]."""
+        """Returns the values of those tokens that are used for calibration, [n, ..]."""
         return values[:, self.kept].flatten(0, 1)
 
 

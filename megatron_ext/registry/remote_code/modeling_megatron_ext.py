@@ -271,7 +271,7 @@ class ExtendedLayer(nn.Module):
 
 
 class ExtendedModel(nn.Module):
-    """Mixin that extends a model of transformers (without head) with such layers; list it before that class."""
+    """Mixin that extends a model of transformers (without head) with `ExtendedLayer`s; list it before that class."""
 
     layer_class: Any
     config: Any

@@ -81,7 +81,8 @@ class RotaryByLength(RotaryEmbedding):
     def _of_documents(self, lengths: torch.Tensor) -> torch.Tensor:
         """Returns the angles [s, b, 1, r] of whole sequences, for documents of these lengths [s, b].
 
-        Positions count from the sequence's beginning: attention depends on their differences within a document only.
+        Positions are counted from the sequence's beginning, because attention depends only on their differences
+        within a document.
         """
         lengths = lengths.to(self.inv_freq.device, non_blocking=True)
         frequencies = frequencies_at(self.model, lengths.flatten()).unflatten(0, lengths.shape)
