@@ -100,12 +100,13 @@ class PerLayerBlock(MegatronModule):
         return output * self.layer_scalar if self._scales() else output
 
     def _scales(self) -> bool:
-        """Returns whether the output has to be multiplied by `layer_scalar`."""
-        # A run that starts from scratch keeps 1. To see that costs nothing on the CPU; on a GPU the host would wait.
+        """Returns whether the output must be multiplied by `layer_scalar`."""
+        # In a run from scratch the scalar stays 1. Checking this costs nothing on the CPU; on a GPU the host would
+        # wait.
         return self.settings.has_layer_scalar and (self.layer_scalar.is_cuda or bool(self.layer_scalar != 1))
 
     def _projected(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
-        """Returns the values of which the norm is added to the residual stream, or to several of them."""
+        """Returns the block's output before the post-norm, [s, b, h]."""
         combined = layer_inputs.read_part(PER_LAYER_STREAM, self.part, self.parts)
         activated = self.activation(self.gate(hidden_states)[0])
         projected: torch.Tensor = self.projection(activated * self._dropped(combined))[0]

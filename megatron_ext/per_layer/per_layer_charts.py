@@ -55,7 +55,7 @@ _SHOWN = {
 _OF_ROWS = {
     "rows-touched": (
         "Rows looked up by a step",
-        "Different rows of a table that the step looks up, on all data-parallel ranks (--per-layer-sparse).",
+        "Number of distinct rows of a table that the step looks up, on all data-parallel ranks (--per-layer-sparse).",
     ),
     "rows-ever-touched-share": (
         "Share of the table looked up so far",
@@ -63,7 +63,8 @@ _OF_ROWS = {
     ),
     "row-gradients-mib": (
         "Gradients of the rows, MiB",
-        "Gradients of the rows of a step in one copy of the model, in MiB: what data-parallel ranks reduce.",
+        "Size of the gradients of a step's rows in one copy of the model, in MiB; data-parallel ranks "
+        "reduce these gradients.",
     ),
 }
 
