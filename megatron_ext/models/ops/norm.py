@@ -34,7 +34,9 @@ class _CpuRMSNorm(torch.autograd.Function):
 
 
 class _CpuAddedRMSNorm(torch.autograd.Function):
-    """A residual stream plus the RMSNorm of other values, with two passes over memory less than one after the other."""
+    """Adds the RMSNorm of some values to a residual stream; saves two passes over memory compared with separate
+    operations.
+    """
 
     @staticmethod
     def forward(
@@ -70,7 +72,7 @@ def _norm_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, tor
     product = grad * values
     rows = product.reshape(-1, product.size(-1))
     grad_weight = (scale @ rows).to(weight.dtype)
-    # Matrix-vector products, which need no pass over memory for their factors.
+    # These are matrix-vector products, which need no additional pass over memory.
     mean = (rows @ weight.float()).mul_(scale.pow(3)).div_(rows.size(-1)).view_as(inverse_rms)
     grad_input = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(values, mean, value=-1)
     return grad_input.to(hidden_states.dtype), grad_weight
@@ -95,7 +97,7 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
 def add_rms_norm(
     residual: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Returns residual + RMSNorm(hidden_states), [..., h] both; other arguments as for `rms_norm`."""
+    """Returns residual + RMSNorm(hidden_states), both [..., h]; for the other arguments, see `rms_norm`."""
     if hidden_states.is_cuda:
         return residual + rms_norm(hidden_states, weight, eps)
     return _CpuAddedRMSNorm.apply(residual, hidden_states, weight, eps)
@@ -142,7 +144,7 @@ class RMSNorm(WeightedNorm):
     """RMSNorm (formula at the top of this file); arguments as for `WeightedNorm`."""
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalizes the last dimension and adds the result to `residual` if that is given; [..., h] each."""
+        """Normalizes the last dimension; if `residual` is given, adds the result to it. All shapes are [..., h]."""
         if residual is not None:
             return add_rms_norm(residual, hidden_states, full_weight(self), self.eps)
         return rms_norm(hidden_states, full_weight(self), self.eps)

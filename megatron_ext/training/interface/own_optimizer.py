@@ -128,7 +128,7 @@ class OwnOptimizer(MegatronOptimizer):
     get_grads_for_grad_norm = get_main_grads_for_grad_norm  # the method's name from megatron-core 0.19 on
 
     def get_loss_scale(self) -> torch.Tensor:
-        """Returns 1: the loss has the scale of the engine's optimizer."""
+        """Returns 1, because the engine's optimizer scales the loss."""
         return torch.ones(1, device=torch.cuda.current_device())
 
     def step(self) -> None:
