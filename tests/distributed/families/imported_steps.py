@@ -1,5 +1,6 @@
 """The first training step of an imported model: its loss, and its gradients under the names of transformers."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,14 +28,14 @@ NO_LIMIT = 1e9
 
 
 def first_step(
-    folder: str, parallel: ParallelConfig, make_batches: Callable[[int], Iterator[Batch]]
+    folder: str, parallel: ParallelConfig, make_batches: Callable[[int, int], Iterator[Batch]]
 ) -> TrainingTrace:
     """Returns loss and gradients of the first step of an imported model, in the processes of a layout.
 
     Args:
         folder: the Hugging Face directory.
         parallel: the layout.
-        make_batches: returns micro-batches of one sequence, for a sequence length.
+        make_batches: returns micro-batches, for a sequence length and the number of sequences in each.
     """
     initialize(parallel, seed=1)
     source = load_hf(folder, seq_length=LENGTH)
@@ -52,17 +53,17 @@ def first_step(
         optimizer,
         scheduler,
         global_batch_size=4,
-        micro_batch_size=1,
+        micro_batch_size=2,
         clip_grad=NO_LIMIT,
     )
-    result = stepper.train(make_batches(LENGTH), 1)
+    result = stepper.train(make_batches(LENGTH, 2), 1)
     gradients = local_gradients(chunks, result.grad_norm, clip=NO_LIMIT)
     return TrainingTrace(losses=[result.loss], first_gradients=gradients)
 
 
 def in_their_words(name: str, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns gradients by the names that transformers gives the parameters of the model `name`."""
-    content: dict[str, Any] = KINDS[name].build().config.to_dict()
+    content: dict[str, Any] = _configuration(name)
     source = to_model_config(content, "config.json")
     model = replace(source.model, seq_length=LENGTH)
     layout = entries(model, VOCAB_SIZE, VOCAB_SIZE, f"{KINDS[name].name}ForCausalLM")
@@ -81,3 +82,9 @@ def in_their_words(name: str, gradients: dict[str, torch.Tensor]) -> dict[str, t
     for name, of_one in slices.items():
         found[name] = pack(of_one, [gradients[entry.name] for entry in of_one])
     return found
+
+
+@functools.cache
+def _configuration(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = KINDS[name].build().config.to_dict()
+    return content

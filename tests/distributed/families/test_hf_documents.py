@@ -56,9 +56,9 @@ def _starts(row: torch.Tensor) -> tuple[int, ...]:
     return STARTS[int(row[0]) % 2]
 
 
-def packed(length: int) -> Iterator[Batch]:
+def packed(length: int, micro_batch_size: int) -> Iterator[Batch]:
     """Yields the synthetic batches with documents, which depend on a sequence's first token only."""
-    for batch in synthetic_batches(length):
+    for batch in synthetic_batches(length, micro_batch_size):
         marks = torch.zeros_like(batch["tokens"], dtype=torch.bool)
         for row, tokens in zip(marks, batch["tokens"], strict=True):
             row[list(_starts(tokens))] = True
