@@ -1,6 +1,6 @@
-"""Imports once, in the fork server, what its processes need, so that each of them starts in milliseconds.
+"""Imports, once in the fork server, all modules that its processes need, so that each process starts in milliseconds.
 
-That is the engine, the three families, and pytest, which every file of tests imports. It starts no threads.
+These are the engine, the three families, and pytest, which every test file imports. No threads are started.
 """
 
 import gc
@@ -14,4 +14,4 @@ import megatron_ext.progressive.runs.progressive_run
 import megatron_ext.testing.checkpoint_runs
 import megatron_ext.training.pretrain  # noqa: F401
 
-gc.freeze()  # else each process would look through half a million imported objects, and copy their pages
+gc.freeze()  # otherwise the garbage collector of each process would visit half a million imported objects, and copy their pages

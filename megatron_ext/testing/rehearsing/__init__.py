@@ -1,1 +1,1 @@
-"""Rehearsals for tests."""
+"""Rehearses runs in tests."""

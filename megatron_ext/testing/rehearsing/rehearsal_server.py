@@ -1,6 +1,6 @@
-"""A process with the simulated device that has imported the engine and the families; each rehearsal is a fork of it.
+"""A server process that has the simulated device and has imported the engine; each rehearsal runs in a fork of it.
 
-Started by `rehearsals`. It reads one request per line and answers each with the line `done`.
+`rehearsals` starts the server, which reads one request per line and answers each with the line `done`.
 """
 
 import importlib.util

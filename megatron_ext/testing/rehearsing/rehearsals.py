@@ -1,6 +1,6 @@
-"""Rehearses scripts in forks of a process that has imported everything: about a second each.
+"""Rehearses scripts in forks of a process that has already imported everything; each rehearsal takes about a second.
 
-`--rehearse` itself starts a process for each rank, which takes some seconds; tests of this must run the script.
+`--rehearse` itself starts a new process for each rank, which takes some seconds; tests of this must run the script.
 """
 
 import atexit
@@ -24,7 +24,7 @@ _SERVER = Path(__file__).with_name("rehearsal_server.py")
 
 @dataclass(kw_only=True)
 class Rehearsed:
-    """What a rehearsed rank did, or the error that ended it."""
+    """The record of a rehearsed rank, or the error that ended it."""
 
     error: str | None = None
     """Name and message of the exception; None if the rehearsal ended well."""
@@ -43,7 +43,7 @@ class Rehearsed:
         return f"step {self.activity.step}"
 
     def waits(self) -> dict[str, int]:
-        """Counts how often the host waits in the last step, by place in the code without line numbers."""
+        """Counts how often the host waits in the last step, for each place in the code (without line numbers)."""
         found: Counter[str] = Counter()
         for (scope, kind, place), count in self.activity.waits.items():
             if scope == self.step:
@@ -71,7 +71,7 @@ def rehearse(
         flags: command line of the script, without --rehearse.
         processes: number of processes of the run.
         rank: the rank to rehearse.
-        before: function of a test file that the rehearsal's process calls first; it is loaded from that file.
+        before: function that the rehearsal's process calls first; it is loaded from the test file that defines it.
     """
     server = _server()
     assert server.stdin is not None and server.stdout is not None

@@ -1,1 +1,3 @@
-"""Runs Transformer Engine's own Python classes on a CPU, over a reference of its compiled extension in torch."""
+"""Runs Transformer Engine's own Python classes on a CPU, with its compiled extension replaced by a reference in
+torch.
+"""

@@ -1,8 +1,8 @@
-"""A reference in plain torch of the functions of `transformer_engine_torch` that this project's models reach.
+"""A reference, in plain torch, of those functions of `transformer_engine_torch` that this project's models call.
 
-Transformer Engine is Python over this compiled extension, which needs CUDA. The matrix product, the norms, and the
-optimizer's kernels are computed here as their documentation says; every other name is a mock, which fails where its
-result is computed with.
+Transformer Engine's Python code calls this compiled extension, which needs CUDA. The matrix product, the norms and
+the optimizer's kernels are computed here as documented. Every other name is a mock; a computation with a mock's
+result fails.
 """
 
 import enum
@@ -40,7 +40,7 @@ _TORCH = {
 
 
 class FusedAttentionBackend(enum.IntEnum):
-    """Kernels of fused attention; the reference has none, so that Transformer Engine computes attention in torch."""
+    """The kernels of fused attention. The reference has none, so Transformer Engine computes attention in torch."""
 
     NVTE_No_Backend = -1
     NVTE_F16_max512_seqlen = 0
@@ -95,10 +95,11 @@ class Extension(ModuleType):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        """The product of row-major matrices op(b) op(a), which cuBLAS sees as op(a) op(b) by columns.
+        """Returns the product op(b) op(a) of row-major matrices (for cuBLAS: op(a) op(b) of column-major matrices).
 
-        `layout` TN is an output from input and weight, NN an input's gradient, NT a weight's. With the last, `bias`
-        asks for the bias' gradient, the sum of the rows of the output's gradient.
+        With `layout` TN the result is the output, computed from input and weight; with NN it is the input's gradient,
+        and with NT the weight's gradient. With NT, `bias` requests the bias's gradient too: the sum of the rows of
+        the output's gradient.
         """
         assert quantizer is None and not gelu, "the reference computes no FP8 and no fused GELU"
         first = b.t() if transposes_b else b.flatten(0, -2)
@@ -234,7 +235,7 @@ class Extension(ModuleType):
         corrects_bias: int,
         weight_decay: float,
     ) -> None:
-        """AdamW over lists of gradients, parameters and both moments."""
+        """Applies AdamW to lists of gradients, parameters and both moments."""
         assert decoupled and corrects_bias, "the reference computes AdamW with bias correction"
         for gradient, parameter, first, second in zip(*tensors[:4], strict=True):
             first.lerp_(gradient.to(first.dtype), 1 - beta1)
@@ -245,7 +246,7 @@ class Extension(ModuleType):
 
 
 def _factor(weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
-    """Returns the factor of a norm, whose weight may be stored as its difference from 1."""
+    """Returns the factor of a norm; the stored weight may be the factor minus 1."""
     return weight.float() + float(zero_centered)
 
 

@@ -1,4 +1,6 @@
-"""Lets this process import Transformer Engine without CUDA: its own Python over the reference of its extension."""
+"""Lets this process import Transformer Engine without CUDA: its own Python code, with the reference of its
+extension.
+"""
 
 import importlib.util
 import os
@@ -45,7 +47,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Imports the extension's reference, also in place of packages that are absent."""
+    """Imports the reference of the extension, and replaces packages that are absent."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -62,11 +64,11 @@ class _Finder:
         return Extension(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Does nothing: the module's class defines it."""
+        """Does nothing, because the module's class already defines its content."""
 
 
 def _pretend_device() -> None:
-    """Lets Transformer Engine, and nothing else, find a GPU: one of compute capability 8.0, which has no FP8."""
+    """Makes Transformer Engine, but no other code, find a GPU of compute capability 8.0, which has no FP8."""
     import torch
 
     cuda: Any = torch.cuda

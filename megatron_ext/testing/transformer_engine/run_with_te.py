@@ -1,6 +1,6 @@
 """Runs a test function in processes in which Transformer Engine can be imported; see `install`.
 
-They are forks of one process that has imported it, and the engine with it.
+These processes are forks of one process that has imported Transformer Engine and megatron-core.
 """
 
 import atexit
@@ -23,7 +23,7 @@ needs_te = pytest.mark.skipif(
 
 
 def run_with_te(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Like `run_distributed`, but in processes that can import Transformer Engine."""
+    """Does the same as `run_distributed`, but in processes that can import Transformer Engine."""
     server = _server()
     # Pickled here, so that the function's module, and with it megatron-core, is not imported before `install`.
     server.send((pickle.dumps((function, args)), world_size))
@@ -35,7 +35,7 @@ def run_with_te(function: Callable[..., Any], world_size: int, *args: Any) -> li
 
 @functools.cache
 def _server() -> Connection:
-    """Starts the process from which the others are forked; it ends when this process closes the connection."""
+    """Starts the process from which all others are forked; that process ends when this one closes the connection."""
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,)).start()
     theirs.close()

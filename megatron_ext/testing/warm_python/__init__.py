@@ -1,1 +1,1 @@
-"""A Python interpreter for shell scripts, whose processes have already imported torch and the engine."""
+"""A Python interpreter for shell scripts; its processes have already imported torch and megatron-core."""
