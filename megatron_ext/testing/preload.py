@@ -14,4 +14,5 @@ import megatron_ext.progressive.runs.progressive_run
 import megatron_ext.testing.checkpoint_runs
 import megatron_ext.training.pretrain  # noqa: F401
 
-gc.freeze()  # otherwise the garbage collector of each process would visit half a million imported objects, and copy their pages
+# Otherwise the garbage collector of each process would visit half a million imported objects, and copy their pages.
+gc.freeze()
