@@ -65,23 +65,28 @@ class MissedSteps:
         """Returns D(a) for steps a, [n] integer -> [n] in float64."""
         return (self._log(self.last) - self._log(since)).exp()
 
-    def moment_terms(self, since: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def moment_terms(
+        self, since: torch.Tensor, *, host_reads: bool = True
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns the terms of the sum over missed steps, as pairs of A and C.
 
         Args:
             since: steps a, [n] integer.
+            host_reads: whether the host reads values, for which it waits on a GPU, to leave out terms that no row
+                needs. The sum is the same without.
 
         Returns:
             Pairs of tensors [n] in float64; an entry of A is 0 where a row has missed no step of the block.
         """
-        # On a GPU the host does not wait to learn which row is behind most; its terms of missed steps too many are 0.
-        longest = self.recorded if since.is_cuda or not since.numel() else int(self.last - since.min())
+        reads = host_reads and since.numel() > 0
+        longest = int(self.last - since.min()) if reads else self.recorded
         terms = []
         for start, end in self.blocks:
             if start < longest:
                 offsets = torch.arange(start + 1, min(end, longest) + 1, device=since.device)
                 block = self._block(since, offsets)
-                terms += _gauss_rule(*block, close=_CLOSE / _ratio(self.beta1, self.beta2) ** start)
+                close = _CLOSE / _ratio(self.beta1, self.beta2) ** start
+                terms += _gauss_rule(*block, close=close, host_reads=reads)
         return terms
 
     def _block(self, since: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +123,7 @@ def _blocks(beta1: float, beta2: float) -> list[tuple[int, int]]:
 
 
 def _gauss_rule(
-    weight: torch.Tensor, node: torch.Tensor, *, close: float
+    weight: torch.Tensor, node: torch.Tensor, *, close: float, host_reads: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns the two-point Gauss rule of positive weights at nodes, [n, length] -> one or two pairs of [n].
 
@@ -131,8 +136,7 @@ def _gauss_rule(
     distance = node - mean.unsqueeze(1)
     variance = (share * distance.square()).sum(1)
     several = variance > close * mean.square()
-    # Only where it does not make the host wait: two terms at the same node are the same.
-    if not several.is_cuda and not several.any():
+    if host_reads and not several.any():
         return [(total, mean)]
     spread = variance.where(several, 1.0).sqrt()
     skew = ((share * distance.pow(3)).sum(1) / spread.pow(3) / 2).where(several, 0.0)

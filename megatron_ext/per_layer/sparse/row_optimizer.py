@@ -97,6 +97,9 @@ class RowOptimizer(OwnOptimizer):
             name: [main.new_zeros(len(main), width or main.size(1)) for main in self._mains]
             for name, width in update.width_of_state.items()
         }
+        self._host_reads = self._count.device.type == "cpu"
+        """Whether the host reads values to save work; on a GPU it would wait for each."""
+
         self._last_steps = torch.zeros(len(self._mains[0]), dtype=torch.int32, device=self._mains[0].device)
         """Per row of the block the last step that is in it."""
 
@@ -263,9 +266,7 @@ class RowOptimizer(OwnOptimizer):
         if not self._missed.recorded:
             return
         since, row = self._last_steps[places].long(), None
-        if (
-            not since.is_cuda
-        ):  # a few different steps are less work; on a GPU the host would wait for their number
+        if self._host_reads:  # a few different steps are less work than all rows
             since, row = since.unique(return_inverse=True)
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
@@ -273,12 +274,12 @@ class RowOptimizer(OwnOptimizer):
             return (values if row is None else values[row]).unsqueeze(1)
 
         weights.mul_(by_row(self._missed.decay(since)))
-        if not self.rule.momentum or not (weights.is_cuda or state["exp_avg"].any()):
+        if not self.rule.momentum or (self._host_reads and not state["exp_avg"].any()):
             return
         constants = self.rule.constants
         root = state["exp_avg_sq"].sqrt()
         total, divisor = torch.zeros_like(root), torch.empty_like(root)
-        for factor, shift in self._missed.moment_terms(since):
+        for factor, shift in self._missed.moment_terms(since, host_reads=self._host_reads):
             torch.add(root, by_row(shift), alpha=constants.eps, out=divisor)
             total.addcdiv_(by_row(factor), divisor)
         weights.addcmul_(state["exp_avg"], total, value=-1)

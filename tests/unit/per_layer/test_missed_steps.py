@@ -74,7 +74,8 @@ def test_few_steps_are_summed_exactly() -> None:
     torch.testing.assert_close(_caught_up(missed, 5, exact[5]), exact[7][0], rtol=0, atol=1e-15)
 
 
-def test_rows_that_missed_different_steps_do_not_mix() -> None:
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_rows_that_missed_different_steps_do_not_mix(host_reads: bool) -> None:
     missed = _missed(0.9, 0.999)
     for step in range(1, 41):
         missed.record(_rate(step), 0.1, _YES)
@@ -83,7 +84,7 @@ def test_rows_that_missed_different_steps_do_not_mix() -> None:
         torch.tensor([step])
     )
     root = torch.tensor([1e-9, 1e-4, 1.0], dtype=torch.float64)
-    total = sum(a / (root + _EPS * c) for a, c in missed.moment_terms(together))
+    total = sum(a / (root + _EPS * c) for a, c in missed.moment_terms(together, host_reads=host_reads))
     alone = [
         sum((a / (value + _EPS * c)).item() for a, c in one_by_one(step))
         for step, value in zip((40, 3, 38), root.tolist(), strict=True)
