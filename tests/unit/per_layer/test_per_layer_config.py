@@ -80,7 +80,7 @@ def test_the_gemma3n_preset_allows_fewer_rows_than_ids_and_requires_several_resi
         ),
         (
             {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
-            "--per-layer-vocab-file v.json requires --use-per-layer-embedding",
+            "--per-layer-vocab-file v.json: requires --use-per-layer-embedding",
         ),
     ],
 )

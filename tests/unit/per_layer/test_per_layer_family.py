@@ -168,7 +168,7 @@ def _statistics(method: str) -> tuple[dict[str, float], dict[str, float], bool]:
     seen: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(model.decoder.layers):
         block = layer.before_layer
-        for name, module in {"gate": block.gate, "update": block.post_norm}.items():
+        for name, module in {"gate": block.gate, "output": block}.items():
             module.register_forward_hook(_keep(seen, f"{name} {number}"))
         block.register_forward_pre_hook(_keep_input(seen, f"residual {number}"))
     tokens = torch.randint(VOCAB, (2, MODEL.seq_length))
@@ -207,6 +207,7 @@ def _keep_input(seen: dict[str, torch.Tensor], name: str) -> Any:
 
 def _expected(model: Any, seen: dict[str, torch.Tensor], number: int, method: str) -> dict[str, float]:
     activation = torch.nn.functional.silu(seen[f"gate {number}"])
+    residual = seen[f"residual {number}"]
     weights = model.per_layer.layers[number]
     table = weights.embedding.weight
     own = [*weights.parameters(), *model.decoder.layers[number].before_layer.parameters()]
@@ -214,7 +215,7 @@ def _expected(model: Any, seen: dict[str, torch.Tensor], number: int, method: st
         "embedding-norm": float(table.detach().double().norm()),
         "gate-activation-mean": float(activation.mean()),
         "gate-activation-std": float(activation.std(correction=0)),
-        "update-ratio": float(seen[f"update {number}"].norm() / seen[f"residual {number}"].norm()),
+        "update-ratio": float((seen[f"output {number}"] - residual).norm() / residual.norm()),
         "embedding-gradient-norm": float(table.grad.double().norm()),
         "gradient-norm": math.sqrt(sum(float(p.grad.double().square().sum()) for p in own)),
     }
