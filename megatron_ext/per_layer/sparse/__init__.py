@@ -1,1 +1,1 @@
-"""Training of per-layer tables of which only the rows that a step looks up have gradients and updates."""
+"""Trains per-layer tables by rows: a step computes gradients and updates only for the rows that it looks up."""

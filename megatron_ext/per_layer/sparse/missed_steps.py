@@ -1,19 +1,19 @@
-"""What AdamW does to a row in the steps that do not look it up, computed when the row is next needed.
+"""Computes how AdamW changes a row in the steps that do not look the row up; applied when the row is next needed.
 
-A row without gradient still changes: its weight decays, its momentum goes on moving it. From step a, the last one that
-is in the row, to step t
+A row without a gradient still changes: its weight decays, and its momentum keeps moving it. Let a be the last step
+whose update has been applied to the row, with weight w and moments m and v. At step t:
 
     m_t = beta1^(t-a) m        v_t = beta2^(t-a) v        w_t = D(a) w - m sum_{j=a+1..t} A_j / (sqrt(v) + eps C_j)
 
-    D(a) = prod_{j=a+1..t} (1 - lr_j wd_j)                what decay leaves
-    C_j  = sqrt(1 - beta2^j) / sqrt(beta2)^(j-a)          bias correction and decay of sqrt(v)
+    D(a) = prod_{j=a+1..t} (1 - lr_j wd_j)                factor of the weight decay
+    C_j  = sqrt(1 - beta2^j) / sqrt(beta2)^(j-a)          bias correction, and decay of sqrt(v)
     A_j  = D(j) lr_j C_j beta1^(j-a) / (1 - beta1^j)
 
-The factors A_j / C_j fall like beta1^(j-a): the sum ends when the rest is below 1e-7 of it. Its terms are summed in
-blocks of growing length, each replaced by the two-point Gauss rule of the weights A_j at the nodes C_j: two terms with
-the same sums of A_j C_j^k for k = 0..3, or one term at their mean, where the C_j are close together. All are exact in
-the limit of sqrt(v) >> eps. In general the weight differs from dense AdamW's by less than 1e-4 of one update (lr), if
-beta1 <= 0.9 and beta2 >= 0.95.
+The factors A_j / C_j fall like beta1^(j-a), so the sum ends when the rest is below 1e-7 of it. The terms are grouped
+into blocks of growing length. Each block is replaced by the two-point Gauss rule of the weights A_j at the nodes C_j:
+two terms with the same sums of A_j C_j^k for k = 0..3. Where the C_j of a block are close together, one term at their
+mean replaces the block. All of this is exact in the limit of sqrt(v) >> eps. In general the weight differs from the
+result of AdamW on the whole table by less than 1e-4 of one update (lr), if beta1 <= 0.9 and beta2 >= 0.95.
 """
 
 import math
@@ -23,46 +23,50 @@ import torch
 _NEGLIGIBLE = 1e-7
 _LONGEST_BLOCK = 32
 _CLOSE = 1e-5
-"""Largest squared coefficient of variation of the C_j, times the part of the sum from their block on, for one term."""
+"""A block becomes one term if (squared coefficient of variation of its C_j) x (share of the sum from this block on)
+is at most this value.
+"""
 
 
 class MissedSteps:
-    """Learning rate and weight decay of the steps since all rows were last brought up to date."""
+    """Stores the learning rate and weight decay of the steps since all rows were last brought up to date."""
 
     def __init__(self, beta1: float, beta2: float, eps: float, first: torch.Tensor) -> None:
         """Args:
         beta1: Adam's beta1; 0 if there is no momentum.
         beta2: Adam's beta2.
         eps: the constant in Adam's denominator.
-        first: number of the last step that is in all rows, [1] integer.
+        first: number of the last step whose update has been applied to all rows, [1] integer.
         """
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.blocks = _blocks(beta1, beta2)
         self.restart(first)
 
     def restart(self, step: torch.Tensor) -> None:
-        """Forgets the past: all rows are up to date with `step`, [1] integer."""
+        """Discards the stored steps, because all rows are now up to date with `step`, [1] integer."""
         self.first = self.last = step.clone()
         self.recorded = 0
-        """Number of steps since then; those that were not applied count, because only the device knows them."""
+        """Number of steps since then, including skipped ones, because only the device knows which steps were
+        skipped.
+        """
 
         # Per step from `first` on: lr / (1 - beta1^j), sqrt(1 - beta2^j), and the sum of log(1 - lr wd) up to it.
         self._of_steps = torch.zeros(1024, 3, dtype=torch.float64, device=step.device)
 
     def record(self, learning_rate: float, weight_decay: float, is_applied: torch.Tensor) -> None:
-        """Adds a step if it is applied, which a boolean scalar on the device says."""
+        """Adds a step if `is_applied`, a boolean scalar on the device, is True."""
         self.recorded += 1
         if self.recorded == len(self._of_steps):
             self._of_steps = torch.cat((self._of_steps, torch.zeros_like(self._of_steps)))
         step = (self.last + 1).double()
         corrected = learning_rate / (1 - self.beta1**step), (1 - self.beta2**step).sqrt()
         decay = self._log(self.last) + math.log1p(-learning_rate * weight_decay)
-        # The next step overwrites a step that was not applied.
+        # The next step overwrites a step that was skipped.
         self._of_steps.index_copy_(0, self.last + 1 - self.first, torch.stack((*corrected, decay), dim=1))
         self.last = self.last + is_applied
 
     def decay(self, since: torch.Tensor) -> torch.Tensor:
-        """Returns D(a) for steps a, [n] integer -> [n] in float64."""
+        """Returns D(a) for steps a, [n] integers -> [n] in float64."""
         return (self._log(self.last) - self._log(since)).exp()
 
     def moment_terms(
@@ -71,7 +75,7 @@ class MissedSteps:
         """Returns the terms of the sum over missed steps, as pairs of A and C.
 
         Args:
-            since: steps a, [n] integer.
+            since: the steps a, [n] integers.
             host_reads: whether the host reads values, for which it waits on a GPU, to leave out terms that no row
                 needs. The sum is the same without.
 
@@ -131,7 +135,7 @@ def _gauss_rule(
     """
     total = weight.sum(1)
     share = weight / total.clamp(min=1e-300).unsqueeze(1)
-    # Without weight any node does, but 0: a divisor is made of it.
+    # If all weights are 0, any node except 0 can be used; the node becomes a divisor.
     mean = (share * node).sum(1).where(total > 0, 1.0)
     distance = node - mean.unsqueeze(1)
     variance = (share * distance.square()).sum(1)

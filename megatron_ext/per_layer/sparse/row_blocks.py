@@ -1,7 +1,8 @@
-"""The division of the tables' rows among data-parallel ranks, one block of consecutive rows for each rank.
+"""Divides the tables' rows among data-parallel ranks: one block of consecutive rows for each rank.
 
-With the distributed optimizer a rank has main weights and state of its own block only, and updates it alone. Otherwise
-every rank has the only block, which holds all rows. L tables, q columns on this rank.
+With the distributed optimizer a rank has main weights and optimizer state only for its own block, and only this rank
+updates the block. Otherwise there is a single block with all rows, which every rank has. L tables, q columns on this
+rank.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class RowBlocks:
         rows: Vp.
         group: the data-parallel ranks.
         host_group: the same ranks; its collectives take tensors in CPU memory.
-        divides: whether rows are divided at all.
+        divides: whether rows are divided; if not, every rank has all rows.
         """
         self.rows, self.group, self.host_group = rows, group, host_group
         self.number, self.place = (group.size(), group.rank()) if divides else (1, 0)
@@ -29,11 +30,13 @@ class RowBlocks:
         self.start, self.end = (min(block * self.size, rows) for block in (self.place, self.place + 1))
 
     def own(self, below: Sequence[int]) -> slice:
-        """Returns which of some ids, ascending, are in this rank's block; `below` as from `touched_rows`."""
+        """Returns the slice of the step's ids that are in this rank's block; `below` is a result of
+        `touched_rows`.
+        """
         return slice(below[self.place - 1] if self.place else 0, below[self.place])
 
     def gather(self, own: torch.Tensor, below: Sequence[int]) -> torch.Tensor:
-        """Joins the rows that each rank has of some ids: [L, m, q] -> [L, n, q]. Collective."""
+        """Joins the ranks' rows of the step's ids: [L, m, q] on each rank -> [L, n, q]. Collective."""
         if self.number == 1:
             return own
         counts = [end - start for start, end in pairwise((0, *below))]
@@ -44,7 +47,7 @@ class RowBlocks:
         return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts, strict=True)], dim=1)
 
     def complete(self, table: torch.Tensor) -> None:
-        """Replaces the rows of all other blocks by what their ranks have, [Vp, q]. Collective."""
+        """Replaces the rows of all other blocks by the rows on the blocks' ranks; `table` is [Vp, q]. Collective."""
         if self.number == 1:
             return
         pieces = self._pieces(table[self.start : self.end])
@@ -52,7 +55,8 @@ class RowBlocks:
         table.copy_(torch.cat(pieces)[: self.rows])
 
     def gather_to_first(self, own: torch.Tensor) -> torch.Tensor | None:
-        """Joins the blocks of a tensor in CPU memory, [Vp, columns] on the first rank, None on others. Collective.
+        """Joins the blocks of a tensor in CPU memory; returns [Vp, columns] on the first rank and None on the others.
+        Collective.
 
         If rows are not divided, every rank gets its own tensor.
         """

@@ -1,22 +1,22 @@
-"""Counts the rows that steps look up, and the bytes that their gradients send; written with --log-per-layer-stats.
+"""Counts the rows that steps look up, and the bytes of these rows' gradients; logged with --log-per-layer-stats.
 
     per-layer/rows-touched             rows that the step looks up, on all data-parallel ranks together
     per-layer/rows-ever-touched-share  share of a table's rows that a step has looked up since the run began or resumed
-    per-layer/row-gradients-mib        MiB of their gradients in one copy of the model: what data-parallel ranks reduce
+    per-layer/row-gradients-mib        MiB of the rows' gradients in one copy of the model
 
-All layers look up the same ids, so these are not values of a layer.
+All layers look up the same ids, so there is one value for all layers.
 """
 
 import torch
 
 
 class RowStatistics:
-    """Counts rows of tables with Vp rows."""
+    """Counts the looked-up rows of tables with Vp rows."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         """Args:
         rows: Vp.
-        device: where the ids are.
+        device: the device of the ids.
         """
         self._ever = torch.zeros(rows, dtype=torch.bool, device=device)
         self._of_step = 0

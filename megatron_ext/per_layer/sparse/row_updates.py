@@ -1,9 +1,9 @@
 """The update rules for rows of tables; `rows` and `gradient` are [L, n, q]: L tables, the step's n rows, q columns.
 
-    adam              AdamW as for all other parameters; a row that was not looked up is caught up before its next use
-    lazy_adam         AdamW for the rows of the step only: between uses a row, its moments and its decay stand still
+    adam              AdamW as for all other parameters; the missed steps of a row are applied before its next use
+    lazy_adam         AdamW for the rows of the step only; a row that is not looked up does not change
     rowwise_adagrad   s <- s + mean_p(g^2);  w <- (1 - lr wd) w - lr g / (sqrt(s) + eps);  s is one number per row
-    sgd               w <- (1 - lr wd) w - lr g;  the decay is caught up as for adam
+    sgd               w <- (1 - lr wd) w - lr g;  the decay of missed steps is applied later, as for adam
 
 In both kinds of Adam the bias correction counts all steps. Sources: arXiv 1711.05101 (AdamW), torch's `SparseAdam`
 (lazy_adam), arXiv 2104.05158 (rowwise_adagrad). The mean over p is over all tensor-parallel ranks.
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 State = dict[str, torch.Tensor]
-"""State of rows by name; all of it is updated in place."""
+"""Optimizer state of rows, by name; every tensor is updated in place."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AdamConstants:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What an update has to know of its step."""
+    """The facts about a step that an update needs."""
 
     group: dict[str, Any]
     """The parameter group, with `lr` and `weight_decay`."""
@@ -42,20 +42,20 @@ class StepFacts:
     """Number of updates before this one, [1] integer on the device."""
 
     is_applied: torch.Tensor
-    """Whether anything changes: a scalar on the device."""
+    """Whether the update is applied: a boolean scalar on the device."""
 
 
 class RowUpdate:
-    """An update rule."""
+    """Base class of the update rules."""
 
     catches_up = False
-    """Whether rows that a step does not look up change as well, and are caught up later."""
+    """Whether rows that a step does not look up change as well; these changes are applied later."""
 
     momentum = 0.0
-    """Adam's beta1, if rows that are not looked up go on moving."""
+    """Adam's beta1 if the momentum keeps moving rows that are not looked up, otherwise 0."""
 
     width_of_state: Mapping[str, int | None] = MappingProxyType({})
-    """Columns of each tensor of the state: None for as many as the table has on this rank."""
+    """Number of columns of each state tensor; None for the table's number of columns on this rank."""
 
     def __init__(self, constants: AdamConstants, tensor_group: dist.ProcessGroup) -> None:
         """Args:
@@ -66,18 +66,18 @@ class RowUpdate:
         self.tensor_group = tensor_group
 
     def update(self, rows: torch.Tensor, gradient: torch.Tensor, state: State, step: StepFacts) -> None:
-        """Updates rows and state in place."""
+        """Updates the rows and their state in place."""
         raise NotImplementedError
 
 
 class LazyAdam(RowUpdate):
-    """AdamW for the rows of the step."""
+    """AdamW for the rows of the step only; see the top of this file."""
 
     width_of_state = MappingProxyType({"exp_avg": None, "exp_avg_sq": None})
 
     def update(self, rows: torch.Tensor, gradient: torch.Tensor, state: State, step: StepFacts) -> None:
-        """Applies torch's fused AdamW, which the engine's optimizer uses, too."""
-        # The kernel reads the number of updates on the device, and adds one to it.
+        """Applies torch's fused AdamW, which the engine's optimizer also uses."""
+        # The kernel reads the number of updates from the device and increments it.
         count = step.earlier.float().squeeze(0)
         adamw(
             [rows],
@@ -99,7 +99,7 @@ class LazyAdam(RowUpdate):
 
 
 class Adam(LazyAdam):
-    """AdamW as if all rows were updated in every step."""
+    """AdamW with the same result as if all rows were updated in every step."""
 
     catches_up = True
 
@@ -144,4 +144,4 @@ UPDATES: dict[str, type[RowUpdate]] = {
     "rowwise_adagrad": RowwiseAdagrad,
     "sgd": Sgd,
 }
-"""The rules by the values of `--per-layer-optimizer`."""
+"""The update rules, by value of `--per-layer-optimizer`."""

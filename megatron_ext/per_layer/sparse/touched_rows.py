@@ -12,14 +12,15 @@ from megatron_ext.platform import host_copy
 def touched_rows(ids: Sequence[torch.Tensor], blocks: RowBlocks) -> tuple[torch.Tensor, list[int]]:
     """Finds the ids that occur in a step's micro-batches on any data-parallel rank. Collective.
 
-    The host waits for the device once, because their number depends on the ids.
+    The host waits for the device once, because the number of distinct ids depends on their values.
 
     Args:
-        ids: the per-layer ids of this rank's micro-batches; every rank has equally many.
+        ids: the per-layer ids of this rank's micro-batches; every rank has the same number of them.
         blocks: the division of the rows.
 
     Returns:
-        The ids, ascending, [n]; and for every block, how many of them are in it or in one before it.
+        The distinct ids, ascending, [n]; and for every block, the number of these ids that are in this block or an
+        earlier one.
     """
     found = torch.cat([each.reshape(-1) for each in ids])
     ranks = blocks.group.size()
@@ -27,7 +28,7 @@ def touched_rows(ids: Sequence[torch.Tensor], blocks: RowBlocks) -> tuple[torch.
         of_ranks = [torch.empty_like(found) for _ in range(ranks)]
         dist.all_gather(of_ranks, found, group=blocks.group)
         found = torch.cat(of_ranks)
-    # Not `unique`: the host would wait for n before it can ask for the blocks' parts.
+    # `unique` is not used, because the host would wait for n before it could compute the parts of the blocks.
     ordered = found.sort().values
     places = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
     rows = torch.full_like(ordered, blocks.rows).scatter_(0, places, ordered)
