@@ -76,8 +76,8 @@ class MissedSteps:
 
         Args:
             since: the steps a, [n] integers.
-            host_reads: whether the host reads values, for which it waits on a GPU, to leave out terms that no row
-                needs. The sum is the same without.
+            host_reads: whether the host may read values (on a GPU, it has to wait for them) to omit terms that no row
+                needs. The sum is the same in both cases.
 
         Returns:
             Pairs of tensors [n] in float64; an entry of A is 0 where a row has missed no step of the block.
