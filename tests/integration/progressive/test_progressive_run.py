@@ -263,7 +263,7 @@ MISTAKES = {
         "--trunk-strategy",
         "qlora",
         "--no-qlora-enabled",
-    ): "--trunk-strategy qlora trains",
+    ): "--trunk-strategy qlora: trains",
 }
 
 

@@ -272,7 +272,7 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
     assert "steps 2, which are later than the loaded step 1" in _message(
         load=f"{here}/iter_0000001", save=here
     )
-    assert "is a checkpoint itself" in _message(save=f"{here}/iter_0000002")
+    assert "is itself a checkpoint" in _message(save=f"{here}/iter_0000002")
     for allowed in (
         {"load": here, "save": here},
         {"load": f"{here}/iter_0000002", "save": here},
