@@ -71,7 +71,7 @@ def _norm_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, tor
     grad, values, scale = gradient.float(), hidden_states.float(), inverse_rms.flatten()
     product = grad * values
     rows = product.reshape(-1, product.size(-1))
-    grad_weight = (scale @ rows).to(weight.dtype)
+    grad_weight = (rows.t() @ scale).to(weight.dtype)
     # These are matrix-vector products, which need no additional pass over memory.
     mean = (rows @ weight.float()).mul_(scale.pow(3)).div_(rows.size(-1)).view_as(inverse_rms)
     grad_input = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(values, mean, value=-1)
