@@ -4,6 +4,7 @@
   scan them again and again while they are created, and once more when the process ends.
 - While it is imported, megatron-core passes some sixty functions to `torch.compile`, which imports torch's compiler.
   Here, each function is compiled when it is first called; with the layers of this package on a CPU, none ever is.
+- bitsandbytes does the same with four functions, which the four-bit weights of this package do not call.
 - torch's optimizers import the compiler to exclude their methods from compilation. Here, they do so only in a process
   that has already imported the compiler.
 - megatron-core uses Transformer Engine if it can be imported, and ends with any import error that is not a
@@ -29,8 +30,8 @@ _COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
 _KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 """Modules that import triton unconditionally: the first in 0.18, the second from 0.19 on."""
-_COMPILED = "megatron.core.transformer.moe.router"
-"""Module that compiles a method while it is imported, from 0.19 on."""
+_COMPILED = ("megatron.core.transformer.moe.router", "bitsandbytes.backends.default.ops")
+"""Modules that compile functions while they are imported; the first from 0.19 on."""
 _LARGE = ("torch", "megatron.core")
 
 
@@ -46,12 +47,12 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_JIT, _TE, _COMPILED, *_KERNELS, *_LARGE, *_REPLACED):
+        if name not in (_JIT, _TE, *_COMPILED, *_KERNELS, *_LARGE, *_REPLACED):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
             loaders: dict[str, type[SourceFileLoader]] = dict.fromkeys(_KERNELS, _KernelLoader)
-            loaders |= {_TE: _GuardedLoader, _COMPILED: _CompiledMethodLoader}
+            loaders |= {_TE: _GuardedLoader, **dict.fromkeys(_COMPILED, _CompilingLoader)}
             spec.loader = loaders.get(name, _Loader)(spec.loader.name, spec.loader.path)
         return spec
 
@@ -79,8 +80,8 @@ class _Loader(SourceFileLoader):
         gc.freeze()  # the garbage collector no longer scans objects that exist now
 
 
-class _CompiledMethodLoader(SourceFileLoader):
-    """Loads a module that calls `torch.compile` itself, for methods, instead of the engine's decorator."""
+class _CompilingLoader(SourceFileLoader):
+    """Loads a module that calls `torch.compile` itself instead of the engine's decorator."""
 
     def exec_module(self, module: ModuleType) -> None:
         import torch
@@ -177,8 +178,8 @@ def _named(package: str) -> str:
     return f"{name} {importlib.metadata.version(package)}"
 
 
-def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a wrapper of `function` that compiles it with `torch.compile` on the first call."""
+def compile_when_called(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns a wrapper of `function` that compiles it on the first call, with `torch.compile` and its `options`."""
     compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
@@ -187,7 +188,7 @@ def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
         if compiled is None:
             import torch
 
-            compiled = torch.compile(function)
+            compiled = torch.compile(function, **options)
         return compiled(*args, **kwargs)
 
     return call

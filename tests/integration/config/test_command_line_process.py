@@ -174,6 +174,28 @@ def test_importing_the_engine_imports_no_compiler_and_its_functions_are_compiled
     assert done.returncode == 0, done.stderr
 
 
+def test_weights_in_four_bits_import_no_compiler_and_bitsandbytes_compiles_the_same_values_when_called() -> (
+    None
+):
+    code = (
+        "import sys, megatron_ext, torch\n"
+        "from megatron_ext.lora.four_bit_weights import NF4\n"
+        "weight, four_bits = torch.randn(8, 64), NF4()\n"
+        "packed = four_bits.pack(weight)\n"
+        "found = four_bits.unpack(packed, weight.shape, torch.float32)\n"
+        "assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)\n"
+        "from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as compute\n"
+        "codes, scales = packed.codes.reshape(-1), packed.scales.view(torch.float32)\n"
+        "code = four_bits._code_on(weight.device)\n"
+        "assert torch.equal(compute(codes, scales, code, 64, weight.shape, torch.float32), found)\n"
+        "assert 'torch._dynamo' in sys.modules\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_optimizer_imports_no_compiler_steps_as_with_one_and_can_be_compiled() -> None:
     code = (
         "import sys, megatron_ext, torch\n"
