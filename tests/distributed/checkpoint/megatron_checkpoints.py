@@ -4,6 +4,8 @@
 and the arguments go to `dist_checkpointing.save`, and the tracker names the step.
 """
 
+import contextlib
+import queue
 import warnings
 import zlib
 from argparse import Namespace
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +156,20 @@ CASES = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _not_compiled() -> Iterator[None]:
+    """Lets the engine call its functions as they are written: each process would compile them anew, for seconds."""
+    with mock.patch.object(torch, "compile", lambda function: function):
+        yield
+
+
+@contextlib.contextmanager
+def _queue_without_process() -> Iterator[None]:
+    """Gives the engine the queue of a save that training waits for; its own is in a process that it starts for it."""
+    with mock.patch.object(filesystem_async, "_results_queue", queue.Queue()):
+        yield
+
+
 class Run:
     """Megatron-LM's training of a case, on this process's ranks."""
 
@@ -195,6 +212,7 @@ class Run:
         """Trains, and returns the loss of every step."""
         return [self._step() for _ in range(steps)]
 
+    @_not_compiled()
     def _step(self) -> float:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -251,10 +269,9 @@ class Run:
         }
         state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata={**metadata, **groups})
         state["opt_param_scheduler"] = self.scheduler.state_dict()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _queue_without_process():
             warnings.simplefilter("ignore")
             dist_checkpointing.save(state, str(target), content_metadata=metadata)
-        _end_queue()
         if torch.distributed.get_rank() == 0:
             name = "release" if self.case.release else str(iteration)
             (folder / "latest_checkpointed_iteration.txt").write_text(name)
@@ -287,6 +304,7 @@ class Run:
         for _ in range(loaded["args"].consumed_train_samples // size):
             next(self._batches)
 
+    @_not_compiled()
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """Returns the logits [2, LENGTH, ROWS] of a model in one process."""
@@ -295,14 +313,6 @@ class Run:
         position_ids = torch.arange(LENGTH).expand_as(tokens)
         result: torch.Tensor = model(tokens, position_ids, None)
         return result.float()
-
-
-def _end_queue() -> None:
-    """Ends the process of the engine's queue, which would outlive this one."""
-    queue: Any = filesystem_async._results_queue
-    if queue is not None:
-        queue._manager.shutdown()
-        filesystem_async._results_queue = None
 
 
 def token_ids() -> torch.Tensor:

@@ -1,5 +1,9 @@
 """Imports of checkpoints that megatron-core's own classes wrote in Megatron-LM's layout, and exports of them."""
 
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.interop.megatron.megatron_export import export_megatron
+from megatron_ext.interop.megatron.megatron_import import MegatronModel
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.transformer_engine.run_with_te import needs_te
 from tests.distributed.checkpoint.megatron_checkpoints import CASES, ROWS, STEPS, VOCABULARY
@@ -31,20 +36,50 @@ def with_marks(*names: str) -> list[Any]:
     return [pytest.param(name, marks=needs_te) if CASES[name].needs_te else name for name in names]
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint of the engine's, its import and the import's export."""
+
+    logits: torch.Tensor
+    losses: list[float]
+    """Of the two steps that the engine does after the save."""
+
+    model: MegatronModel
+    save: Path
+    """The import, with its optimizer unless the checkpoint has none."""
+
+    exported: Path
+    """The export, without an optimizer."""
+
+
+@pytest.fixture(scope="module")
+def import_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Imported]:
+    """Returns the import of a case by its name, made once for all tests."""
+
+    @functools.cache
+    def make(name: str) -> Imported:
+        case, folder = CASES[name], tmp_path_factory.mktemp("import")
+        save, exported = folder / "ours", folder / "exported"
+        logits, losses = written(case, folder / "theirs")
+        model = imported(folder / "theirs", save, with_optimizer=not case.release)
+        alone(export_megatron, str(save), exported)
+        return Imported(logits, losses, model, save, exported)
+
+    return make
+
+
 @pytest.mark.parametrize("name", with_marks(*CASES))
 def test_an_import_equals_the_engines_model_and_an_export_gives_its_tensors(
-    name: str, tmp_path: Path
+    name: str, import_of: Callable[[str], Imported], tmp_path: Path
 ) -> None:
-    case = CASES[name]
-    logits, losses = written(case, tmp_path / "theirs")
-    found = imported(tmp_path / "theirs", tmp_path / "ours", with_optimizer=not case.release)
+    case, theirs = CASES[name], import_of(name)
+    found = theirs.model
     assert (found.rows, found.tokenizer.vocab_size, found.messages) == (ROWS, VOCABULARY, ())
-    torch.testing.assert_close(our_logits(tmp_path / "ours"), logits, rtol=0, atol=LOGITS[case.dtype])
+    torch.testing.assert_close(our_logits(theirs.save), theirs.logits, rtol=0, atol=LOGITS[case.dtype])
     if not case.release:
         tolerance = LOSSES[case.dtype]
-        assert our_losses(tmp_path / "ours", case) == pytest.approx(losses, rel=tolerance)
-    alone(export_megatron, str(tmp_path / "ours"), tmp_path / "exported")
-    again = imported(tmp_path / "exported", tmp_path / "again")
+        assert our_losses(theirs.save, case) == pytest.approx(theirs.losses, rel=tolerance)
+    again = imported(theirs.exported, tmp_path / "again")
     assert (again.model, again.tokenizer.eod) == (found.model, VOCABULARY - 1)
     for tensor in found.state:
         if not tensor.startswith("optimizer."):
@@ -54,11 +89,9 @@ def test_an_import_equals_the_engines_model_and_an_export_gives_its_tensors(
 @pytest.mark.parametrize(
     "name", with_marks("Llama", "GPT-3", "query and key norms", "norms around 0", "windows")
 )
-def test_the_engines_model_loads_an_export(name: str, tmp_path: Path) -> None:
-    logits, _ = written(CASES[name], tmp_path / "theirs")
-    imported(tmp_path / "theirs", tmp_path / "ours")
-    alone(export_megatron, str(tmp_path / "ours"), tmp_path / "exported")
-    assert torch.equal(engines_logits(CASES[name], tmp_path / "exported" / "release"), logits)
+def test_the_engines_model_loads_an_export(name: str, import_of: Callable[[str], Imported]) -> None:
+    theirs = import_of(name)
+    assert torch.equal(engines_logits(CASES[name], theirs.exported / "release"), theirs.logits)
 
 
 def export(save: Path, target: Path) -> None:
@@ -68,10 +101,11 @@ def export(save: Path, target: Path) -> None:
 
 @needs_te
 @pytest.mark.parametrize("name", ["GPT-3", "norms around 0", "bf16", "fp16"])
-def test_the_engines_training_continues_an_export_with_its_optimizer(name: str, tmp_path: Path) -> None:
+def test_the_engines_training_continues_an_export_with_its_optimizer(
+    name: str, import_of: Callable[[str], Imported], tmp_path: Path
+) -> None:
     case, save = CASES[name], tmp_path / "ours"
-    written(case, tmp_path / "theirs")
-    imported(tmp_path / "theirs", save, with_optimizer=True)
+    shutil.copytree(import_of(name).save, save)
     export(save, tmp_path / "at once")
 
     def ours() -> tuple[list[float], list[float | None]]:

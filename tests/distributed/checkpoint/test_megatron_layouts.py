@@ -6,6 +6,8 @@
     0.19.2   one rank; there is no common.pt, its content is among the tensors
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +50,26 @@ def _write(name: str, parallel: ParallelConfig, sharding: str | None, folder: st
     return run.train(2)
 
 
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[float]]]:
+    """Returns the checkpoint of a layout and the losses of the two steps after it; each is written once."""
+
+    @functools.cache
+    def write(layout: str) -> tuple[Path, list[float]]:
+        folder = tmp_path_factory.mktemp("theirs")
+        losses, _ = run_distributed(_write, 2, *LAYOUTS_AND_FORMATS[layout], str(folder))
+        return folder, losses
+
+    return write
+
+
 @pytest.mark.parametrize("layout", LAYOUTS_AND_FORMATS)
-def test_a_run_of_two_ranks_continues_in_one_process(layout: str, tmp_path: Path) -> None:
-    name, parallel, sharding = LAYOUTS_AND_FORMATS[layout]
-    losses, _ = run_distributed(_write, 2, name, parallel, sharding, str(tmp_path / "theirs"))
-    imported(tmp_path / "theirs", tmp_path / "ours", with_optimizer=True)
+def test_a_run_of_two_ranks_continues_in_one_process(
+    layout: str, checkpoint_of: Callable[[str], tuple[Path, list[float]]], tmp_path: Path
+) -> None:
+    name = LAYOUTS_AND_FORMATS[layout][0]
+    theirs, losses = checkpoint_of(layout)
+    imported(theirs, tmp_path / "ours", with_optimizer=True)
     tolerance = 2e-2 if CASES[name].precision == "bf16" else 1e-6
     assert our_losses(tmp_path / "ours", CASES[name]) == pytest.approx(losses, rel=tolerance)
 
@@ -70,10 +87,10 @@ def test_a_checkpoint_of_another_version_continues(version: str, tmp_path: Path)
     assert our_losses(tmp_path / "ours", Case()) == pytest.approx(LOSSES[version], rel=1e-6)
 
 
-def test_buffers_of_another_model_are_refused(tmp_path: Path) -> None:
-    theirs = str(tmp_path / "theirs")
-    run_distributed(_write, 2, "Llama", LAYOUTS["DP2 distributed optimizer"], "dp_reshardable", theirs)
-    found = imported(tmp_path / "theirs", tmp_path / "ours")
+def test_buffers_of_another_model_are_refused(
+    checkpoint_of: Callable[[str], tuple[Path, list[float]]], tmp_path: Path
+) -> None:
+    found = imported(checkpoint_of("DP2, dp_reshardable")[0], tmp_path / "ours")
     files, tensors = TorchDistFiles(found.folder), found.state.tensors
     assert BufferedOptimizer(files, tensors, found.state, {"swiglu": True})
     for name in ("decoder.layers.0.input_layernorm.weight", "decoder.layers.3.mlp.linear_fc2.weight"):
