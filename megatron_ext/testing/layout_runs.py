@@ -16,9 +16,9 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import Precision
-from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.platform.process_groups import world_size
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
@@ -26,7 +26,6 @@ from megatron_ext.testing.tiny_training import (
     CONTEXT_LAYOUTS,
     LAYOUTS,
     TINY,
-    VOCAB_SIZE,
     WORLD_SIZES,
     TrainingTrace,
     assemble,
@@ -72,14 +71,16 @@ class Variant:
     steps: int = 2
     precision: Precision = "fp32"
     micro_batch_size: int | None = None
-    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where pipeline stages, overlapped
-    communication or sums that round need several micro-batches on each rank; else 2, which takes half the time."""
+    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where each rank needs several micro-batches
+    for its pipeline or overlapped communication (interleaved stages: more than there are stages), and where sums round;
+    else 2, which takes half the time."""
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `ParallelConfig`, in every layout."""
 
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
+    """Function to call on the untrained model, or None; its results in all layouts are compared, too. It leaves the
+    model as it is."""
 
 
 @dataclass
@@ -163,28 +164,25 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
     parallel = replace(parallel, **variant.parallel)
-    needs_several = (
-        parallel.pipeline_model_parallel_size > 1
-        or parallel.overlap_grad_reduce
-        or variant.precision != "fp32"
-    )
-    trace, chunks = train_and_keep(
+    trace, chunks, examined = train_and_keep(
         parallel,
         variant.steps,
         variant.make_families,
         variant.model,
         variant.precision,
         variant.settings,
-        variant.micro_batch_size or (1 if needs_several else 2),
+        variant.micro_batch_size or _micro_batch_size(variant, parallel),
+        variant.examine,
     )
-    saved = saved_tensors(chunks)
-    if variant.examine is None:
-        return Run(trace, saved)
-    extensions = [family.extension() for family in variant.make_families()]
-    untrained = build_model(
-        variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True
-    )
-    return Run(trace, saved, variant.examine(untrained))
+    return Run(trace, saved_tensors(chunks), examined)
+
+
+def _micro_batch_size(variant: Variant, parallel: ParallelConfig) -> int:
+    copies = parallel.data_parallel_size(world_size())
+    is_interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    needs_several = parallel.pipeline_model_parallel_size > 1 or parallel.overlap_grad_reduce
+    by_one = variant.precision != "fp32" or is_interleaved or (needs_several and copies > 1)
+    return 1 if by_one else 2
 
 
 def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:

@@ -6,6 +6,7 @@ the real sampler would give it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -158,8 +159,12 @@ def train_and_keep(
     precision: Precision,
     settings: OptimizerSettings,
     micro_batch_size: int = 1,
-) -> tuple[TrainingTrace, list[GPTModel]]:
-    """Trains like `train_tiny`; also returns this rank's trained model chunks."""
+    examine: Callable[[list[GPTModel]], Any] | None = None,
+) -> tuple[TrainingTrace, list[GPTModel], Any]:
+    """Trains like `train_tiny`; also returns this rank's trained model chunks and what `examine` returned for them.
+
+    `examine` is called before training and leaves the model as it is.
+    """
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
@@ -174,6 +179,7 @@ def train_and_keep(
     )
     for family in families:
         family.prepare_model(chunks)
+    examined = examine(chunks) if examine is not None else None
     wrapped = wrap_model(chunks, parallel, precision=precision)
     optimizer = build_optimizer(settings, parallel, wrapped, families, precision=precision)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
@@ -196,7 +202,7 @@ def train_and_keep(
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
-    return trace, chunks
+    return trace, chunks, examined
 
 
 def local_gradients(

@@ -62,6 +62,7 @@ def _round_trip(chunks: list[GPTModel]) -> dict[str, tuple[tuple[int, ...], list
     load_np_factors(chunks, {key: 2 * tensor for key, tensor in adapter.items()})
     for key, tensor in gather_np_factors(chunks).items():
         assert torch.equal(tensor, 2 * adapter[key]), key
+    load_np_factors(chunks, adapter)
     return {key: (tuple(tensor.shape), tensor.flatten().tolist()) for key, tensor in adapter.items()}
 
 
