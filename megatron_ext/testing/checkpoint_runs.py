@@ -43,6 +43,9 @@ class RunSettings:
     model: ModelConfig = TINY
     optimizer: OptimizerSettings = SCHEDULE
     precision: Precision = "fp32"
+    micro_batch_size: int = 1
+    """Sequences in a micro-batch, of the four in a global batch; a step takes half the time with 2."""
+
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
@@ -82,7 +85,7 @@ class TinyRun:
             self.optimizer,
             self.scheduler,
             global_batch_size=GLOBAL_BATCH_SIZE,
-            micro_batch_size=1,
+            micro_batch_size=settings.micro_batch_size,
             clip_grad=1.0,
         )
         run_config = {
@@ -106,8 +109,9 @@ class TinyRun:
             message=self.messages.append,
         )
         self.progress = self.checkpointer.load() or TrainingProgress()
-        self._batches = synthetic_batches(settings.model.seq_length)
-        for _ in range(self.progress.consumed_samples // parallel_state.get_data_parallel_world_size()):
+        self._batches = synthetic_batches(settings.model.seq_length, settings.micro_batch_size)
+        samples_at_once = settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        for _ in range(self.progress.consumed_samples // samples_at_once):
             next(self._batches)
 
     def train(self, steps: int) -> list[float]:

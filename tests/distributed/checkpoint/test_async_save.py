@@ -36,8 +36,9 @@ def _run(parallel: ParallelConfig | None = None, bf16: bool = False, **checkpoin
         parallel=parallel or ParallelConfig(),
         checkpoint=CheckpointConfig(**checkpoint),
         precision="bf16" if bf16 else "fp32",
+        micro_batch_size=2,
     )
-    return TinyRun(replace(settings, model=TINY_WITH_DROPOUT))
+    return TinyRun(replace(settings, model=replace(TINY_WITH_DROPOUT, num_layers=2)))
 
 
 def _names(folder: str | Path) -> list[str]:

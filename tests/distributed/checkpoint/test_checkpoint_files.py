@@ -19,15 +19,22 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.scripts.kill_helpers import snapshots
 
 _TP2 = ParallelConfig(tensor_model_parallel_size=2)
-_SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
+_SINGLE = RunSettings(
+    parallel=ParallelConfig(),
+    checkpoint=CheckpointConfig(),
+    model=replace(TINY, num_layers=2),
+    micro_batch_size=2,
+)
 
 BOTH_WAYS = pytest.mark.parametrize("beside", [False, True], ids=["waited for", "beside training"])
 
@@ -105,8 +112,9 @@ def _save_for_ever(folder: str, beside: bool) -> None:
         run.progress.iteration += not beside
 
 
-def _load_progress(folder: str) -> int:
-    return _run(load=folder).progress.iteration
+def _load_progress(folder: str, model: ModelConfig = _SINGLE.model) -> int:
+    settings = replace(_SINGLE, checkpoint=CheckpointConfig(load=folder), model=model)
+    return TinyRun(settings).progress.iteration
 
 
 @BOTH_WAYS
@@ -194,7 +202,7 @@ def _save_without_space(
 
     world_size = int(os.environ["WORLD_SIZE"])
     parallel = ParallelConfig(tensor_model_parallel_size=world_size)
-    run = TinyRun(RunSettings(parallel=parallel, checkpoint=CheckpointConfig(save=folder)))
+    run = TinyRun(replace(_SINGLE, parallel=parallel, checkpoint=CheckpointConfig(save=folder), model=TINY))
     run.train(1)
     run.save()
     run.train(1)
@@ -217,7 +225,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_leaves_nothin
         assert error.startswith(f"--save {tmp_path}: the checkpoint of step 2 could not be written (")
         assert "\n" not in error
         assert names == ["iter_0000001", files.TRACKER]
-    assert run_single(_load_progress, str(tmp_path)) == 1
+    assert run_single(_load_progress, str(tmp_path), TINY) == 1
 
 
 @BOTH_WAYS

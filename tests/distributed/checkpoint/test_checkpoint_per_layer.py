@@ -41,7 +41,9 @@ class _WithPerLayerEmbedding:
 def _run(parallel: ParallelConfig, settings: PerLayerConfig = _PLE, **checkpoint: str) -> TinyRun:
     config = CheckpointConfig(**checkpoint)  # type: ignore[arg-type]
     families = _WithPerLayerEmbedding(settings)
-    return TinyRun(RunSettings(parallel=parallel, checkpoint=config, make_families=families))
+    return TinyRun(
+        RunSettings(parallel=parallel, checkpoint=config, make_families=families, micro_batch_size=2)
+    )
 
 
 def _save_and_train(folder: str, parallel: ParallelConfig) -> list[float]:

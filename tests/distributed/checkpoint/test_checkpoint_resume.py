@@ -28,6 +28,7 @@ _SIZES = {
     "DP2xPP2 distributed optimizer": 4,
     **{name: size for name, (_, size) in _DIVIDED.items()},
 }
+_SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), micro_batch_size=2)
 _RESUMED: dict[str, tuple[ParallelConfig, int, Precision]] = {
     "TP1": (LAYOUTS["TP1"], 1, "fp32"),
     "TP2": (LAYOUTS["TP2"], 2, "fp32"),
@@ -91,6 +92,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(layout: str, tm
         model=TINY_WITH_DROPOUT,
         precision=precision,
         optimizer=replace(SCHEDULE, initial_loss_scale=2.0**12, loss_scale_window=3),
+        micro_batch_size=2,
     )
     for result in run_distributed(_straight_and_resumed, world_size, str(tmp_path), settings):
         assert result["start"] == 2
@@ -132,7 +134,7 @@ def test_a_checkpoint_has_the_last_steps_weights_where_their_gathering_overlaps_
 ) -> None:
     plain = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
     for name, parallel in {"plain": plain, "overlapped": replace(plain, overlap_param_gather=True)}.items():
-        settings = RunSettings(parallel=parallel, checkpoint=CheckpointConfig())
+        settings = replace(_SINGLE, parallel=parallel)
         losses = run_distributed(_train_and_save, 2, str(tmp_path / name), settings, 2)
         assert losses[0] == losses[1]
     folders = [str(tmp_path / name) for name in ("plain", "overlapped")]
@@ -143,8 +145,7 @@ def test_a_checkpoint_has_the_last_steps_weights_where_their_gathering_overlaps_
 def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:
     """A checkpoint of two steps in one process, and the losses of the next two."""
     folder = str(tmp_path_factory.mktemp("single"))
-    settings = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=TINY)
-    return folder, run_single(_train_and_save, folder, settings, 2)
+    return folder, run_single(_train_and_save, folder, _SINGLE, 2)
 
 
 @pytest.mark.parametrize("layout", [name for name in _LAYOUTS if name != "TP1"])
@@ -152,7 +153,7 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
     layout: str, single_process: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     source, losses = single_process
-    settings = RunSettings(parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig())
+    settings = replace(_SINGLE, parallel=_LAYOUTS[layout])
     target = str(tmp_path)
     for found, notes in run_distributed(_load_save_and_train, _SIZES[layout], source, target, settings):
         # Adam without its moments, or with those of another parameter, is off in the second digit.
@@ -177,9 +178,7 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
 def test_a_checkpoint_of_a_layout_goes_on_in_a_single_process(
     layout: str, bf16: bool, tmp_path: Path
 ) -> None:
-    settings = RunSettings(
-        parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig(), precision="bf16" if bf16 else "fp32"
-    )
+    settings = replace(_SINGLE, parallel=_LAYOUTS[layout], precision="bf16" if bf16 else "fp32")
     source, target = f"{tmp_path}/layout", f"{tmp_path}/single"
     losses = run_distributed(_train_and_save, _SIZES[layout], source, settings, 2)[0]
     alone = replace(settings, parallel=ParallelConfig())
@@ -228,7 +227,7 @@ def test_every_rank_holds_its_slice_of_parameters_and_moments(
 def test_padding_between_the_distributed_optimizers_buckets_is_not_mistaken_for_state(tmp_path: Path) -> None:
     # The shared word embedding has a bucket of its own; three such layers make one before it that is padded.
     model = replace(TINY, num_layers=6, hidden_size=40)
-    alone = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=model)
+    alone = replace(_SINGLE, model=model)
     layout = replace(alone, parallel=_DISTRIBUTED_PP2)
     first, second, third = (f"{tmp_path}/{name}" for name in ("single", "layout", "again"))
     losses = run_single(_train_and_save, first, alone, 2)

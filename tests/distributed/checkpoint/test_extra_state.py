@@ -37,7 +37,9 @@ def _with_extra_state() -> list[torch.Tensor]:
 
 
 def _settings(world_size: int, **checkpoint: Any) -> RunSettings:
-    return RunSettings(parallel=_LAYOUTS[world_size], checkpoint=CheckpointConfig(**checkpoint))
+    return RunSettings(
+        parallel=_LAYOUTS[world_size], checkpoint=CheckpointConfig(**checkpoint), micro_batch_size=2
+    )
 
 
 def _save(folder: str, world_size: int, extra: bool) -> list[float]:

@@ -17,7 +17,10 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
 _DATA_PARALLEL = RunSettings(
-    parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=TINY_WITH_DROPOUT
+    parallel=ParallelConfig(),
+    checkpoint=CheckpointConfig(),
+    model=replace(TINY_WITH_DROPOUT, num_layers=2),
+    micro_batch_size=2,
 )
 
 

@@ -56,6 +56,7 @@ def _run(
             make_families=_Make(settings),
             precision="bf16" if bf16 else "fp32",
             model=model,
+            micro_batch_size=2,
         )
     )
 

@@ -20,7 +20,9 @@ KEY_VALUE = replace(LOW_RANK, np_form="key_value")
 
 def _run(settings: NPTModuleConfig, parallel: ParallelConfig, **checkpoint: str) -> TinyRun:
     config = CheckpointConfig(**checkpoint)  # type: ignore[arg-type]
-    return TinyRun(RunSettings(parallel=parallel, checkpoint=config, make_families=MakeNPT(settings)))
+    return TinyRun(
+        RunSettings(parallel=parallel, checkpoint=config, make_families=MakeNPT(settings), micro_batch_size=2)
+    )
 
 
 def _save_and_train(folder: str, settings: NPTModuleConfig, parallel: ParallelConfig) -> list[float]:

@@ -58,6 +58,7 @@ def _train_save_resume(folder: str, parallel: ParallelConfig, bf16: bool) -> Out
         model=WIDE,
         make_families=MakeAdapted(PLAN),
         precision="bf16" if bf16 else "fp32",
+        micro_batch_size=2,
     )
     run = TinyRun(settings)
     before = _values(run)
@@ -99,15 +100,21 @@ def _values(run: TinyRun) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
 @functools.cache
 def outcome(case: str, folder: Path) -> list[Outcome]:
+    """Results of a case on all ranks; its checkpoint is in the folder's subfolder of this name."""
     parallel, world_size, bf16 = CASES[case]
-    return run_distributed(_train_save_resume, world_size, str(folder), parallel, bf16)
+    return run_distributed(_train_save_resume, world_size, str(folder / case), parallel, bf16)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    return request.param, tmp_path_factory.mktemp("run")
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Path]:
+    return request.param, folder
 
 
 def test_what_trains_moves_and_what_is_frozen_stays_to_the_bit(case: tuple[str, Path]) -> None:
@@ -139,10 +146,10 @@ def _read(folder: str) -> dict[str, torch.Tensor]:
     return read_plain(f"{folder}/iter_0000002")
 
 
-def test_a_checkpoint_holds_plain_weights_adapters_and_the_moments_of_what_trains(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_plain_weights_adapters_and_the_moments_of_what_trains(folder: Path) -> None:
     case = "one process"
-    outcome(case, tmp_path)
-    tensors = run_single(_read, str(tmp_path))
+    outcome(case, folder)
+    tensors = run_single(_read, str(folder / case))
     weight = tensors["decoder.layers.0.mlp.linear_fc1.weight"]
     assert weight.dtype == torch.float32 and weight.shape == (256, 128)
     assert weight.reshape(-1, 64).unique(dim=-1).size(-1) > 2

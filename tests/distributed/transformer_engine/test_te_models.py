@@ -221,6 +221,7 @@ def _settings(
         checkpoint=CheckpointConfig(**checkpoint),
         model=model(variant.model),
         make_families=variant.make_families,
+        micro_batch_size=2,
     )
 
 
