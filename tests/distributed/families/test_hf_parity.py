@@ -192,7 +192,7 @@ PAST_A_LIMIT = (
 )
 """Models with sliding windows, or with frequencies that change with the length of the sequence."""
 
-PROMPT, NEW_TOKENS = [70, 71], 45
+PROMPT, NEW_TOKENS = [70, 71], 38
 
 
 def _generated(path: str, layouts: list[str]) -> dict[tuple[str, str], list[int]]:
