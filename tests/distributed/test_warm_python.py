@@ -1,5 +1,6 @@
 """`warm_python` does what the interpreter does, but in processes that have imported the engine."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,23 @@ import pytest
 
 from megatron_ext.testing.warm_python.warm_server import warm_python
 
+RANK = """
+import json, os, signal, sys
+sockets = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if int(name) > 2
+           and os.path.exists(f"/proc/self/fd/{name}")]
+found = {
+    "modules": "megatron.core" in sys.modules,
+    "session": os.getsid(0) == os.getpid(),
+    "handlers": [signal.getsignal(n) is signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)],
+    "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+    "sockets": sum("socket" in name for name in sockets),
+    "parent": os.getppid(),
+    "rank": os.environ["RANK"],
+    "arguments": sys.argv[1:],
+}
+os.write(1, (json.dumps(found) + "\\n").encode())
+sys.exit(3 if os.environ["RANK"] == "1" and "fail" in sys.argv else 0)
+"""
 SCRIPT = """
 import atexit, os, sys
 from helper import WORD
@@ -65,6 +83,24 @@ def test_modules_run_other_options_get_a_new_interpreter_and_errors_have_their_t
         f"False {sys.executable}\n",
         "",
     )
+
+
+@pytest.mark.parametrize(("words", "code"), [(["work"], 0), (["fail"], 1)])
+def test_torchs_launcher_forks_its_ranks_which_inherit_neither_handlers_nor_sockets(
+    words: list[str], code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    launcher = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "rank.py"), *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code
+    ranks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(rank.pop("rank") for rank in ranks) == ["0", "1"]
+    assert len({rank.pop("parent") for rank in ranks}) == 1
+    expected = {"modules": True, "session": True, "handlers": [True] * 3, "interrupt": True, "sockets": 0}
+    assert ranks == [{**expected, "arguments": words}] * 2
+    assert ("exitcode  : 3 " in done.stderr) == bool(code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

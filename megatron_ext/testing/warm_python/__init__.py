@@ -1,1 +1,1 @@
-"""A Python interpreter for shell scripts; its processes have already imported torch and megatron-core."""
+"""Python commands, shell scripts' commands, and `torchrun` with its ranks as forks that have imported the engine."""

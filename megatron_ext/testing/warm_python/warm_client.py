@@ -19,7 +19,12 @@ def main(path: str, arguments: list[str]) -> int:
     arguments = arguments[1:] if arguments[:1] == ["-u"] else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
         os.execv(sys.executable, [sys.executable, *arguments])
-    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request = {
+        "arguments": arguments,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "process": os.getpid(),
+    }
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         socket.send_fds(server, [b"x"], [0, 1, 2])

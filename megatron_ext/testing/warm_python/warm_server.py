@@ -1,16 +1,16 @@
 """Starts and is the process from which the commands of `warm_client` are forked.
 
-For tests of shell scripts that start Python a dozen times. Tests of the launcher, of signals or of imports must use the
-real interpreter.
+For tests of shell scripts that start Python a dozen times, on this host or in the network namespaces that stand for
+others. Tests of signals use `run_until`; tests of imports must use the real interpreter.
 """
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import multiprocessing
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -21,11 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.testing.forked_scripts import become_command
 from megatron_ext.testing.run_distributed import context
-
-_STREAMS = (("r", "strict"), ("w", "strict"), ("w", "backslashreplace"))
-"""Mode and error handler of standard input, output and error."""
+from megatron_ext.testing.warm_python.forked_launcher import run_python
 
 
 @functools.cache
@@ -37,11 +34,11 @@ def warm_python() -> str:
     listener.bind(str(folder / "socket"))
     listener.listen(64)
     lifeline, held = multiprocessing.Pipe(duplex=False)
-    context.Process(target=_serve, args=(listener, lifeline)).start()
+    executable = folder / "python"
+    context.Process(target=_serve, args=(listener, lifeline, str(executable))).start()
     listener.close()
     atexit.register(held.close)  # the server then ends
     client = [sys.executable, "-I", "-S", str(Path(__file__).with_name("warm_client.py"))]
-    executable = folder / "python"
     executable.write_text(
         f'#!/bin/sh\nexec {shlex.join(client)} {folder / "socket"} "$@"\n', encoding="utf-8"
     )
@@ -50,12 +47,13 @@ def warm_python() -> str:
 
 
 def warm_variables() -> dict[str, str]:
-    """Returns the variables by which the example scripts and torch's launcher start `warm_python`."""
-    return dict.fromkeys(("PYTHON", "PYTHON_EXEC"), warm_python())
+    """Returns the variable by which the example scripts start `warm_python`."""
+    return {"PYTHON": warm_python()}
 
 
-def _serve(listener: socket.socket, lifeline: Connection) -> None:
+def _serve(listener: socket.socket, lifeline: Connection, executable: str) -> None:
     """Forks a process for each command, until the process that started this one ends."""
+    sys.executable = executable  # what a command starts by this name is forked too
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel then removes processes that have ended
     while lifeline not in wait([listener, lifeline]):
         client, _ = listener.accept()
@@ -86,21 +84,18 @@ def _run_for(client: socket.socket) -> None:
 
 
 def _run(request: dict[str, Any], streams: list[int]) -> None:
+    _enter_host(request["process"])
     for descriptor, stream in enumerate(streams):
         os.dup2(stream, descriptor)
         os.close(stream)
-    # The server's own were made for other files.
-    sys.stdin, sys.stdout, sys.stderr = (
-        open(descriptor, mode, buffering=1, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
-        for descriptor, (mode, errors) in enumerate(_STREAMS)
-    )
-    first, *rest = request["arguments"]
-    with become_command(request["environment"], request["folder"]):
-        if first == "-m":
-            sys.argv = rest
-            sys.path.insert(0, request["folder"])
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [first, *rest]
-            sys.path.insert(0, str(Path(first).parent))
-            runpy.run_path(first, run_name="__main__")
+    run_python(request["arguments"], request["environment"], request["folder"])
+
+
+def _enter_host(process: int) -> None:
+    """Moves this process into the network and host name of a process, which are a test host's or already its own."""
+    for kind in ("net", "uts"):
+        theirs = Path(f"/proc/{process}/ns/{kind}")
+        if not os.path.samefile(theirs, f"/proc/self/ns/{kind}"):
+            with open(theirs, "rb") as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(theirs))

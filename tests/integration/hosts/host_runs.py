@@ -50,7 +50,7 @@ def launch_on(
         "RDZV_ENDPOINT": f"{hosts[0].address}:{PORT}",
     }
     log = folder / f"{host.name}-{len(host.started)}.log"
-    return host.launch(log, *LAUNCHER, *arguments, **settings, **variables)
+    return host.launch(log, *LAUNCHER, *arguments, **{**settings, **variables})
 
 
 def wait_for(condition: Callable[[], object], started: Sequence[Started], seconds: float = 150.0) -> None:

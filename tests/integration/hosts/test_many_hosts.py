@@ -12,6 +12,7 @@ import torch
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.warm_python.warm_server import warm_variables
 from tests.integration.hosts import host_runs as runs
 from tests.integration.hosts.network_hosts import Host, Started, network, reason_without_hosts
 from tests.integration.npt.npt_run_helpers import write_data
@@ -53,17 +54,17 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     lasting = ["--train-iters", str(STEPS), "--save-interval", str(INTERVAL)]
     command = [SCRIPT, *runs.flags(data, save, *TENSOR_AND_PIPELINE, *lasting)]
     with network(2) as hosts:
-        first = runs.launch_on(hosts[0], hosts, folder, command, processes=2)
+        first = runs.launch_on(hosts[0], hosts, folder, command, processes=2, **warm_variables())
         runs.wait_for(lambda: "hosts the rendezvous" in first.output(), [first])
         time.sleep(3)
-        second = runs.launch_on(hosts[1], hosts, folder, command, processes=2)
+        second = runs.launch_on(hosts[1], hosts, folder, command, processes=2, **warm_variables())
         # The last stage's losses are printed by rank 0, which is on the first host.
         runs.wait_for(lambda: "saved step 8 " in first.output(), [first, second])
         dying = time.monotonic()
         hosts[1].die()
         code = first.wait(60)
         seconds = time.monotonic() - dying
-        restarted = runs.launch(hosts, folder, command, processes=2)
+        restarted = runs.launch(hosts, folder, command, processes=2, **warm_variables())
         codes = [one.wait(150) for one in restarted]
         return Outcome(save, data, second, first, code, seconds, restarted, codes)
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.torchrun import Running, run_until
+from megatron_ext.testing.warm_python.signalled_runs import Running, run_until
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.npt.kill_and_resume import differences
 from tests.integration.npt.npt_run_helpers import make_base, write_data

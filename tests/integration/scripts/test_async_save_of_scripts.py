@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.torchrun import Running, environment, run_until
+from megatron_ext.testing.torchrun import environment
+from megatron_ext.testing.warm_python.signalled_runs import Running, run_until
+from megatron_ext.testing.warm_python.warm_server import warm_python
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.npt.kill_and_resume import differences
 from tests.integration.npt.npt_run_helpers import make_base, write_data
@@ -72,7 +74,7 @@ def test_a_disk_that_fills_up_beside_training_is_one_line_and_leaves_the_earlier
         pytest.skip("this user may not mount a small file system")
     try:
         done = subprocess.run(
-            Prepared(runs.GPT, data).command(tmp_path),
+            [warm_python(), *Prepared(runs.GPT, data).command(tmp_path)[1:]],
             env=environment(),
             capture_output=True,
             text=True,

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.torchrun import environment, torchrun
+from megatron_ext.testing.warm_python.signalled_runs import Running, run_until
+from megatron_ext.testing.warm_python.warm_server import warm_python
 
 VOCABULARY = 64
 MODEL = [
@@ -123,21 +125,13 @@ def test_a_killed_run_with_tables_by_rows_goes_on_to_the_losses_of_the_run_that_
     assert straight.returncode == 0, straight.stderr
     checkpoint = str(tmp_path / "checkpoint")
     where = ["--save", checkpoint, "--tensorboard-dir", str(tmp_path / "stopped")]
-    with subprocess.Popen(
-        command(*flags, *where),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "saved step 4" in line:
-                for worker in psutil.Process(process.pid).children(recursive=True):
-                    worker.kill()
-                break
-        process.stdout.read()
-    assert process.returncode != 0
+
+    def kill(running: Running) -> None:
+        for process in (*running.ranks, *running.loaders):
+            process.kill()
+
+    killed = run_until(command(*flags, *where), "saved step 4", kill)
+    assert killed.code != 0 and not killed.still_running
     resumed = run(*flags, *where, "--load", checkpoint, processes=2)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search("the run continues after step [48]", resumed.stdout)
@@ -165,7 +159,7 @@ def test_a_context_parallel_run_under_torchrun_continues_in_a_single_process_and
     divided = [*MODEL, *flags, "--context-parallel-size", "2"]
     results = [
         subprocess.run(
-            torchrun("pretrain_gpt_per_layer.py", *divided),
+            [warm_python(), *torchrun("pretrain_gpt_per_layer.py", *divided)[1:]],
             env=environment(),
             capture_output=True,
             text=True,
