@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.testing.run_distributed import context
 from megatron_ext.testing.torchrun import ROOT, environment
@@ -30,6 +31,7 @@ def run_script(
     processes: int = 1,
     before: Callable[[], None] | None = None,
     timeout: float = 240.0,
+    start: Any = context,
 ) -> "subprocess.CompletedProcess[str]":
     """Runs `python script flags` on one or several ranks, and waits until all have ended.
 
@@ -39,6 +41,7 @@ def run_script(
         processes: number of ranks; they connect to each other as under `torchrun`.
         before: module-level function that every process calls first.
         timeout: seconds after which all processes are killed.
+        start: multiprocessing context that starts the processes.
 
     Returns:
         Exit code (of the rank that failed first, else 0), standard output and standard error.
@@ -46,7 +49,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as folder:
         outputs = f"{folder}/stdout", f"{folder}/stderr"
         started: list[BaseProcess] = [
-            context.Process(
+            start.Process(
                 target=_run, args=(str(ROOT / script), flags, environment() | place, outputs, before)
             )
             for place in _places(processes)

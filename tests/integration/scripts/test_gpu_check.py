@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.testing.warm_python.warm_server import warm_python
 from tests.integration.rehearsal.rehearsal_flags import needs_device
 
 ROOT = Path(__file__).parents[3]
@@ -19,18 +20,23 @@ FAMILIES = ("PLE", "NPT", "progressive")
 CPU = ("--device", "cpu", "--size", "tiny")
 
 
-def check(folder: Path, *flags: str, path: Path = ROOT) -> tuple[int, dict[str, Any], str]:
+def check(
+    folder: Path, *flags: str, path: Path = ROOT, interpreter: str = sys.executable
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, rows by name, and output of benchmarks/gpu/check.py."""
     rows = folder / "rows.json"
-    done = python("benchmarks/gpu/check.py", "--output", str(rows), *flags, path=path)
+    command = ["benchmarks/gpu/check.py", "--output", str(rows), *flags]
+    done = python(*command, path=path, interpreter=interpreter)
     found = json.loads(rows.read_text(encoding="utf-8"))["rows"] if rows.exists() else []
     return done.returncode, {row["name"]: row for row in found}, done.stdout + done.stderr
 
 
-def python(*command: str, path: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+def python(
+    *command: str, path: Path = ROOT, interpreter: str = sys.executable
+) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
     return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1600
+        [interpreter, *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1600
     )
 
 
@@ -72,7 +78,8 @@ def test_every_row_that_needs_no_gpu_is_measured_on_a_cpu(tmp_path: Path) -> Non
 def test_a_model_that_fails_gives_its_reason_and_the_others_their_times(tmp_path: Path) -> None:
     # A machine without Hugging Face's package.
     (tmp_path / "transformers.py").write_text("raise ImportError('transformers is not installed')\n")
-    code, rows, output = check(tmp_path, *CPU, "--only", "mcore", "PLE: waits", path=tmp_path)
+    flags = (*CPU, "--only", "mcore", "PLE: waits")
+    code, rows, output = check(tmp_path, *flags, path=tmp_path, interpreter=warm_python())
     assert code == 1, output
     assert rows["speed: hugging face"]["verdict"] == "FAILED"
     assert rows["speed: hugging face"]["result"].endswith("transformers is not installed")

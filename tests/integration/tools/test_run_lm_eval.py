@@ -1,11 +1,16 @@
 """`tools/run_lm_eval.py` runs the harness's own command line on a checkpoint."""
 
 import json
+import os
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.testing.forked_scripts import run_script
+from megatron_ext.testing.run_distributed import context
 
 ROOT = Path(__file__).parents[3]
 KEPT = ROOT / "tests/integration/scripts/kept_checkpoint"
@@ -26,12 +31,30 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_two_processes_print_one_table_and_write_the_results_of_one(task: Path, tmp_path: Path) -> None:
-    flags = ["--model", "megatron_ext", "--include_path", str(task), "--tasks", "local_text"]
-    results = []
+def _run_both(task: str, folder: str, variables: dict[str, str]) -> "list[subprocess.CompletedProcess[str]]":
+    """Runs the tool on one process and on two; all are forks of this one, which has imported the harness."""
+    os.environ.update(variables)  # some are read by the imports
+    import lm_eval._cli
+    import lm_eval.evaluator  # noqa: F401
+
+    import megatron_ext.harness.harness_model  # noqa: F401
+
+    flags = ["--model", "megatron_ext", "--include_path", task, "--tasks", "local_text"]
+    done = []
     for processes in (1, 2):
-        where = ["--model_args", f"load={KEPT}", "--output_path", f"{tmp_path}/out{processes}"]
-        done = run_script("tools/run_lm_eval.py", *flags, *where, processes=processes, timeout=240)
+        where = ["--model_args", f"load={KEPT}", "--output_path", f"{folder}/out{processes}"]
+        start = get_context("fork")
+        done.append(
+            run_script("tools/run_lm_eval.py", *flags, *where, processes=processes, timeout=240, start=start)
+        )
+    return done
+
+
+def test_two_processes_print_one_table_and_write_the_results_of_one(task: Path, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        both = pool.submit(_run_both, str(task), str(tmp_path), dict(os.environ)).result()
+    results = []
+    for processes, done in zip((1, 2), both, strict=True):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("|byte_perplexity|") == 1
         (file,) = (tmp_path / f"out{processes}").rglob("*.json")
