@@ -27,7 +27,8 @@ from megatron_ext.training.interface.family_interface import Family
 
 TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
 """The tiny model with dropout. Each step draws random numbers from the stream that tensor-parallel ranks share and from
-the rank's own stream."""
+the rank's own stream.
+"""
 
 SCHEDULE = OptimizerSettings(
     lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
@@ -44,7 +45,7 @@ class RunSettings:
     optimizer: OptimizerSettings = SCHEDULE
     precision: Precision = "fp32"
     micro_batch_size: int = 1
-    """Sequences in a micro-batch, of the four in a global batch; a step takes half the time with 2."""
+    """Sequences in a micro-batch; a global batch has four. A step takes half the time with 2."""
 
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"

@@ -71,16 +71,18 @@ class Variant:
     steps: int = 2
     precision: Precision = "fp32"
     micro_batch_size: int | None = None
-    """Sequences in a micro-batch, of the four in a global batch. If None, 1 where each rank needs several micro-batches
-    for its pipeline or overlapped communication (interleaved stages: more than there are stages), and where sums round;
-    else 2, which takes half the time."""
+    """Sequences in a micro-batch; a global batch has four. None means 2, which takes half the time, or 1 in two
+    cases: if a rank needs several micro-batches for its pipeline or overlapped communication (for interleaved stages,
+    more than there are stages), and if sums are rounded.
+    """
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `ParallelConfig`, in every layout."""
 
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """Function to call on the untrained model, or None; its results in all layouts are compared, too. It leaves the
-    model as it is."""
+    """Function to call on the untrained model, or None; its results in all layouts are compared, too. The function
+    must not change the model.
+    """
 
 
 @dataclass

@@ -161,9 +161,9 @@ def train_and_keep(
     micro_batch_size: int = 1,
     examine: Callable[[list[GPTModel]], Any] | None = None,
 ) -> tuple[TrainingTrace, list[GPTModel], Any]:
-    """Trains like `train_tiny`; also returns this rank's trained model chunks and what `examine` returned for them.
+    """Trains like `train_tiny`; also returns this rank's trained model chunks, and the result of `examine` for them.
 
-    `examine` is called before training and leaves the model as it is.
+    `examine` is called before training, and must not change the model.
     """
     initialize(parallel, seed=1)
     families = make_families()

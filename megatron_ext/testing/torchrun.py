@@ -1,4 +1,4 @@
-"""The command that starts a training script under `torchrun`, and the environment that it gets."""
+"""Makes the command that starts a training script under `torchrun`, and the environment of this command."""
 
 import os
 import sys

@@ -1,8 +1,8 @@
-"""Starts `torchrun` and its ranks as forks of processes that have imported torch and the engine.
+"""Starts `torchrun` and its ranks as forks of processes that have already imported torch and megatron-core.
 
-The command is a fork of the server that `run_distributed` uses; if it is torch's launcher, its ranks are forks of it.
-Process tree, sessions, signals, streams and exit codes are those of the real command. A test of the imports, or of what
-a new interpreter does, must start the real one.
+The command runs in a fork of the server that `run_distributed` uses. If the command is torch's launcher, its ranks
+are forks of the launcher. Process tree, sessions, signals, streams and exit codes are the same as with the real
+command. A test of the imports, or of what a new interpreter does, must start the real command.
 """
 
 import os
@@ -29,7 +29,9 @@ _STREAMS = (("r", "strict"), ("w", "strict"), ("w", "backslashreplace"))
 
 
 class ForkedCommand:
-    """A Python command that runs in a fork and in a session of its own; has what `run_until` uses of `Popen`."""
+    """A Python command that runs in a fork and in its own session; has the attributes of `Popen` that `run_until`
+    uses.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._reader, writer = context.Pipe(duplex=False)
@@ -54,10 +56,10 @@ class ForkedCommand:
         self._process.kill()
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """Returns the rest of the output once the command and all that write to its output have ended.
+        """Returns the rest of the output after the command, and all processes that write to its output, have ended.
 
         Raises:
-            TimeoutExpired: they have not ended within `timeout` seconds.
+            TimeoutExpired: not all of them have ended within `timeout` seconds.
         """
         read: list[str] = []
         reading = threading.Thread(target=lambda: read.append(self.stdout.read()), daemon=True)
@@ -77,7 +79,7 @@ class ForkedCommand:
 
 
 class _ForkedRank:
-    """A rank of a forked launcher, with what torch's launcher uses of `subprocess.Popen`."""
+    """A rank of a forked launcher; has the attributes of `subprocess.Popen` that torch's launcher uses."""
 
     def __init__(
         self,
@@ -107,7 +109,10 @@ class _ForkedRank:
 
 
 def run_python(arguments: Sequence[str], variables: Mapping[str, str], folder: str | Path) -> None:
-    """Does in this forked process what `python ARGUMENTS` does; the arguments begin with [-u] and -m or a script."""
+    """Does the same as `python ARGUMENTS`, in this forked process.
+
+    The arguments are -u (optional), then -m MODULE or a script, then the arguments of the module or script.
+    """
     first, *rest = arguments[1:] if arguments[0] == "-u" else arguments
     _open_streams()
     sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
@@ -151,7 +156,7 @@ def _run_rank(
 
 
 def _forget_launcher() -> None:
-    """Removes what a new program would not inherit from the launcher: its signal handlers and its sockets."""
+    """Removes the launcher's signal handlers and sockets, which a new program would not inherit."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -163,7 +168,7 @@ def _forget_launcher() -> None:
 
 
 def _open_streams() -> None:
-    """Opens the standard streams anew: the ones of the server were made for other files."""
+    """Opens the standard streams again, because the server's streams were opened for other files."""
     sys.stdin, sys.stdout, sys.stderr = (
         open(descriptor, mode, buffering=1, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         for descriptor, (mode, errors) in enumerate(_STREAMS)

@@ -64,7 +64,8 @@ def run_until(
         moment: when to act: once the start of an output line matches this regular expression, or this file exists.
         act: function to call at that moment; it sends signals.
         timeout: seconds to wait for the end of the command after `act`; then all its processes are killed.
-        forked: whether command and ranks are forks that have imported torch and the engine, not new interpreters.
+        forked: whether the command and its ranks are forks that have already imported torch and megatron-core,
+            instead of new interpreters.
 
     Raises:
         AssertionError: the command ended before the moment.

@@ -1,8 +1,8 @@
 """Runs a Python command in a process of `warm_server`, with this process's streams, directory and environment.
 
-`python -I -S warm_client.py SOCKET ARGUMENTS` does what `python ARGUMENTS` does: it passes signals on, and ends with
-the same exit code or signal. Options other than -u and -m need a new interpreter, which then takes its place. To start
-at once, this file imports nothing but the standard library.
+`python -I -S warm_client.py SOCKET ARGUMENTS` does the same as `python ARGUMENTS`: it passes signals on, and ends
+with the same exit code or signal. Options other than -u and -m need a new interpreter, which then replaces this
+process. This file imports only the standard library, so that it starts at once.
 """
 
 import json
@@ -15,7 +15,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 
 
 def main(path: str, arguments: list[str]) -> int:
-    """Returns the exit code, negative for a signal as in `subprocess`."""
+    """Runs the command; returns the exit code, which is negative for a signal, as in `subprocess`."""
     arguments = arguments[1:] if arguments[:1] == ["-u"] else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
         os.execv(sys.executable, [sys.executable, *arguments])

@@ -1,7 +1,7 @@
-"""Starts and is the process from which the commands of `warm_client` are forked.
+"""Defines and starts the server process from which the commands of `warm_client` are forked.
 
-For tests of shell scripts that start Python a dozen times, on this host or in the network namespaces that stand for
-others. Tests of signals use `run_until`; tests of imports must use the real interpreter.
+The server is for tests of shell scripts that start Python a dozen times, on this host or in network namespaces that
+represent other hosts. Tests of signals use `run_until`; tests of imports must use the real interpreter.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from megatron_ext.testing.warm_python.forked_launcher import run_python
 
 @functools.cache
 def warm_python() -> str:
-    """Returns the path of an executable that runs Python commands as `sys.executable` does, but starts at once."""
+    """Returns the path of an executable that runs Python commands like `sys.executable`, but starts at once."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     listener = socket.socket(socket.AF_UNIX)
@@ -47,13 +47,13 @@ def warm_python() -> str:
 
 
 def warm_variables() -> dict[str, str]:
-    """Returns the variable by which the example scripts start `warm_python`."""
+    """Returns the environment variable that makes the example scripts use `warm_python`."""
     return {"PYTHON": warm_python()}
 
 
 def _serve(listener: socket.socket, lifeline: Connection, executable: str) -> None:
-    """Forks a process for each command, until the process that started this one ends."""
-    sys.executable = executable  # what a command starts by this name is forked too
+    """Forks a process for each command, until the process that started this server ends."""
+    sys.executable = executable  # processes that a command starts by this name are forked too
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel then removes processes that have ended
     while lifeline not in wait([listener, lifeline]):
         client, _ = listener.accept()
@@ -92,7 +92,9 @@ def _run(request: dict[str, Any], streams: list[int]) -> None:
 
 
 def _enter_host(process: int) -> None:
-    """Moves this process into the network and host name of a process, which are a test host's or already its own."""
+    """Moves this process into the network and host-name namespaces of another process, unless it is already in
+    them.
+    """
     for kind in ("net", "uts"):
         theirs = Path(f"/proc/{process}/ns/{kind}")
         if not os.path.samefile(theirs, f"/proc/self/ns/{kind}"):
