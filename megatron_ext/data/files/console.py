@@ -69,7 +69,7 @@ class ProgressLines:
         self._done, self._has_printed = 0, False
 
     def advance(self, count: int) -> None:
-        """Adds to the count, and prints a line if `_LINE_SECONDS` have passed since the last one.
+        """Increases the count, and prints a line if `_LINE_SECONDS` have passed since the last line.
 
         If a line has been printed before, the end is printed too, so that a finished run does not look interrupted.
         """

@@ -140,7 +140,7 @@ class WorkerPool:
         )
 
     def close(self) -> None:
-        """Kills all workers, whatever they are doing."""
+        """Kills all workers, even those that are running a task."""
         for connection, process in self._processes.items():
             process.kill()
             connection.close()

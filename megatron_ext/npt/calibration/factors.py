@@ -41,7 +41,7 @@ _RIDGE = 1e-7
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The best maps of every rank, for one target of one layer."""
+    """The best low-rank map for each possible rank r, for one target of one layer."""
 
     squares: torch.Tensor
     """s^2 [h], in descending order: the reduction of the error by each further rank."""
