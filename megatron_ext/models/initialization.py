@@ -13,15 +13,22 @@ parameters follow Megatron-LM's scheme, with L layers:
 import hashlib
 import math
 from collections.abc import Collection, Iterator
+from itertools import pairwise
+from math import prod
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.memory.mapped_tensors import release_pages
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 """The `metadata` of all `sharded_state_dict` calls: layers may differ, and optimizer states load in any layout."""
+
+_ELEMENTS_AT_ONCE = 1 << 22
+"""About how many values are sampled at once on a CPU."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -50,13 +57,13 @@ def initialize_parameters(
         _check_split(parameter, shard)
         bound = getattr(parameter, "init_uniform", None)
         if bound is not None:
-            shard.data.copy_(_draw(shard, seed, bound=bound))
+            _fill(shard, seed, bound=bound)
             continue
         parameter_std = getattr(parameter, "init_std", None)
         if parameter_std is None:
             parameter_std = _base_std(shard.key, parameter, std, num_layers)
         if parameter_std > 0:
-            shard.data.copy_(_draw(shard, seed, std=parameter_std))
+            _fill(shard, seed, std=parameter_std)
 
 
 def _check_split(parameter: torch.Tensor, shard: ShardedTensor) -> None:
@@ -98,22 +105,35 @@ def buffer_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, Shar
             yield value.data, value
 
 
-def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> torch.Tensor:
-    """Samples the full tensor from N(0, std), or from U(-bound, bound), and returns the local part."""
+def _fill(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> None:
+    """Samples the full tensor from N(0, std), or from U(-bound, bound), and keeps the local part."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
-    device = shard.data.device
+    # That of the run, wherever the parameter is: the generators of devices differ.
+    device = process_groups.device()
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    # Every rank samples the full tensor in fp32, so the values depend neither on the split nor on the parameter's
-    # dtype.
-    full = torch.empty(shard.global_shape, dtype=torch.float32, device=device)
-    if bound is None:
-        full.normal_(0.0, std, generator=generator)
-    else:
-        full.uniform_(-bound, bound, generator=generator)
-    local = full[
-        tuple(
-            slice(start, start + size)
-            for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
-        )
-    ]
-    return local.view(shard.data.shape)
+    first, *others = zip(shard.global_offset, shard.local_shape, strict=True)
+    columns = tuple(slice(offset, offset + size) for offset, size in others)
+    local = shard.data.view(shard.local_shape)
+    # Every rank samples the full tensor in fp32, so values depend neither on the split nor on its dtype.
+    for start, end in _blocks_of_rows(shard.global_shape, device):
+        block = torch.empty((end - start, *shard.global_shape[1:]), dtype=torch.float32, device=device)
+        if bound is None:
+            block.normal_(0.0, std, generator=generator)
+        else:
+            block.uniform_(-bound, bound, generator=generator)
+        low, high = max(start, first[0]), min(end, first[0] + first[1])
+        if low < high:
+            part = (slice(low - start, high - start), *columns)
+            local[low - first[0] : high - first[0]] = block[part]
+            release_pages()
+
+
+def _blocks_of_rows(shape: tuple[int, ...], device: torch.device) -> list[tuple[int, int]]:
+    """Returns the blocks of rows to sample one after the other, with the values that one call would sample."""
+    # On the CPU a call draws number after number, and for a normal distribution turns each 16 into 16 values; if some
+    # are left over, it draws the last 16 values anew. So blocks begin at multiples of 16, and the last has 16 or more.
+    # On a GPU the values depend on the size of the call.
+    rows, width = shape[0], prod(shape[1:])
+    at_once = rows if device.type != "cpu" else max(16, _ELEMENTS_AT_ONCE // max(width, 1) // 16 * 16)
+    starts = [start for start in range(0, rows, at_once) if start == 0 or (rows - start) * width >= 16]
+    return list(pairwise([*starts, rows]))

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from megatron_ext.platform.collectives import is_first_rank, on_every_rank
+from megatron_ext.platform.memory.mapped_tensors import release_pages
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.saving.hashed_file import HashedFile
 
@@ -179,6 +180,17 @@ class _Copied:
         return self._data[item.index]
 
 
+class _InPlace:
+    """Replaces a planner in `write_data`, so that pages of one mapped tensor at a time are resident."""
+
+    def __init__(self, planner: SavePlanner) -> None:
+        self._planner = planner
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        release_pages()  # the last tensor is written by now
+        return self._planner.resolve_data(item)
+
+
 class _Reading:
     """Replaces a planner in `write_data`; reads a tensor when its data is requested."""
 
@@ -220,7 +232,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Stores the plan; copies the tensors if they will be written while training changes them."""
         if self._copies is None:
-            self._work = plan, planner if self._read is None else _Reading(planner, self._read)
+            self._work = plan, _InPlace(planner) if self._read is None else _Reading(planner, self._read)
             return
         data: dict[Any, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
         for item in plan.items:

@@ -1,0 +1,1 @@
+"""Memory outside of torch's allocators."""
