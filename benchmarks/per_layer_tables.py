@@ -17,7 +17,8 @@ but waits microseconds for each such page. Processes here wait for each other, s
 every page of tables and state, and runs a step that is not timed.
 
 Memory is the peak of the process; `tables` is the part of it that weights, gradients and optimizer state of the tables
-take by their size, `rest` is the difference.
+take by their size, `rest` is the difference. Tables in files are in the system's cache, of which the process counts the
+pages that it has touched since it last let go of them.
 """
 
 import statistics
@@ -58,8 +59,12 @@ class BenchmarkConfig:
     rows: tuple[int, ...] = (8192, 65536, 262144, 1048576)
     """Values of Vp; the first one, trained whole, is the reference."""
 
-    optimizers: tuple[str, ...] = ("adam", "lazy_adam")
-    """Optimizers of rows to time, next to tables that are trained whole."""
+    optimizers: tuple[str, ...] = ("adam", "lazy_adam", "adam:disk")
+    """Optimizers of rows to time, next to tables that are trained whole; `:cpu` or `:disk` after a name for tables off
+    the device (--per-layer-offload)."""
+
+    offload_dir: str = tempfile.gettempdir()
+    """Directory of the files of `:disk`."""
 
     per_layer_hidden_size: int = 64
     """Columns of a table (p)."""
@@ -186,6 +191,8 @@ def _serve(config: BenchmarkConfig, name: str, rows: int) -> None:
     elements = rows * config.per_layer_hidden_size * config.num_layers
     # Gradient in fp32, two moments, and in bf16 weights in both precisions; by rows there is no whole gradient.
     of_element = (14 if config.bf16 else 12) + 4 * (name == WHOLE)
+    if name.endswith(":disk"):
+        of_element = 0  # in the system's cache of files
     answers: dict[str, Callable[[], float]] = {
         "step": lambda: _timed_warm(step, tables),
         "peak": lambda: float(memory_use().peak),
@@ -198,8 +205,11 @@ def _serve(config: BenchmarkConfig, name: str, rows: int) -> None:
 
 def _timed_warm(step: Callable[[], None], tables: "list[torch.Tensor]") -> float:
     """Returns the seconds of a step whose memory has just been used."""
-    for tensor in tables:
-        tensor.flatten()[:: _PAGE // tensor.element_size()].sum()
+    from megatron_ext.platform.memory.mapped_tensors import release_pages
+
+    for block in (block for tensor in tables for block in tensor.split(1 << 16)):
+        block.flatten()[:: _PAGE // block.element_size()].sum()
+        release_pages()
     step()
     return _timed(step)
 
@@ -264,6 +274,7 @@ def _model(config: BenchmarkConfig) -> ModelConfig:
 
 
 def _per_layer(config: BenchmarkConfig, name: str, rows: int) -> PerLayerConfig:
+    optimizer, _, offload = name.partition(":")
     return PerLayerConfig(
         use_per_layer_embedding=True,
         per_layer_hidden_size=config.per_layer_hidden_size,
@@ -271,7 +282,9 @@ def _per_layer(config: BenchmarkConfig, name: str, rows: int) -> PerLayerConfig:
         per_layer_position="after_mlp",
         per_layer_gate_activation="gelu_tanh",
         per_layer_sparse=name != WHOLE,
-        per_layer_optimizer="adam" if name == WHOLE else name,  # type: ignore[arg-type]
+        per_layer_optimizer="adam" if name == WHOLE else optimizer,  # type: ignore[arg-type]
+        per_layer_offload=offload or None,  # type: ignore[arg-type]
+        per_layer_offload_dir=config.offload_dir if offload == "disk" else None,
     )
 
 
@@ -279,6 +292,7 @@ def _age(stepper: "Stepper") -> None:
     """Fills the state of tables that are trained by rows as if all rows had last been used 1,000 steps ago."""
     import torch
 
+    from megatron_ext.platform.memory.mapped_tensors import release_pages
     from megatron_ext.training.interface.own_optimizer import own_optimizers
 
     applied = torch.tensor(True)
@@ -286,7 +300,9 @@ def _age(stepper: "Stepper") -> None:
         for held in optimizer.held():
             for name, tensor in held.tensors.items():
                 if name in ("exp_avg", "exp_avg_sq"):
-                    torch.nn.init.uniform_(tensor, 1e-6, 2e-6)
+                    for block in tensor.split(1 << 16):
+                        torch.nn.init.uniform_(block, 1e-6, 2e-6)
+                        release_pages()
         for _ in range(EARLIER_STEPS):
             optimizer._missed.record(1e-4, 0.1, applied)
         optimizer._count = optimizer._count + EARLIER_STEPS

@@ -7,7 +7,7 @@ for a model with AltUp's residual streams: its input is the active stream times 
 all other streams. The tables may have fewer rows than the vocabulary; ids without a row use row 0.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from megatron_ext.config.command_line.field_checks import (
@@ -98,6 +98,14 @@ class PerLayerConfig:
     number of state per row. sgd: no state.
     """
 
+    per_layer_offload: Literal["cpu", "disk"] | None = None
+    """With --per-layer-sparse: keep tables and their optimizer's state off the device, in the host's memory (cpu) or in
+    files (disk), of which a host's data-parallel ranks share one copy; the device gets the rows of a step."""
+
+    per_layer_offload_dir: str | None = None
+    """With --per-layer-offload disk: directory of the files, on a disk of the host. They have no names, and are gone
+    when the run ends. Default: --save."""
+
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
 
@@ -130,6 +138,13 @@ class PerLayerConfig:
         check_fraction(self, "per_layer_projection_dropout")
         if self.per_layer_optimizer != "adam" and not self.per_layer_sparse:
             raise ValueError(f"--per-layer-optimizer {self.per_layer_optimizer}: requires --per-layer-sparse")
+        if self.per_layer_offload is not None and not self.per_layer_sparse:
+            raise ValueError(f"--per-layer-offload {self.per_layer_offload}: requires --per-layer-sparse")
+        if self.per_layer_offload_dir is not None and self.per_layer_offload != "disk":
+            raise ValueError(
+                f"--per-layer-offload-dir {self.per_layer_offload_dir}: requires --per-layer-offload disk (got "
+                f"{self.per_layer_offload})"
+            )
         if not self.use_per_layer_embedding:
             for name in ("per_layer_preset", "per_layer_vocab_file", "per_layer_data_path"):
                 if getattr(self, name) is not None:
@@ -157,6 +172,13 @@ class PerLayerConfig:
     def trains_rows(self) -> bool:
         """Whether the tables are trained by rows."""
         return self.per_layer_sparse and not self.freeze_per_layer_embedding
+
+    def check_directory(self) -> None:
+        """Raises `ValueError` if --per-layer-offload disk has no directory."""
+        if self.per_layer_offload == "disk" and self.per_layer_offload_dir is None:
+            raise ValueError(
+                "--per-layer-offload disk: requires a directory; pass --per-layer-offload-dir or --save"
+            )
 
     @property
     def has_layer_scalar(self) -> bool:
@@ -223,7 +245,26 @@ class PerLayerRunConfig(RunConfig):
         """Like `RunConfig.resolved`, but also checks --per-layer-sparse against the other groups."""
         if self.per_layer.use_per_layer_embedding and self.per_layer.trains_rows:
             self._check_rows()
-        return super().resolved(world_size, epoch_samples=epoch_samples)
+        resolved = super().resolved(world_size, epoch_samples=epoch_samples)
+        return replace(resolved, per_layer=self._with_directory())
+
+    def _with_directory(self) -> PerLayerConfig:
+        """Returns PLE's settings with the directory of --per-layer-offload disk; a rehearsal writes no files."""
+        settings, save = self.per_layer, self.checkpoint.save
+        if settings.per_layer_offload != "disk":
+            return settings
+        if self.checkpoint.async_save:
+            raise ValueError(
+                "--async-save: does not support --per-layer-offload disk, because it copies in memory what it saves; "
+                "omit the flag"
+            )
+        if self.rehearsal.is_on:
+            return replace(settings, per_layer_offload="cpu", per_layer_offload_dir=None)
+        if settings.per_layer_offload_dir is None and save is not None:
+            settings = replace(settings, per_layer_offload_dir=save)
+        if not self.training.dry_run:
+            settings.check_directory()
+        return settings
 
     def _check_rows(self) -> None:
         settings, adam = self.per_layer, self.optimizer

@@ -82,7 +82,9 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
         # When the base model writes a stream, all packed streams of the chunk are copied.
         streams[chunk.start] += len(writes & set(chunk)) * len(chunk) * part
     state, step_rows = _rows_bytes(settings, layout, rows)
+    table = rows * width / tensor * size
     return FamilyActivations(
+        weights=(-table,) * layers if settings.per_layer_offload is not None else (),
         state=(state,) * layers if settings.trains_rows else (),
         at_most=(step_rows,) * layers if settings.trains_rows else (),
         layers=(block,) * layers,
@@ -93,18 +95,19 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
 
 
 def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> tuple[float, float]:
-    """Returns the bytes that `RowOptimizer` keeps for a layer's table, and the maximum that it holds during a
-    step.
+    """Returns the bytes that `RowOptimizer` keeps on the device for a layer's table, and the maximum that it holds
+    during a step.
     """
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
     of_row = state[settings.per_layer_optimizer]
     ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
-    shards = ranks if layout.parallel.use_distributed_optimizer else 1
+    is_on_device = settings.per_layer_offload is None
+    shards = ranks if layout.parallel.use_distributed_optimizer and is_on_device else 1
     touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
     # Counts the gradient, the looked-up weights (unless these are the copied ones), and weights and state of this
     # rank's share of the rows.
     has_inputs = layout.is_half or shards > 1
     in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)
-    return rows * kept / shards, touched * in_step
+    return is_on_device * rows * kept / shards, touched * in_step

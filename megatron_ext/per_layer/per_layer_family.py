@@ -39,6 +39,7 @@ from megatron_ext.per_layer.per_layer_statistics import start_recording, stop_re
 from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
 from megatron_ext.per_layer.sparse.row_statistics import RowStatistics
 from megatron_ext.per_layer.sparse.row_updates import UPDATES, AdamConstants
+from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
@@ -60,6 +61,8 @@ class PerLayerFamily(Family):
             "freeze_per_layer_embedding",
             "per_layer_sparse",
             "per_layer_optimizer",
+            "per_layer_offload",
+            "per_layer_offload_dir",
             "per_layer_vocab_file",
             "per_layer_data_path",
             "log_per_layer_stats",
@@ -133,6 +136,7 @@ class PerLayerFamily(Family):
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
         """Rebuilds the model family from its `configuration()`; needs no file other than the checkpoint."""
         settings = group_in(PerLayerConfig, configuration, "settings")
+        settings = replace(settings, per_layer_offload=None, per_layer_offload_dir=None)
         if settings.uses_token_ids and not settings.adds_to_inactive_streams:
             # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)
@@ -202,12 +206,13 @@ class PerLayerFamily(Family):
         if self.settings.freeze_per_layer_embedding or self.settings.per_layer_sparse:
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
+        for chunk in chunks:
+            stage_module(chunk).memory.settle()  # one rank may have initialized what several read
 
     @property
     def _as_trained(self) -> PerLayerConfig:
-        """Returns the settings, with training by rows switched off if the run does not train PLE."""
-        off = {"per_layer_sparse": False, "per_layer_optimizer": "adam"} if self.is_frozen else {}
-        return replace(self.settings, **off)  # type: ignore[arg-type]
+        """Returns the settings; with frozen tables if the run does not train PLE."""
+        return replace(self.settings, freeze_per_layer_embedding=True) if self.is_frozen else self.settings
 
     def own_optimizers(
         self, chunks: list[GPTModel], settings: OptimizerSettings, engine: MegatronOptimizer
@@ -227,9 +232,10 @@ class PerLayerFamily(Family):
             groups.dp_cp,
             engine,
             dict(override),
+            stages[0].memory,
         )
         if self.settings.log_per_layer_stats:
-            self._rows.statistics = RowStatistics(self.rows, stages[0].tables()[0].device)
+            self._rows.statistics = RowStatistics(self.rows, process_groups.device())
         for stage in stages:
             stage.row_optimizer = self._rows
         return [self._rows]

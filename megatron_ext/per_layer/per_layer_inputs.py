@@ -24,6 +24,7 @@ from megatron_ext.per_layer.combination import gather_parts, look_up, multiply, 
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, initial_table_std
 from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
+from megatron_ext.per_layer.sparse.table_memory import OffDevice, TableMemory
 from megatron_ext.per_layer.statistics_recorder import Recorder
 
 PER_LAYER_STREAM = "per_layer"
@@ -37,12 +38,19 @@ class PerLayerWeights(torch.nn.Module):
     """One layer's weights: table, context projection and, for concat and gated, the matrix that combines both."""
 
     def __init__(
-        self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int
+        self,
+        config: TransformerConfig,
+        settings: PerLayerConfig,
+        groups: ProcessGroupCollection,
+        rows: int,
+        table: torch.Tensor | None,
+        *,
+        initializes: bool,
     ) -> None:
         super().__init__()
         width, hidden, std = settings.per_layer_hidden_size, config.hidden_size, config.init_method_std
-        table_std = initial_table_std(settings, std, rows, width)
-        self.embedding = ShardedWeight(config, groups, (rows, width), dim=1, std=table_std)
+        table_std = initial_table_std(settings, std, rows, width) if initializes else 0.0
+        self.embedding = ShardedWeight(config, groups, (rows, width), dim=1, std=table_std, held=table)
         context_std = initial_std(settings, std, width, hidden)
         self.context_projection = ShardedWeight(config, groups, (width, hidden), dim=0, std=context_std)
         if settings.per_layer_combination_method != "scaled_add":
@@ -70,10 +78,20 @@ class PerLayerInputs(StageModule):
         """
         super().__init__()
         self.config, self.settings, self.stage, self.groups = config, settings, stage, groups
+        width, layers = settings.per_layer_hidden_size, len(stage.layer_numbers)
+        self.memory = TableMemory()
+        """Where the tables are."""
+
+        tables: list[torch.Tensor | None] = [None] * layers
+        if settings.per_layer_offload is not None:
+            settings.check_directory()
+            self.memory = OffDevice(settings.per_layer_offload_dir, groups.dp_cp)
+            shape = (rows, width // groups.tp.size())
+            tables = [*self.memory.zeros(layers, shape, config.params_dtype)]
         self.layers = torch.nn.ModuleList(
-            PerLayerWeights(config, settings, groups, rows) for _ in stage.layer_numbers
+            PerLayerWeights(config, settings, groups, rows, table, initializes=self.memory.is_writer)
+            for table in tables
         )
-        width = settings.per_layer_hidden_size
         self.norm = ShardedWeight(config, groups, (width,), dim=0, std=0.0, value=1.0)
         _mark_replicated(self.norm.weight, is_owner=stage.owns_replicas)
         self.token_scale = settings.per_layer_embed_scale * width**0.5
@@ -118,7 +136,7 @@ class PerLayerInputs(StageModule):
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.row_optimizer
         if rows is None or not (rows.is_in_step() and torch.is_grad_enabled()):
-            return look_up(ids, [layer.embedding() for layer in self.weights()])
+            return look_up(*self.memory.to_look_up(ids, [layer.embedding() for layer in self.weights()]))
         return look_up(rows.places(ids), [rows.inputs(table) for table in self.tables()])
 
     def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:

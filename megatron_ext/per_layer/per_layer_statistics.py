@@ -19,6 +19,7 @@ first divided by the number of these ranks.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PerLayerInputs, stage_module
 from megatron_ext.per_layer.statistics_recorder import Recorder
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.memory.mapped_tensors import release_pages
 from megatron_ext.training.engine.gradient_norms import gradient_square_sum
 
 _RECORDED = (
@@ -155,4 +157,14 @@ def _mean_and_std(sums: dict[str, float], name: str) -> tuple[float, float]:
 
 
 def _square_sum(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().float().square().sum(dtype=torch.float64)
+    # By blocks: a table may be larger than memory.
+    blocks = [
+        block.float().square().sum(dtype=torch.float64) for block in _released(weight.detach().split(1 << 14))
+    ]
+    return torch.stack(blocks).sum()
+
+
+def _released(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        yield block
+        release_pages()

@@ -4,6 +4,7 @@ Per-layer embedding (PLE) uses it for tables, projections and the norm, because 
 stage at once, which the engine's linear layers cannot do.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ShardedWeight(torch.nn.Module):
         dim: int,
         std: float,
         value: float = 0.0,
+        held: torch.Tensor | None = None,
     ) -> None:
         """Args:
         config: the engine's configuration, which specifies the dtype of the weight.
@@ -36,17 +38,25 @@ class ShardedWeight(torch.nn.Module):
         dim: the dimension that is split.
         std: standard deviation of the initial values; 0 keeps `value`.
         value: constant with which the tensor is filled before initialization.
+        held: memory off the device for the local part, which then is never moved; None for the device's.
         """
         super().__init__()
         self.dim = dim
         self.groups = groups
         local = list(shape)
         local[dim] //= groups.tp.size()
-        self.weight = torch.nn.Parameter(
-            torch.full(local, value, dtype=config.params_dtype, device=process_groups.device())
-        )
+        self._is_off_device = held is not None
+        if held is None:
+            held = torch.full(local, value, dtype=config.params_dtype, device=process_groups.device())
+        self.weight = torch.nn.Parameter(held)
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=dim, stride=1)
         mark(self.weight, std)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ShardedWeight":
+        # `to`, `cuda` and the like of a module that contains this one.
+        if self._is_off_device:
+            return self
+        return super()._apply(fn, recurse)
 
     def forward(self) -> torch.Tensor:
         """Returns the local part.

@@ -27,7 +27,9 @@ from megatron_ext.per_layer.sparse.missed_steps import MissedSteps
 from megatron_ext.per_layer.sparse.row_blocks import RowBlocks
 from megatron_ext.per_layer.sparse.row_statistics import RowStatistics
 from megatron_ext.per_layer.sparse.row_updates import RowUpdate, State, StepFacts
+from megatron_ext.per_layer.sparse.table_memory import TableMemory
 from megatron_ext.per_layer.sparse.touched_rows import touched_rows
+from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.own_optimizer import HeldState, OwnOptimizer
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -70,6 +72,7 @@ class RowOptimizer(OwnOptimizer):
         data_group: dist.ProcessGroup,
         engine: MegatronOptimizer,
         group: dict[str, Any],
+        memory: TableMemory,
     ) -> None:
         """Args:
         tables: the tables of this rank's layers, each [Vp, q], which do not require gradients.
@@ -77,30 +80,40 @@ class RowOptimizer(OwnOptimizer):
         data_group: the data-parallel ranks, context-parallel ones included; all hold the same tables.
         engine: as in `OwnOptimizer`.
         group: as in `OwnOptimizer`.
+        memory: where tables and state are.
         """
         super().__init__(engine, group)
         self.tables = tuple(tables)
         self.rule = update
         self.data_group = data_group
+        self._memory = memory
         self._blocks = RowBlocks(
-            len(self.tables[0]), data_group, self.host_group or data_group, divides=self.is_distributed
+            len(self.tables[0]),
+            data_group,
+            self.host_group or data_group,
+            divides=self.is_distributed and memory.is_on_device,
         )
         constants = update.constants
         own = [table.detach()[self._blocks.start : self._blocks.end] for table in self.tables]
+        rows, columns = own[0].shape
         # In fp32 parts of the tables themselves.
-        self._mains = [part.float() for part in own]
-        self._count = torch.zeros(1, dtype=torch.int64, device=self._mains[0].device)
+        self._mains = own
+        if own[0].dtype != torch.float32:
+            self._mains = memory.zeros(len(own), (rows, columns), torch.float32)
+            self.reload_model_params()
+        device = process_groups.device()
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of updates so far, on the device, which alone knows at once whether a step is skipped."""
 
         self._missed = MissedSteps(update.momentum, constants.beta2, constants.eps, self._count)
         self._state = {
-            name: [main.new_zeros(len(main), width or main.size(1)) for main in self._mains]
+            name: memory.zeros(len(own), (rows, width or columns), torch.float32)
             for name, width in update.width_of_state.items()
         }
-        self._host_reads = self._count.device.type == "cpu"
+        self._host_reads = device.type == "cpu"
         """Whether the host reads values to save work; on a GPU it would wait for each."""
 
-        self._last_steps = torch.zeros(len(self._mains[0]), dtype=torch.int32, device=self._mains[0].device)
+        self._last_steps = torch.zeros(rows, dtype=torch.int32, device=device)
         """Per row of the block the last step that is in it."""
 
         self.statistics: RowStatistics | None = None
@@ -197,15 +210,17 @@ class RowOptimizer(OwnOptimizer):
     def bring_up_to_date(self) -> None:
         """Catches all rows up, and completes the tables; see the base class. Not within a step. Collective."""
         if self.rule.catches_up:
-            behind = (self._last_steps < self._count).nonzero().squeeze(1)
             width = max(len(self._mains) * self.tables[0].size(1), _LEAST_WIDTH)
             at_once = max(1, _ELEMENTS_AT_ONCE // width)
-            for places in behind.split(at_once):
-                self._write(places, *self._copied(places))
+            for number, block in enumerate(self._last_steps.split(at_once)):
+                places = (block < self._count).nonzero().squeeze(1) + number * at_once
+                if places.numel() and self._memory.is_writer:
+                    self._write(places, *self._copied(places))
             self._last_steps.copy_(self._count)
             self._missed.restart(self._count)
         for table in self.tables:
             self._blocks.complete(table)
+        self._memory.settle()
 
     def held(self) -> Iterator[HeldState]:
         """Yields tables and state; see the base class."""
@@ -235,31 +250,30 @@ class RowOptimizer(OwnOptimizer):
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Takes main weights from the model's."""
+        if self.tables[0].dtype == torch.float32 or not self._memory.is_writer:
+            return
         for main, table in zip(self._mains, self.tables, strict=True):
             main.copy_(table.detach()[self._blocks.start : self._blocks.end])
+            self._memory.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: the gradient of a step begins with zeros."""
 
     def _copied(self, places: torch.Tensor) -> tuple[torch.Tensor, State]:
         """Copies rows of the block out of tables and state, and brings the copies up to date."""
-        weights = torch.stack([main.index_select(0, places) for main in self._mains])
-        state = {
-            name: torch.stack([tensor.index_select(0, places) for tensor in tensors])
-            for name, tensors in self._state.items()
-        }
+        weights = self._memory.fetch(self._mains, places)
+        state = {name: self._memory.fetch(tensors, places) for name, tensors in self._state.items()}
         if self.rule.catches_up:
             self._catch_up(places, weights, state)
         return weights, state
 
     def _write(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
         """Writes rows of the block back."""
-        for number, (table, main) in enumerate(zip(self.tables, self._mains, strict=True)):
-            main.index_copy_(0, places, weights[number])
-            if table.dtype != torch.float32:
-                table.index_copy_(0, places + self._blocks.start, weights[number].to(table.dtype))
-            for name, tensors in self._state.items():
-                tensors[number].index_copy_(0, places, state[name][number])
+        self._memory.write(self._mains, places, weights)
+        if self.tables[0].dtype != torch.float32:
+            self._memory.write(self.tables, places + self._blocks.start, weights)
+        for name, tensors in self._state.items():
+            self._memory.write(tensors, places, state[name])
 
     def _catch_up(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
         """Carries out the missed updates of copied rows, in place; see `missed_steps`."""

@@ -115,7 +115,9 @@ class OptimizerState:
         for held in part.held():
             loaded = state.get(self._shards[id(held.parameter)][0], {})
             for name, tensor in held.tensors.items():
-                tensor.copy_(loaded.get(name, held.parameter)[held.start : held.end])
+                whole = loaded.get(name, held.parameter)
+                if whole.data_ptr() != tensor.data_ptr():  # otherwise it was read into its place
+                    tensor.copy_(whole[held.start : held.end])
         part.restored(step)
 
 
@@ -186,7 +188,7 @@ def _whole(
 def _to_fill(part: OwnOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     for held in part.held():
         rows, tensors = len(held.parameter), held.tensors
-        if part.is_distributed:
+        if held.end - held.start < rows:
             tensors = {name: torch.empty(rows, *tensor.shape[1:]) for name, tensor in tensors.items()}
         yield held.parameter, dict(tensors)
 

@@ -1,11 +1,13 @@
 """What PLE's configuration accepts and what it refuses, in one line that names the flag."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
@@ -79,6 +81,14 @@ def test_the_gemma3n_preset_allows_fewer_rows_than_ids_and_requires_several_resi
             "--per-layer-optimizer lazy_adam: requires --per-layer-sparse",
         ),
         (
+            {"per_layer_offload": "disk"},
+            "--per-layer-offload disk: requires --per-layer-sparse",
+        ),
+        (
+            {"per_layer_sparse": True, "per_layer_offload": "cpu", "per_layer_offload_dir": "/fast"},
+            "--per-layer-offload-dir /fast: requires --per-layer-offload disk (got cpu)",
+        ),
+        (
             {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
             "--per-layer-vocab-file v.json: requires --use-per-layer-embedding",
         ),
@@ -141,3 +151,28 @@ def test_what_tables_by_rows_do_not_support_is_named(groups: dict[str, Any], mes
         use_per_layer_embedding=True, per_layer_sparse=True, freeze_per_layer_embedding=True
     )
     PerLayerRunConfig(**{**given, **groups}, per_layer=frozen).resolved(1)
+
+
+def test_tables_on_disk_are_in_the_directory_of_checkpoints_unless_another_is_given() -> None:
+    given: dict[str, Any] = {
+        "model": TINY,
+        "optimizer": OptimizerSettings(lr=1e-3),
+        "tokenizer": TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
+    }
+    disk = PerLayerConfig(use_per_layer_embedding=True, per_layer_sparse=True, per_layer_offload="disk")
+    steps = TrainingConfig(train_iters=1)
+
+    def directory(per_layer: PerLayerConfig, **groups: Any) -> str | None:
+        run = PerLayerRunConfig(**{"training": steps, **given, **groups}, per_layer=per_layer)
+        return run.resolved(1).per_layer.per_layer_offload_dir
+
+    saved = {"checkpoint": CheckpointConfig(save="/runs/a")}
+    assert directory(disk, **saved) == "/runs/a"
+    assert directory(replace(disk, per_layer_offload_dir="/fast"), **saved) == "/fast"
+    assert directory(replace(disk, per_layer_offload="cpu"), **saved) is None
+    assert directory(disk, training=replace(steps, dry_run=True)) is None
+    message = "--per-layer-offload disk: requires a directory; pass --per-layer-offload-dir or --save"
+    with pytest.raises(ValueError, match=message):
+        directory(disk)
+    with pytest.raises(ValueError, match="--async-save: does not support --per-layer-offload disk"):
+        directory(disk, checkpoint=CheckpointConfig(save="/runs/a", async_save=True))

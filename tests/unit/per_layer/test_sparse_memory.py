@@ -78,6 +78,18 @@ def test_the_plan_counts_the_tables_state_and_the_rows_of_a_step(name: str, bf16
     assert rows.temporary_bytes - whole.temporary_bytes == 4 * TINY.seq_length * of_row
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_of_tables_off_the_device_the_plan_counts_a_steps_rows_only(bf16: bool) -> None:
+    on_device, off = (
+        _planned(replace(_SPARSE, per_layer_offload=place), bf16, divides=True) for place in (None, "disk")
+    )
+    assert on_device.parameter_bytes - off.parameter_bytes == (2 if bf16 else 4) * _ELEMENTS
+    # Two moments, and in bf16 main weights, which two ranks would divide.
+    assert on_device.optimizer_bytes - off.optimizer_bytes == (12 if bf16 else 8) * _ELEMENTS / 2
+    # Every rank computes the update of all rows.
+    assert off.temporary_bytes == _planned(_SPARSE, bf16).temporary_bytes
+
+
 def test_data_parallel_ranks_divide_the_state_under_the_distributed_optimizer() -> None:
     whole, rows = (_planned(settings, True, divides=True) for settings in (_DENSE, _SPARSE))
     assert rows.optimizer_bytes == whole.optimizer_bytes

@@ -1,0 +1,119 @@
+"""The memory of per-layer tables and of their optimizer's state: that of the device, host memory, or files.
+
+Off the device (--per-layer-offload) tables and state are tensors of the CPU. A step moves its rows only: `fetch` copies
+them to the device, where the step computes as with tables that are there, and `write` copies them back. The
+data-parallel ranks of a host share one copy of tables and state. All of them compute every update, and the first of
+them writes it. No rank reads rows that another one is writing: between a step's `fetch` and its `write` on another rank
+lies the reduction of the gradients, and between that `write` and the next `fetch` the exchange of the next step's ids.
+"""
+
+import resource
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.memory.mapped_tensors import mapped_zeros, read_ahead, release_pages
+
+_ROWS_AT_ONCE = 1024
+"""Rows that are read before their pages are let go: where a page is read that is in the system's cache, Linux makes up
+to 15 others around it resident."""
+
+
+class TableMemory:
+    """The memory of the device."""
+
+    is_on_device = True
+    """Whether tables and state are in the device's memory."""
+
+    is_writer = True
+    """Whether this rank writes what it has computed."""
+
+    def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Returns new tensors, filled with zeros."""
+        return [torch.zeros(*shape, dtype=dtype, device=process_groups.device()) for _ in range(number)]
+
+    def fetch(self, tables: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+        """Copies rows out of L tables [Vp, q]: [L, m, q] on the device."""
+        return torch.stack([table.index_select(0, places) for table in tables])
+
+    def write(self, tables: Sequence[torch.Tensor], places: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes rows [L, m, q] into L tables [Vp, q], in the tables' precision."""
+        for table, of_table in zip(tables, rows, strict=True):
+            table.index_copy_(0, places, of_table.to(table.dtype))
+
+    def to_look_up(
+        self, ids: torch.Tensor, tables: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns ids and tables on the device for `combination.look_up`, which finds the rows of `ids` in `tables`."""
+        return ids, list(tables)
+
+    def release(self) -> None:
+        """Lets go of what the process need not keep after a pass over a table."""
+
+    def settle(self) -> None:
+        """Waits until all ranks see what was written. Collective."""
+
+
+class OffDevice(TableMemory):
+    """Memory of the host, or with a directory of files, which a host's data-parallel ranks share."""
+
+    is_on_device = False
+
+    def __init__(self, directory: str | None, group: dist.ProcessGroup) -> None:
+        """Args:
+        directory: where the files are; None for host memory.
+        group: the data-parallel ranks, which all hold the same tables.
+        """
+        self.directory = directory
+        self.group = group
+        self._blocks_read = -1
+
+    def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """As in the base class. Collective over all ranks; raises `OSError` if there is no room."""
+        what = "--per-layer-offload-dir" if self.directory is not None else "--per-layer-offload cpu"
+        made = mapped_zeros(number, shape, dtype, directory=self.directory, group=self.group, what=what)
+        self.is_writer = made.is_writer
+        return made.tensors
+
+    def fetch(self, tables: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+        """As in the base class; `places` may be on the device. The host does not wait for the copy to the device."""
+        device, places = places.device, places.to("cpu")
+        shape = (len(tables), places.numel(), tables[0].size(1))
+        rows = torch.empty(shape, dtype=tables[0].dtype, pin_memory=device.type == "cuda")
+        if self._reads_disk():
+            for table in tables:
+                read_ahead(table, places)
+        for table, of_table in zip(tables, rows, strict=True):
+            for some, part in zip(places.split(_ROWS_AT_ONCE), of_table.split(_ROWS_AT_ONCE), strict=True):
+                torch.index_select(table, 0, some, out=part)
+                self.release()
+        return rows.to(device, non_blocking=True)
+
+    def _reads_disk(self) -> bool:
+        """Returns whether this process has read from a disk since the last call: the cache may lack other rows, too."""
+        before, self._blocks_read = self._blocks_read, resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        return self.directory is not None and self._blocks_read != before
+
+    def write(self, tables: Sequence[torch.Tensor], places: torch.Tensor, rows: torch.Tensor) -> None:
+        """As in the base class, on the host's first rank; on a GPU the host waits for the step."""
+        if self.is_writer:
+            super().write(tables, places.to("cpu"), rows.to("cpu"))
+        self.release()
+
+    def to_look_up(
+        self, ids: torch.Tensor, tables: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As in the base class."""
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return places, list(self.fetch(tables, ids.reshape(-1)))
+
+    def release(self) -> None:
+        """As in the base class."""
+        release_pages()
+
+    def settle(self) -> None:
+        """As in the base class."""
+        self.release()
+        dist.barrier(group=self.group)
