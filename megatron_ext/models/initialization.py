@@ -28,7 +28,7 @@ CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_t
 """The `metadata` of all `sharded_state_dict` calls: layers may differ, and optimizer states load in any layout."""
 
 _ELEMENTS_AT_ONCE = 1 << 22
-"""About how many values are sampled at once on a CPU."""
+"""Approximate number of values that are sampled at a time on a CPU."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -108,7 +108,7 @@ def buffer_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, Shar
 def _fill(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> None:
     """Samples the full tensor from N(0, std), or from U(-bound, bound), and keeps the local part."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
-    # That of the run, wherever the parameter is: the generators of devices differ.
+    # The run's device is used wherever the parameter is, because generators differ between devices.
     device = process_groups.device()
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     first, *others = zip(shard.global_offset, shard.local_shape, strict=True)
@@ -129,10 +129,11 @@ def _fill(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | N
 
 
 def _blocks_of_rows(shape: tuple[int, ...], device: torch.device) -> list[tuple[int, int]]:
-    """Returns the blocks of rows to sample one after the other, with the values that one call would sample."""
-    # On the CPU a call draws number after number, and for a normal distribution turns each 16 into 16 values; if some
-    # are left over, it draws the last 16 values anew. So blocks begin at multiples of 16, and the last has 16 or more.
-    # On a GPU the values depend on the size of the call.
+    """Returns blocks of rows; sampling one block after the other gives the same values as a single call."""
+    # On the CPU, one call draws one number after another, and converts each group of 16 numbers to 16 normally
+    # distributed values. If the last group is incomplete, the last 16 values are drawn again. So every block starts
+    # at a multiple of 16, and the last block has at least 16 values. On a GPU the values depend on the size of the
+    # call.
     rows, width = shape[0], prod(shape[1:])
     at_once = rows if device.type != "cpu" else max(16, _ELEMENTS_AT_ONCE // max(width, 1) // 16 * 16)
     starts = [start for start in range(0, rows, at_once) if start == 0 or (rows - start) * width >= 16]

@@ -99,12 +99,14 @@ class PerLayerConfig:
     """
 
     per_layer_offload: Literal["cpu", "disk"] | None = None
-    """With --per-layer-sparse: keep tables and their optimizer's state off the device, in the host's memory (cpu) or in
-    files (disk), of which a host's data-parallel ranks share one copy; the device gets the rows of a step."""
+    """With --per-layer-sparse: keep tables and their optimizer state off the device, in the host's memory (cpu) or in
+    files (disk). The data-parallel ranks of a host share one copy; the device holds only the rows of a step.
+    """
 
     per_layer_offload_dir: str | None = None
-    """With --per-layer-offload disk: directory of the files, on a disk of the host. They have no names, and are gone
-    when the run ends. Default: --save."""
+    """With --per-layer-offload disk: directory of the files, on a disk of the host. The files have no names, and
+    disappear when the run ends. Default: --save.
+    """
 
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
@@ -249,14 +251,16 @@ class PerLayerRunConfig(RunConfig):
         return replace(resolved, per_layer=self._with_directory())
 
     def _with_directory(self) -> PerLayerConfig:
-        """Returns PLE's settings with the directory of --per-layer-offload disk; a rehearsal writes no files."""
+        """Returns PLE's settings, with the directory for --per-layer-offload disk filled in; a rehearsal writes no
+        files.
+        """
         settings, save = self.per_layer, self.checkpoint.save
         if settings.per_layer_offload != "disk":
             return settings
         if self.checkpoint.async_save:
             raise ValueError(
-                "--async-save: does not support --per-layer-offload disk, because it copies in memory what it saves; "
-                "omit the flag"
+                "--async-save: does not support --per-layer-offload disk, because it copies all saved "
+                "tensors in memory; omit the flag"
             )
         if self.rehearsal.is_on:
             return replace(settings, per_layer_offload="cpu", per_layer_offload_dir=None)

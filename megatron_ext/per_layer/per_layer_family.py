@@ -207,7 +207,9 @@ class PerLayerFamily(Family):
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
         for chunk in chunks:
-            stage_module(chunk).memory.settle()  # one rank may have initialized what several read
+            stage_module(
+                chunk
+            ).memory.settle()  # one rank may have initialized tables that several ranks read
 
     @property
     def _as_trained(self) -> PerLayerConfig:

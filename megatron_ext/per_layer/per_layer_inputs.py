@@ -80,7 +80,7 @@ class PerLayerInputs(StageModule):
         self.config, self.settings, self.stage, self.groups = config, settings, stage, groups
         width, layers = settings.per_layer_hidden_size, len(stage.layer_numbers)
         self.memory = TableMemory()
-        """Where the tables are."""
+        """The memory that holds the tables."""
 
         tables: list[torch.Tensor | None] = [None] * layers
         if settings.per_layer_offload is not None:

@@ -157,7 +157,7 @@ def _mean_and_std(sums: dict[str, float], name: str) -> tuple[float, float]:
 
 
 def _square_sum(weight: torch.Tensor) -> torch.Tensor:
-    # By blocks: a table may be larger than memory.
+    # The sum is computed block by block, because a table may be larger than memory.
     blocks = [
         block.float().square().sum(dtype=torch.float64) for block in _released(weight.detach().split(1 << 14))
     ]

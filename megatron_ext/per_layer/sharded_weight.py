@@ -38,7 +38,7 @@ class ShardedWeight(torch.nn.Module):
         dim: the dimension that is split.
         std: standard deviation of the initial values; 0 keeps `value`.
         value: constant with which the tensor is filled before initialization.
-        held: memory off the device for the local part, which then is never moved; None for the device's.
+        held: memory off the device for the local part, which is then never moved; None for memory of the device.
         """
         super().__init__()
         self.dim = dim
@@ -53,7 +53,7 @@ class ShardedWeight(torch.nn.Module):
         mark(self.weight, std)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ShardedWeight":
-        # `to`, `cuda` and the like of a module that contains this one.
+        # `to`, `cuda` and similar methods of a module that contains this one call this method.
         if self._is_off_device:
             return self
         return super()._apply(fn, recurse)

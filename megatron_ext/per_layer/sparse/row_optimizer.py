@@ -1,17 +1,17 @@
-"""Trains per-layer tables by rows: a step costs memory, communication and time for the rows that it looks up only.
+"""Trains per-layer tables by rows: memory, communication and time of a step depend only on the rows that it looks up.
 
-A step goes like this; L tables of this rank, n rows (of all data-parallel ranks' ids), q columns:
+A step has these parts, for the L tables of this rank, the n rows that any data-parallel rank looks up, and q columns:
 
     begin      m rows of weights and state are copied out of the tables, [L, m, q], and brought up to date
-    forward    looks ids up in the copied rows, [L, n, q]; `places` gives an id's place
-    backward   adds to a gradient [L, n, q] in fp32, from all micro-batches
-    prepare    the gradient is averaged over data-parallel ranks: one all-reduce of [L, n, q]
-    step       the m copied rows are updated and written back
+    forward    looks ids up in the copied rows, [L, n, q]; `places` returns the place of an id among them
+    backward   adds the gradients of all micro-batches up in one tensor [L, n, q], in fp32
+    prepare    averages the gradient over data-parallel ranks, with one all-reduce of [L, n, q]
+    step       updates the m copied rows and writes them back
 
-Every data-parallel rank has whole tables. State, and with bf16 fp32 main weights, are plain tensors of the tables'
-shape. By default every rank has all of them, and m = n. With the distributed optimizer a rank has those of its own
-block of rows (`RowBlocks`); it updates the m rows of the step that are in the block, and `begin` gathers the n rows
-from all ranks. Then the tables' other rows are out of date until `bring_up_to_date`.
+Every data-parallel rank has whole tables. Optimizer state and, with bf16, fp32 main weights are plain tensors of the
+tables' shape. By default every rank has all of them, and m = n. With the distributed optimizer a rank has them only
+for its own block of rows (`RowBlocks`): it updates the m rows of the step that are in this block, and `begin` gathers
+the n rows from all ranks. The tables' other rows are then out of date until `bring_up_to_date`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,10 +33,10 @@ from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.own_optimizer import HeldState, OwnOptimizer
 
 _ELEMENTS_AT_ONCE = 1 << 22
-"""Elements of the tables that are brought up to date at once before a save or an evaluation."""
+"""Number of elements that are brought up to date at a time before a save or an evaluation."""
 
 _LEAST_WIDTH = 256
-"""Columns of all tables that a row counts for at least, because the terms of its missed steps need memory, too."""
+"""Smallest number of columns with which a row is counted, because the terms of its missed steps need memory, too."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepRows:
     """The rows of a step, copied out of the tables."""
 
     ids: torch.Tensor
-    """Their ids, ascending, [n]."""
+    """The rows' ids, ascending, [n]."""
 
     own: slice
     """The m of the n rows that this rank updates."""
@@ -53,13 +53,13 @@ class StepRows:
     """fp32, [L, m, q]."""
 
     state: State
-    """Their state, [L, m, q] or [L, m, 1]."""
+    """The rows' optimizer state, [L, m, q] or [L, m, 1]."""
 
     gradient: torch.Tensor
     """fp32, [L, n, q]."""
 
     inputs: list[torch.Tensor]
-    """What the forward pass looks up: L leaves [n, q] in the tables' precision."""
+    """The rows that the forward pass looks up: L leaf tensors [n, q] in the tables' precision."""
 
 
 class RowOptimizer(OwnOptimizer):
@@ -80,7 +80,7 @@ class RowOptimizer(OwnOptimizer):
         data_group: the data-parallel ranks, context-parallel ones included; all hold the same tables.
         engine: as in `OwnOptimizer`.
         group: as in `OwnOptimizer`.
-        memory: where tables and state are.
+        memory: the memory that holds tables and state.
         """
         super().__init__(engine, group)
         self.tables = tuple(tables)
@@ -96,14 +96,16 @@ class RowOptimizer(OwnOptimizer):
         constants = update.constants
         own = [table.detach()[self._blocks.start : self._blocks.end] for table in self.tables]
         rows, columns = own[0].shape
-        # In fp32 parts of the tables themselves.
+        # In fp32 these are parts of the tables themselves.
         self._mains = own
         if own[0].dtype != torch.float32:
             self._mains = memory.zeros(len(own), (rows, columns), torch.float32)
             self.reload_model_params()
         device = process_groups.device()
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
-        """Number of updates so far, on the device, which alone knows at once whether a step is skipped."""
+        """Number of updates so far, on the device, because only the device knows immediately whether a step is
+        skipped.
+        """
 
         self._missed = MissedSteps(update.momentum, constants.beta2, constants.eps, self._count)
         self._state = {
@@ -111,13 +113,13 @@ class RowOptimizer(OwnOptimizer):
             for name, width in update.width_of_state.items()
         }
         self._host_reads = device.type == "cpu"
-        """Whether the host reads values to save work; on a GPU it would wait for each."""
+        """Whether the host reads values in order to save work; on a GPU it would have to wait for each value."""
 
         self._last_steps = torch.zeros(rows, dtype=torch.int32, device=device)
-        """Per row of the block the last step that is in it."""
+        """For each row of the block, the last step whose update has been applied to it."""
 
         self.statistics: RowStatistics | None = None
-        """Counts the rows of the steps, if it is set."""
+        """Counts the rows that steps look up; None if they are not counted."""
 
         self._rows: StepRows | None = None
         self._gradients: list[torch.Tensor] = []
@@ -146,12 +148,12 @@ class RowOptimizer(OwnOptimizer):
         self._rows, self._is_reduced = StepRows(rows, own, weights, state, gradient, inputs), False
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns the places of ids of this step among its rows, in the shape of `ids`."""
+        """Returns the index of each id among the step's rows, in the shape of `ids`."""
         assert self._rows is not None, "begin() has not been called"
         return torch.searchsorted(self._rows.ids, ids.contiguous())
 
     def inputs(self, table: torch.nn.Parameter) -> torch.Tensor:
-        """Returns this step's rows of a table, [n, q], whose gradient `backward` computes."""
+        """Returns the step's rows of a table, [n, q]; the backward pass computes their gradient."""
         assert self._rows is not None, "begin() has not been called"
         place = next(place for place, each in enumerate(self.tables) if each is table)
         return self._rows.inputs[place]
@@ -171,10 +173,13 @@ class RowOptimizer(OwnOptimizer):
             dist.all_reduce(gradient, group=self.data_group)
 
     def prepare_grads(self) -> bool:
-        """Reduces the gradient; returns False: what is not finite shows in the gradient's norm. Collective."""
+        """Reduces the gradient. Always returns False, because values that are not finite show in the gradient's norm.
+        Collective.
+        """
         self.reduce()
         if self._rows is not None:
-            # Clipping scales it in place. A part is copied: torch's fused update takes no slices.
+            # Clipping scales this tensor in place. A part of the gradient is copied, because torch's fused update
+            # does not accept slices.
             self._rows.weights.grad = self._rows.gradient[:, self._rows.own].contiguous()
         return False
 
@@ -183,7 +188,7 @@ class RowOptimizer(OwnOptimizer):
         return self._gradients
 
     def data_parallel_rank(self) -> int:
-        """Returns this rank's place among the data-parallel ranks."""
+        """Returns this rank's index among the data-parallel ranks."""
         return self.data_group.rank()
 
     @torch.no_grad()
@@ -202,13 +207,15 @@ class RowOptimizer(OwnOptimizer):
             self._missed.record(group["lr"], group["weight_decay"], self.is_applied)
         self._last_steps[places] = (
             self._count.int()
-        )  # `begin` has caught them up even if the update is skipped
+        )  # `begin` has brought them up to date, even if the update is skipped
         self._rows, group["params"] = None, []
         return True
 
     @torch.no_grad()
     def bring_up_to_date(self) -> None:
-        """Catches all rows up, and completes the tables; see the base class. Not within a step. Collective."""
+        """Brings all rows up to date and completes the tables; see the base class. Must not be called within a step.
+        Collective.
+        """
         if self.rule.catches_up:
             width = max(len(self._mains) * self.tables[0].size(1), _LEAST_WIDTH)
             at_once = max(1, _ELEMENTS_AT_ONCE // width)
@@ -223,14 +230,14 @@ class RowOptimizer(OwnOptimizer):
         self._memory.settle()
 
     def held(self) -> Iterator[HeldState]:
-        """Yields tables and state; see the base class."""
+        """Yields the tables and their state on this rank; see the base class."""
         for place, (table, main) in enumerate(zip(self.tables, self._mains, strict=True)):
             state = {name: tensors[place] for name, tensors in self._state.items()}
             tensors = state if table.dtype == torch.float32 else {"param": main, **state}
             yield HeldState(table, tensors, self._blocks.start, self._blocks.end)
 
     def whole(self) -> Iterator[tuple[torch.Tensor, State]]:
-        """Yields tables and their whole state; see the base class."""
+        """Yields the tables and their complete state; see the base class."""
         for held in self.held():
             gathered = {name: self._blocks.gather_to_first(t) for name, t in held.tensors.items()}
             state = {name: tensor for name, tensor in gathered.items() if tensor is not None}
@@ -242,14 +249,14 @@ class RowOptimizer(OwnOptimizer):
         return int(self._count)
 
     def restored(self, step: int) -> None:
-        """Continues after `step` updates; see the base class."""
+        """Prepares to continue after `step` updates; see the base class."""
         self._rows = None
         self._count = torch.full_like(self._count, step)
         self._last_steps.fill_(step)
         self._missed.restart(self._count)
 
     def reload_model_params(self, state_dict: Any = None) -> None:
-        """Takes main weights from the model's."""
+        """Copies the model's weights into the main weights."""
         if self.tables[0].dtype == torch.float32 or not self._memory.is_writer:
             return
         for main, table in zip(self._mains, self.tables, strict=True):
@@ -257,10 +264,10 @@ class RowOptimizer(OwnOptimizer):
             self._memory.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does nothing: the gradient of a step begins with zeros."""
+        """Does nothing, because the gradient of each step starts with zeros."""
 
     def _copied(self, places: torch.Tensor) -> tuple[torch.Tensor, State]:
-        """Copies rows of the block out of tables and state, and brings the copies up to date."""
+        """Copies rows of this rank's block out of tables and state, and brings the copies up to date."""
         weights = self._memory.fetch(self._mains, places)
         state = {name: self._memory.fetch(tensors, places) for name, tensors in self._state.items()}
         if self.rule.catches_up:
@@ -268,7 +275,7 @@ class RowOptimizer(OwnOptimizer):
         return weights, state
 
     def _write(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
-        """Writes rows of the block back."""
+        """Writes rows of this rank's block back into tables and state."""
         self._memory.write(self._mains, places, weights)
         if self.tables[0].dtype != torch.float32:
             self._memory.write(self.tables, places + self._blocks.start, weights)
@@ -276,11 +283,11 @@ class RowOptimizer(OwnOptimizer):
             self._memory.write(tensors, places, state[name])
 
     def _catch_up(self, places: torch.Tensor, weights: torch.Tensor, state: State) -> None:
-        """Carries out the missed updates of copied rows, in place; see `missed_steps`."""
+        """Applies the missed updates to copied rows, in place; see `missed_steps`."""
         if not self._missed.recorded:
             return
         since, row = self._last_steps[places].long(), None
-        if self._host_reads:  # a few different steps are less work than all rows
+        if self._host_reads:  # computing each distinct step once is less work than computing every row
             since, row = since.unique(return_inverse=True)
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
@@ -303,7 +310,7 @@ class RowOptimizer(OwnOptimizer):
 
 
 def _move_gradient(into: torch.Tensor, leaf: torch.Tensor) -> None:
-    """Adds a leaf's gradient, in the model's precision, to the step's."""
+    """Adds the gradient of a leaf tensor, in the model's precision, to the step's gradient, and clears it."""
     assert leaf.grad is not None
     into.add_(leaf.grad)
     leaf.grad = None

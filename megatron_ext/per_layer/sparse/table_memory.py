@@ -1,10 +1,11 @@
-"""The memory of per-layer tables and of their optimizer's state: that of the device, host memory, or files.
+"""The memory that holds per-layer tables and their optimizer state: the device's, the host's, or files.
 
-Off the device (--per-layer-offload) tables and state are tensors of the CPU. A step moves its rows only: `fetch` copies
-them to the device, where the step computes as with tables that are there, and `write` copies them back. The
-data-parallel ranks of a host share one copy of tables and state. All of them compute every update, and the first of
-them writes it. No rank reads rows that another one is writing: between a step's `fetch` and its `write` on another rank
-lies the reduction of the gradients, and between that `write` and the next `fetch` the exchange of the next step's ids.
+With --per-layer-offload, tables and state are CPU tensors, and a step moves only its own rows: `fetch` copies them to
+the device, the step computes there as usual, and `write` copies them back. The data-parallel ranks of a host share
+one copy of tables and state. All of them compute every update, and the first of them writes it. No rank reads rows
+while another rank writes them, because two collectives are in between: the reduction of the gradients, between a
+`fetch` and the `write` of the same step; and the exchange of the next step's ids, between this `write` and the next
+`fetch`.
 """
 
 import resource
@@ -17,25 +18,26 @@ from megatron_ext.platform import process_groups
 from megatron_ext.platform.memory.mapped_tensors import mapped_zeros, read_ahead, release_pages
 
 _ROWS_AT_ONCE = 1024
-"""Rows that are read before their pages are let go: where a page is read that is in the system's cache, Linux makes up
-to 15 others around it resident."""
+"""Number of rows to read before their pages are released. (When a page in the system's cache is read, Linux makes up
+to 15 pages around it resident.)
+"""
 
 
 class TableMemory:
-    """The memory of the device."""
+    """The device's memory; also the base class."""
 
     is_on_device = True
     """Whether tables and state are in the device's memory."""
 
     is_writer = True
-    """Whether this rank writes what it has computed."""
+    """Whether this rank writes its results."""
 
     def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
         """Returns new tensors, filled with zeros."""
         return [torch.zeros(*shape, dtype=dtype, device=process_groups.device()) for _ in range(number)]
 
     def fetch(self, tables: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """Copies rows out of L tables [Vp, q]: [L, m, q] on the device."""
+        """Copies rows out of L tables [Vp, q]; returns [L, m, q] on the device."""
         return torch.stack([table.index_select(0, places) for table in tables])
 
     def write(self, tables: Sequence[torch.Tensor], places: torch.Tensor, rows: torch.Tensor) -> None:
@@ -46,24 +48,26 @@ class TableMemory:
     def to_look_up(
         self, ids: torch.Tensor, tables: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns ids and tables on the device for `combination.look_up`, which finds the rows of `ids` in `tables`."""
+        """Returns ids and tables on the device with which `combination.look_up` finds the rows of `ids` in
+        `tables`.
+        """
         return ids, list(tables)
 
     def release(self) -> None:
-        """Lets go of what the process need not keep after a pass over a table."""
+        """Releases memory that the process does not need after a pass over a table."""
 
     def settle(self) -> None:
-        """Waits until all ranks see what was written. Collective."""
+        """Waits until all ranks can read everything that was written. Collective."""
 
 
 class OffDevice(TableMemory):
-    """Memory of the host, or with a directory of files, which a host's data-parallel ranks share."""
+    """The host's memory or, with a directory, files; the data-parallel ranks of a host share them."""
 
     is_on_device = False
 
     def __init__(self, directory: str | None, group: dist.ProcessGroup) -> None:
         """Args:
-        directory: where the files are; None for host memory.
+        directory: the directory of the files; None for host memory.
         group: the data-parallel ranks, which all hold the same tables.
         """
         self.directory = directory
@@ -71,14 +75,14 @@ class OffDevice(TableMemory):
         self._blocks_read = -1
 
     def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
-        """As in the base class. Collective over all ranks; raises `OSError` if there is no room."""
+        """See the base class. Collective over all ranks; raises `OSError` if there is not enough space."""
         what = "--per-layer-offload-dir" if self.directory is not None else "--per-layer-offload cpu"
         made = mapped_zeros(number, shape, dtype, directory=self.directory, group=self.group, what=what)
         self.is_writer = made.is_writer
         return made.tensors
 
     def fetch(self, tables: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """As in the base class; `places` may be on the device. The host does not wait for the copy to the device."""
+        """See the base class; `places` may be on the device. The host does not wait for the copy to the device."""
         device, places = places.device, places.to("cpu")
         shape = (len(tables), places.numel(), tables[0].size(1))
         rows = torch.empty(shape, dtype=tables[0].dtype, pin_memory=device.type == "cuda")
@@ -92,12 +96,14 @@ class OffDevice(TableMemory):
         return rows.to(device, non_blocking=True)
 
     def _reads_disk(self) -> bool:
-        """Returns whether this process has read from a disk since the last call: the cache may lack other rows, too."""
+        """Returns whether this process has read from a disk since the last call; if so, the cache may lack other
+        rows, too.
+        """
         before, self._blocks_read = self._blocks_read, resource.getrusage(resource.RUSAGE_SELF).ru_inblock
         return self.directory is not None and self._blocks_read != before
 
     def write(self, tables: Sequence[torch.Tensor], places: torch.Tensor, rows: torch.Tensor) -> None:
-        """As in the base class, on the host's first rank; on a GPU the host waits for the step."""
+        """See the base class; only the host's first rank writes. On a GPU the host waits for the step."""
         if self.is_writer:
             super().write(tables, places.to("cpu"), rows.to("cpu"))
         self.release()

@@ -1,1 +1,1 @@
-"""Memory outside of torch's allocators."""
+"""Allocates memory for tensors outside of torch's allocators."""

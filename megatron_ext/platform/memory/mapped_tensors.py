@@ -1,11 +1,11 @@
-"""Tensors outside of torch's memory, in host memory or on a disk, of which the ranks of a host share one copy.
+"""Tensors in mapped memory (host memory, or a file on a disk), of which the ranks of a host share one copy.
 
-The memory is a mapped file without a name: nothing finds it but the processes that map it, and the system frees it when
-the last of them ends, however it ends. So a run that is killed leaves nothing behind.
+The memory is a mapped file without a name: only the processes that map it can find it, and the system frees it when
+the last of these processes ends, for any reason. So even a killed run leaves nothing behind.
 
-The pages of a file on a disk belong to the system's cache. It keeps in memory what it has room for, writes and reads
-the rest, and the process needs none of it between two accesses. A process counts the pages that it has touched as
-resident until `release_pages` lets go of them.
+The pages of a file on a disk belong to the system's cache. The cache keeps as many pages in memory as fit, and writes
+and reads the others; the process itself needs no page between two accesses. The pages that a process has touched
+count as its resident memory until `release_pages` releases them.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_ext.platform.collectives import gather_or_raise, on_every_rank
 
 _RANGES_AT_ONCE = 1024
-"""IOV_MAX, the most that Linux takes in one call."""
+"""IOV_MAX, the largest number of ranges that Linux accepts in one call."""
 
 _on_disk: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
@@ -38,7 +38,7 @@ class MappedTensors:
     """Tensors that all ranks of a group on this host share."""
 
     tensors: list[torch.Tensor]
-    """Filled with zeros; each has its own storage."""
+    """The tensors, filled with zeros; each has its own storage."""
 
     is_writer: bool
     """Whether this is the host's first rank in the group, which alone should write."""
@@ -53,20 +53,21 @@ def mapped_zeros(
     group: dist.ProcessGroup,
     what: str,
 ) -> MappedTensors:
-    """Makes tensors that a group's ranks on the same host share. Collective over all ranks, each with its own group.
+    """Makes tensors that a group's ranks on the same host share. Collective: every rank must call it, with its own
+    group.
 
     Args:
-        number: how many tensors.
-        shape: shape of each.
-        dtype: their type.
-        directory: where their file is, on a disk; it is made if it does not exist. None keeps them in memory.
+        number: number of tensors.
+        shape: shape of each tensor.
+        dtype: dtype of the tensors.
+        directory: directory of the file, on a disk; created if it does not exist. None keeps the tensors in memory.
         group: the ranks that hold the same values.
-        what: the flag that asked for it, for errors.
+        what: the flag that requires the tensors, for error messages.
 
     Raises:
-        OSError: there is no room for them, or the directory is not writable; raised on every rank.
+        OSError: there is not enough space, or the directory is not writable; raised on every rank.
     """
-    # Each begins on a page of its own.
+    # Each tensor starts on a new page.
     bytes_of_one = prod(shape) * dtype.itemsize
     stride = -(-bytes_of_one // mmap.PAGESIZE) * mmap.PAGESIZE
     size = number * stride
@@ -90,10 +91,10 @@ def mapped_zeros(
             files.append(open(f"/proc/{process}/fd/{descriptor}", "r+b", buffering=0))  # noqa: SIM115
         return mmap.mmap(files[0].fileno(), size)
 
-    mapped = on_every_rank(mapping)  # afterwards nobody needs the writer's descriptor any more
+    mapped = on_every_rank(mapping)  # afterwards no rank needs the writer's descriptor
     files[0].close()
     if directory is not None:
-        # Rows are far apart; reading ahead of one would read others that nobody wants.
+        # The rows of a step are far apart; reading ahead would read rows that are not needed.
         mapped.madvise(mmap.MADV_RANDOM)
         _on_disk.add(mapped)
     tensors = [
@@ -104,15 +105,16 @@ def mapped_zeros(
 
 
 def release_pages() -> None:
-    """Lets go of all pages of files on a disk that this process has touched; their content is kept."""
+    """Releases all pages of files on a disk that this process has touched; their content is kept."""
     for mapped in _on_disk:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_ahead(table: torch.Tensor, rows: torch.Tensor) -> None:
-    """Asks the system to read rows of a mapped tensor [Vp, q] from its disk, all at once; does not wait for them.
+    """Requests all given rows of a mapped tensor [Vp, q] from the disk at once; does not wait for them.
 
-    Otherwise each row is read when it is used, and the next one only after it. Does nothing where Linux lacks the call.
+    Without this request, each row is read only when it is used, one after the other. Does nothing if Linux lacks the
+    call.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "process_madvise"):
@@ -132,7 +134,7 @@ def read_ahead(table: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _new_file(directory: str | None, size: int, what: str) -> IO[bytes]:
-    """Returns a new file of zeros without a name, for all of which there is room."""
+    """Returns a new file of zeros without a name, whose whole space is reserved."""
     if directory is None:
         free = psutil.virtual_memory().available
         if size > free:
@@ -148,7 +150,7 @@ def _new_file(directory: str | None, size: int, what: str) -> IO[bytes]:
     except OSError as error:
         raise type(error)(f"{what} {directory}: not writable: {error.strerror}") from None
     try:
-        # Reserves it. A write to a mapped page that finds no room on the disk would kill the process.
+        # This reserves the space. Otherwise, a write to a mapped page on a full disk would kill the process.
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
@@ -165,7 +167,7 @@ def _mib(size: int) -> str:
 
 
 def _host() -> str:
-    """Returns what the processes have in common that may open each other's files under /proc."""
+    """Returns a value that is equal on all processes that can open each other's files under /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         return boot + os.readlink("/proc/self/ns/pid")

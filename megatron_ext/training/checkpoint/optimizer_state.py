@@ -116,7 +116,7 @@ class OptimizerState:
             loaded = state.get(self._shards[id(held.parameter)][0], {})
             for name, tensor in held.tensors.items():
                 whole = loaded.get(name, held.parameter)
-                if whole.data_ptr() != tensor.data_ptr():  # otherwise it was read into its place
+                if whole.data_ptr() != tensor.data_ptr():  # otherwise it was read directly into its place
                     tensor.copy_(whole[held.start : held.end])
         part.restored(step)
 

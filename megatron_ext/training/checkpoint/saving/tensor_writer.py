@@ -181,13 +181,13 @@ class _Copied:
 
 
 class _InPlace:
-    """Replaces a planner in `write_data`, so that pages of one mapped tensor at a time are resident."""
+    """Replaces a planner in `write_data`; keeps only the pages of one mapped tensor at a time in resident memory."""
 
     def __init__(self, planner: SavePlanner) -> None:
         self._planner = planner
 
     def resolve_data(self, item: WriteItem) -> Any:
-        release_pages()  # the last tensor is written by now
+        release_pages()  # the previous tensor has been written by now
         return self._planner.resolve_data(item)
 
 
