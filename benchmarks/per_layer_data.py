@@ -30,13 +30,12 @@ from megatron_ext.data.indexed.indexed_files import Index, open_index, write_ind
 from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.per_layer.per_layer_ids import count_tokens, write_aligned
 from megatron_ext.data.per_layer.per_layer_vocab import (
-    STRATEGIES,
-    Strategy,
     TableArray,
     build_table,
     build_vocabulary,
     token_forms,
 )
+from megatron_ext.data.per_layer.strategies import STRATEGIES, Strategy
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 

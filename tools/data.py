@@ -23,7 +23,9 @@ from megatron_ext.data.indexed.indexed_files import Index
 from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
 from megatron_ext.data.indexed.same_file import refuse_same_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
+from megatron_ext.data.per_layer.ngrams import tokens_of_ngram
 from megatron_ext.data.per_layer.per_layer_table import row_names
+from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -249,15 +251,22 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
     require_per_layer_files(config.prefix, config.per_layer_data_path)
     check_aligned(config.prefix, config.per_layer_data_path)
     aligned = check_dataset(config.per_layer_data_path)
-    names = _per_layer_names(config.per_layer_data_path)
+    made = (read_manifest(config.per_layer_data_path) or {}).get("per_layer") or {}
+    names = _per_layer_names(made)
     for token, per_layer in zip(tokens, aligned.tokens()[start : start + len(tokens)].tolist(), strict=True):
         text = repr(tokenizer.detokenize([token])) if tokenizer is not None else ""
-        print(f"  {token:>8} {text:<24} {per_layer:>8} {names.get(per_layer, '')}")
+        if made.get("strategy") in NGRAM_TOKENS:
+            print(f"  {token:>8} {text:<24} n-gram {' '.join(map(str, tokens_of_ngram(per_layer)))}")
+        else:
+            print(f"  {token:>8} {text:<24} {per_layer:>8} {names.get(per_layer, '')}")
 
 
-def _per_layer_names(prefix: str) -> dict[int, str]:
-    """Returns the text of each per-layer id, from the vocabulary that the manifest names; empty if there is none."""
-    made = (read_manifest(prefix) or {}).get("per_layer") or {}
+def _per_layer_names(made: Mapping[str, Any]) -> dict[int, str]:
+    """Returns the text of each per-layer id, from the vocabulary that the manifest names; empty if there is none.
+
+    Args:
+        made: the section `per_layer` of the manifest.
+    """
     try:
         return row_names(made["vocab_file"], made["strategy"]) if made.get("vocab_file") else {}
     except FileNotFoundError:

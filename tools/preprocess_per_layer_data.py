@@ -21,6 +21,7 @@ from megatron_ext.data.files.console import token_progress
 from megatron_ext.data.indexed.indexed_files import Index, bin_path, idx_path
 from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, sha256_of, write_manifest
 from megatron_ext.data.indexed.same_file import refuse_same_file
+from megatron_ext.data.per_layer.ngrams import check_vocabulary
 from megatron_ext.data.per_layer.per_layer_ids import count_tokens, write_aligned
 from megatron_ext.data.per_layer.per_layer_table import (
     number_densely,
@@ -31,7 +32,6 @@ from megatron_ext.data.per_layer.per_layer_table import (
 )
 from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL,
-    Strategy,
     TableArray,
     build_table,
     build_vocabulary,
@@ -39,6 +39,7 @@ from megatron_ext.data.per_layer.per_layer_vocab import (
     save_vocabulary,
     token_forms,
 )
+from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS, WITHOUT_VOCABULARY, Strategy
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 DEFAULT_VOCAB_SIZE = 10_000
@@ -63,7 +64,7 @@ class PerLayerDataConfig:
 
     per_layer_vocab_file: str | None = None
     """JSON file of the per-layer vocabulary. An existing file is used, a missing one is created. Not needed with
-    --per-layer-strategy identity.
+    --per-layer-strategy identity, bigram_hash and trigram_hash.
     """
 
     per_layer_vocab_size: int | None = None
@@ -72,13 +73,15 @@ class PerLayerDataConfig:
     """
 
     per_layer_strategy: Strategy = "syntax_focus"
-    """Strategy that maps token ids to per-layer ids."""
+    """Strategy that maps token ids to per-layer ids. With bigram_hash and trigram_hash the dataset contains the numbers
+    of n-grams, which a training run hashes to as many rows as its --per-layer-vocab-size specifies.
+    """
 
     seed: int = 1234
     """Random seed for --per-layer-strategy random_subset."""
 
     def __post_init__(self) -> None:
-        if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
+        if self.per_layer_strategy not in WITHOUT_VOCABULARY and self.per_layer_vocab_file is None:
             raise ValueError(
                 f"--per-layer-strategy {self.per_layer_strategy}: requires --per-layer-vocab-file"
             )
@@ -158,7 +161,9 @@ def _make_table(
     The vocabulary and the table are written if their files do not exist yet.
     """
     path, strategy = config.per_layer_vocab_file, config.per_layer_strategy
-    if strategy == "identity":
+    if strategy in NGRAM_TOKENS:
+        check_vocabulary(strategy, tokenizer.vocab_size)
+    if strategy in WITHOUT_VOCABULARY:
         return np.arange(tokenizer.vocab_size, dtype=np.int32), tokenizer.vocab_size
     assert path is not None
     vocabulary = _vocabulary(config, path, tokenizer, indices)
@@ -251,11 +256,12 @@ def _write(
     source_manifest = read_manifest(index.prefix) or {}
     per_layer: dict[str, Any] = {
         "strategy": config.per_layer_strategy,
-        "vocab_size": vocab_size,
+        # Numbers of n-grams say nothing about the number of rows.
+        "vocab_size": None if config.per_layer_strategy in NGRAM_TOKENS else vocab_size,
         "source": index.prefix,
         "source_checksum": source_manifest.get("checksums", {}).get("bin"),
     }
-    if config.per_layer_strategy != "identity" and config.per_layer_vocab_file is not None:
+    if config.per_layer_strategy not in WITHOUT_VOCABULARY and config.per_layer_vocab_file is not None:
         per_layer["vocab_file"] = config.per_layer_vocab_file
         per_layer["vocab_checksum"] = sha256_of(config.per_layer_vocab_file)
     write_manifest(

@@ -50,7 +50,7 @@ run "$PYTHON" tools/preprocess_data.py --input "$OUT/train.jsonl" --output-prefi
 
 echo "== 4. Per-layer ids, for every strategy"
 datasets=("$OUT/train_text_document")
-for strategy in syntax_focus semantic_focus attention_guidance random_subset identity; do
+for strategy in syntax_focus semantic_focus attention_guidance random_subset identity bigram_hash trigram_hash; do
     run "$PYTHON" tools/preprocess_per_layer_data.py --input "$OUT/train.jsonl" --output-prefix "$OUT/train" \
         --per-layer-output-prefix "$OUT/$strategy" "${tokenizer[@]}" --per-layer-strategy "$strategy" \
         --per-layer-vocab-file "$OUT/per_layer_vocab.json" --per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE"

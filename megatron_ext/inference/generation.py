@@ -25,7 +25,12 @@ from megatron_ext.config.groups.inference_config import SamplingConfig
 from megatron_ext.models.attention.extended_self_attention import ExtendedSelfAttention
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
-from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
+from megatron_ext.training.interface.family_interface import (
+    PRECEDING_TOKENS,
+    Batch,
+    Family,
+    auxiliary_inputs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,8 @@ def generate(
             start, context = 0, StaticInferenceContext(len(prompts), total)
         inputs = tokens[:, start:end]
         positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
-        logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)
+        batch = {"tokens": inputs, "position_ids": positions, PRECEDING_TOKENS: tokens[:, :start]}
+        logits = stage_logits(model, families, batch, context)
         context.increment_sequence_len_offset(end - start)
         chosen = _chosen(logits, sampling, generator, vocab_size, len(prompts))
         # Rows whose prompt is longer keep their own next token instead of the chosen one.

@@ -3,6 +3,7 @@
 For layer l, the context part P is projected from the word embedding e, and the token part E is a row of a table:
 
     P[l] = RMSNorm_p( (e @ W_ctx_l) * h**-0.5 )          E[l] = table_l[id] * sqrt(p) * embed_scale
+                                                         with j ids per token:  sum of rows * sqrt(p / j) * embed_scale
 
 The three methods compute the layer's vector c:
 
@@ -85,7 +86,14 @@ def norm_across_shards(
 
 
 def look_up(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Looks up ids in every layer's table, without scaling: integer ids [s, b], L tables [Vp, q] -> [L, n, q]."""
+    """Looks up ids in every layer's table, without scaling: integer ids [s, b], L tables [Vp, q] -> [L, n, q].
+
+    With ids [s, b, j] the j rows of a token are summed.
+    """
+    if ids.dim() == 3:
+        # On a CPU the backward pass of `embedding_bag` takes twice as long.
+        groups = ids.flatten(0, 1)
+        return torch.stack([torch.nn.functional.embedding(groups, table).sum(1) for table in tables])
     return torch.stack([torch.nn.functional.embedding(ids.reshape(-1), table) for table in tables])
 
 

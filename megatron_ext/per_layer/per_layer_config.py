@@ -18,6 +18,8 @@ from megatron_ext.config.command_line.field_checks import (
     flag_name,
 )
 from megatron_ext.config.run_config import RunConfig
+from megatron_ext.data.per_layer.ngrams import PRIME
+from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS, WITHOUT_VOCABULARY, Strategy
 from megatron_ext.lora.adapter_config import AdapterConfig
 
 _GEMMA = {
@@ -49,7 +51,8 @@ class PerLayerConfig:
 
     per_layer_vocab_size: int | None = None
     """Number of rows of every per-layer table. Default: the number of ids in the per-layer data; with
-    --per-layer-strategy identity, the tokenizer's vocabulary size; if unknown, 10000.
+    --per-layer-strategy identity, the tokenizer's vocabulary size; if unknown, 10000. Required with bigram_hash and
+    trigram_hash.
     """
 
     per_layer_hidden_size: int = 1024
@@ -111,10 +114,13 @@ class PerLayerConfig:
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
 
-    per_layer_strategy: Literal[
-        "syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"
-    ] = "syntax_focus"
-    """Strategy that maps token ids to per-layer ids."""
+    per_layer_strategy: Strategy = "syntax_focus"
+    """Strategy that maps token ids to per-layer ids. bigram_hash hashes the last two tokens to rows, which are summed;
+    trigram_hash the last two and the last three.
+    """
+
+    per_layer_hashes: int = 2
+    """With --per-layer-strategy bigram_hash or trigram_hash: number of hash functions, and so of rows, of an n-gram."""
 
     per_layer_data_path: tuple[str, ...] | None = None
     """Prefixes of the datasets with the per-layer ids: one for each dataset of --data-path, in the same order."""
@@ -134,7 +140,14 @@ class PerLayerConfig:
         check_choices(self)
         if self.per_layer_preset is not None:
             self._apply(_GEMMA)
-        check_at_least(self, 1, "per_layer_vocab_size", "per_layer_hidden_size", "per_layer_stats_interval")
+        check_at_least(
+            self,
+            1,
+            "per_layer_vocab_size",
+            "per_layer_hidden_size",
+            "per_layer_hashes",
+            "per_layer_stats_interval",
+        )
         check_at_least(self, 0, "per_layer_lr_scale", "per_layer_weight_decay")
         check_positive(self, "per_layer_embed_scale", "per_layer_init_std")
         check_fraction(self, "per_layer_projection_dropout")
@@ -147,12 +160,38 @@ class PerLayerConfig:
                 f"--per-layer-offload-dir {self.per_layer_offload_dir}: requires --per-layer-offload disk (got "
                 f"{self.per_layer_offload})"
             )
+        self._check_hashes()
         if not self.use_per_layer_embedding:
             for name in ("per_layer_preset", "per_layer_vocab_file", "per_layer_data_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{flag_name(name)} {getattr(self, name)}: requires --use-per-layer-embedding"
                     )
+
+    def _check_hashes(self) -> None:
+        strategy, rows = self.per_layer_strategy, self.per_layer_vocab_size
+        default = type(self).__dataclass_fields__["per_layer_hashes"].default
+        if not self.hashes_ngrams:
+            if self.per_layer_hashes != default:
+                raise ValueError(
+                    f"--per-layer-hashes {self.per_layer_hashes}: requires --per-layer-strategy bigram_hash or "
+                    f"trigram_hash (got {strategy})"
+                )
+            return
+        if rows is None:
+            raise ValueError(
+                f"--per-layer-strategy {strategy}: requires --per-layer-vocab-size, the number of rows that n-grams "
+                "are hashed to"
+            )
+        if rows > PRIME:
+            raise ValueError(
+                f"--per-layer-vocab-size {rows}: must be at most {PRIME} with --per-layer-strategy {strategy}"
+            )
+        if self.per_layer_vocab_file is not None:
+            raise ValueError(
+                f"--per-layer-vocab-file {self.per_layer_vocab_file}: --per-layer-strategy {strategy} reads none; "
+                "omit the flag"
+            )
 
     def _apply(self, preset: dict[str, str]) -> None:
         defaults = type(self).__dataclass_fields__
@@ -169,6 +208,23 @@ class PerLayerConfig:
     def uses_token_ids(self) -> bool:
         """Whether the per-layer ids are the token ids."""
         return self.per_layer_strategy == "identity"
+
+    @property
+    def hashes_ngrams(self) -> bool:
+        """Whether the per-layer ids are rows that n-grams of tokens are hashed to."""
+        return self.per_layer_strategy in NGRAM_TOKENS
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether the per-layer ids are looked up in a table of token ids, made from a per-layer vocabulary."""
+        return self.per_layer_strategy not in WITHOUT_VOCABULARY
+
+    @property
+    def rows_per_token(self) -> int:
+        """Number of rows of a table that are summed for a token."""
+        return (
+            self.per_layer_hashes * (NGRAM_TOKENS[self.per_layer_strategy] - 1) if self.hashes_ngrams else 1
+        )
 
     @property
     def trains_rows(self) -> bool:

@@ -68,6 +68,7 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
         kept += 2 * value * width + 2 * width * width / tensor * size
     if method == "gated":
         kept += 3 * part
+    rows_per_token = settings.rows_per_token
     layers, stages = layout.model.num_layers, range(layout.parallel.pipeline_model_parallel_size)
     chunks = [chunk for stage in stages for chunk in layout.stage_chunks(stage)]
     writes = {shape.keys_of for shape in layout.model.layers if shape.keys_of is not None}
@@ -90,7 +91,8 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
         layers=(block,) * layers,
         streams=tuple(streams),
         held=(0.0,) * layers,
-        transient=max(map(len, chunks)) * part,  # the gradient of a chunk's vectors
+        # The gradient of a chunk's vectors, and a layer's rows before they are summed.
+        transient=max(map(len, chunks)) * part + rows_per_token * part * (rows_per_token > 1),
     )
 
 
@@ -104,7 +106,7 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
     is_on_device = settings.per_layer_offload is None
     shards = ranks if layout.parallel.use_distributed_optimizer and is_on_device else 1
-    touched = min(rows, layout.tokens * layout.num_microbatches * ranks)
+    touched = min(rows, layout.tokens * layout.num_microbatches * ranks * settings.rows_per_token)
     # Counts the gradient, the looked-up weights (unless these are the copied ones), and weights and state of this
     # rank's share of the rows.
     has_inputs = layout.is_half or shards > 1

@@ -2,7 +2,8 @@
 statistics.
 
 The per-layer ids are either looked up (`table[tokens]`), or the token ids themselves (strategy `identity`), or read
-from a dataset that is aligned with the tokens.
+from a dataset that is aligned with the tokens. With `bigram_hash` and `trigram_hash` the batch's field has the numbers
+of n-grams, computed from whole sequences or read, and `auxiliary_inputs` hashes them to rows.
 """
 
 from collections.abc import Iterable
@@ -22,9 +23,11 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.datasets.blends import parse_blend
 from megatron_ext.data.indexed.manifest import read_manifest
+from megatron_ext.data.per_layer.ngrams import check_vocabulary, hash_functions, ngram_numbers, starts_after
 from megatron_ext.data.per_layer.per_layer_ids import ATTENTION_PERIOD
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
 from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
+from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.activation_memory import FamilyActivations, ParallelLayout
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -40,7 +43,7 @@ from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
 from megatron_ext.per_layer.sparse.row_statistics import RowStatistics
 from megatron_ext.per_layer.sparse.row_updates import UPDATES, AdamConstants
 from megatron_ext.platform import process_groups
-from megatron_ext.training.interface.family_interface import Batch, Family
+from megatron_ext.training.interface.family_interface import PRECEDING_TOKENS, Batch, Family
 from megatron_ext.training.interface.own_optimizer import OwnOptimizer
 
 
@@ -72,13 +75,19 @@ class PerLayerFamily(Family):
     )
 
     def __init__(
-        self, settings: PerLayerConfig, vocab_size: int, table: "npt.ArrayLike | torch.Tensor | None" = None
+        self,
+        settings: PerLayerConfig,
+        vocab_size: int,
+        table: "npt.ArrayLike | torch.Tensor | None" = None,
+        *,
+        eod: int | None = None,
     ) -> None:
         """Args:
         settings: PLE's configuration.
         vocab_size: V, the tokenizer's vocabulary size.
-        table: [V], the per-layer id of each token id; None with the strategy `identity`, or if every batch contains
-            `per_layer_ids`.
+        table: [V], the per-layer id of each token id; None with a strategy that needs no table, or if every batch
+            contains `per_layer_ids`.
+        eod: the tokenizer's end-of-document id, beyond which no n-gram reaches; other strategies do not use it.
 
         Raises:
             ValueError: the table does not fit the vocabulary, or its ids do not fit the embedding.
@@ -87,10 +96,17 @@ class PerLayerFamily(Family):
         self.vocab_size = vocab_size
         self.rows = settings.rows(vocab_size)
         self.table = None if table is None else torch.as_tensor(table, dtype=torch.int64)
+        self.eod = eod
         if self.table is not None:
             _check_table(self.table, vocab_size, self.rows)
+        self._hash_functions = []
+        if settings.hashes_ngrams:
+            check_vocabulary(settings.per_layer_strategy, vocab_size)
+            self._hash_functions = hash_functions(settings.per_layer_strategy, settings.per_layer_hashes)
+        else:  # checkpoints from before this field do not have it
+            self.free_on_resume = type(self).free_on_resume | {"per_layer_hashes"}
         if settings.uses_token_ids and not settings.adds_to_inactive_streams:
-            self.free_on_resume = type(self).free_on_resume | {"per_layer_vocab_size"}
+            self.free_on_resume |= {"per_layer_vocab_size"}
         logs = settings.log_per_layer_stats or settings.log_per_layer_gradients
         self._rows: RowOptimizer | None = None
         self.statistics_interval = settings.per_layer_stats_interval if logs else None
@@ -108,11 +124,11 @@ class PerLayerFamily(Family):
             FileNotFoundError: the vocabulary or its table is missing.
         """
         table = None
-        if settings.per_layer_vocab_file is not None and not settings.uses_token_ids:
+        if settings.per_layer_vocab_file is not None and settings.needs_table:
             table = load_per_layer_table(
                 settings.per_layer_strategy, tokenizer=tokenizer, vocab_file=settings.per_layer_vocab_file
             )
-        elif mock_data and not settings.uses_token_ids:
+        elif mock_data and settings.needs_table:
             table = np.arange(tokenizer.vocab_size, dtype=np.int32) % settings.rows(tokenizer.vocab_size)
         aligned = settings.per_layer_data_path is not None
         if aligned and mock_data:
@@ -122,15 +138,15 @@ class PerLayerFamily(Family):
                 "--per-layer-strategy attention_guidance: requires --per-layer-data-path, because its "
                 "ids depend on positions"
             )
-        if not aligned and table is None and not settings.uses_token_ids:
+        if not aligned and table is None and settings.needs_table:
             raise ValueError(
                 "--use-per-layer-embedding: requires per-layer ids; pass --per-layer-vocab-file or "
                 "--per-layer-data-path, or --per-layer-strategy identity, which uses the token ids"
             )
-        if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
+        if settings.per_layer_vocab_size is None and settings.needs_table:
             rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))
             settings = replace(settings, per_layer_vocab_size=rows)
-        return cls(settings, tokenizer.vocab_size, table)
+        return cls(settings, tokenizer.vocab_size, table, eod=tokenizer.eod)
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
@@ -140,7 +156,12 @@ class PerLayerFamily(Family):
         if settings.uses_token_ids and not settings.adds_to_inactive_streams:
             # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)
-        return cls(settings, configuration["vocab_size"], configuration["table"])
+        return cls(
+            settings,
+            configuration["vocab_size"],
+            configuration["table"],
+            eod=configuration.get("end_of_document"),
+        )
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Checks the tensor-parallel size and the number of residual streams, and that only one flag adds a layer
@@ -158,11 +179,12 @@ class PerLayerFamily(Family):
             )
 
     def configuration(self) -> dict[str, Any]:
-        """Returns PLE's settings, the vocabulary size and the table of ids."""
+        """Returns PLE's settings, the vocabulary size, the table of ids, and what ends a document for n-grams."""
         return {
             "settings": group_to_dict(self.settings),
             "vocab_size": self.vocab_size,
             "table": None if self.table is None else self.table.tolist(),
+            **({"end_of_document": self.eod} if self.settings.hashes_ngrams else {}),
         }
 
     def extension(self) -> PerLayerExtension:
@@ -180,6 +202,12 @@ class PerLayerFamily(Family):
             "per_layer_strategy": self.settings.per_layer_strategy,
             "per_layer_vocab_size": self.rows,
         }
+
+    def sequence_fields(self, batch: Batch) -> Batch:
+        """Returns the numbers of the n-grams of whole sequences [b, s], if the batch does not have them."""
+        if not self.settings.hashes_ngrams or PER_LAYER_IDS in batch:
+            return {}
+        return {PER_LAYER_IDS: self._ngrams(batch)}
 
     def cost(self, model: ModelConfig) -> ModelCost:
         """Returns the parameters and FLOPs that PLE adds to `model`."""
@@ -251,11 +279,15 @@ class PerLayerFamily(Family):
         return batches
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns the per-layer ids [b, s] of a batch.
+        """Returns the per-layer ids [b, s] of a batch; with hashed n-grams [b, s, rows per token].
 
         Raises:
             ValueError: the batch has no ids, and there is no table to compute them.
         """
+        if self.settings.hashes_ngrams:
+            numbers = batch[PER_LAYER_IDS] if PER_LAYER_IDS in batch else self._ngrams(batch)
+            rows = [function(numbers, self.rows) for function in self._hash_functions]
+            return {PER_LAYER_IDS: torch.stack(rows, dim=-1)}
         if PER_LAYER_IDS in batch:
             return {PER_LAYER_IDS: batch[PER_LAYER_IDS]}
         tokens = batch["tokens"]
@@ -275,6 +307,14 @@ class PerLayerFamily(Family):
             ids = ids.masked_fill(place % ATTENTION_PERIOD == 0, SPECIAL["<|attention|>"])
             ids = ids.masked_fill(place == 0, SPECIAL["<|layer_start|>"])
         return {PER_LAYER_IDS: ids}
+
+    def _ngrams(self, batch: Batch) -> torch.Tensor:
+        """Returns the numbers [b, s] of the n-grams that end at a batch's tokens."""
+        strategy, tokens = self.settings.per_layer_strategy, batch["tokens"]
+        if PRECEDING_TOKENS in batch:
+            tokens = torch.cat([batch[PRECEDING_TOKENS][:, 1 - NGRAM_TOKENS[strategy] :], tokens], dim=1)
+        numbers: torch.Tensor = ngram_numbers(tokens, starts_after(tokens, self.eod), strategy)
+        return numbers[:, -batch["tokens"].size(1) :]
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
         """Returns the overrides of `--per-layer-lr-scale` and `--per-layer-weight-decay` for all PLE parameters."""

@@ -31,7 +31,7 @@ PER_LAYER_STREAM = "per_layer"
 """Name of the auxiliary stream that carries the per-layer vectors to the layers."""
 
 PER_LAYER_IDS = "per_layer_ids"
-"""Name of the auxiliary input with the integer per-layer ids [b, s]."""
+"""Name of the auxiliary input with the integer per-layer ids [b, s], or [b, s, j] for j rows per token."""
 
 
 class PerLayerWeights(torch.nn.Module):
@@ -94,7 +94,8 @@ class PerLayerInputs(StageModule):
         )
         self.norm = ShardedWeight(config, groups, (width,), dim=0, std=0.0, value=1.0)
         _mark_replicated(self.norm.weight, is_owner=stage.owns_replicas)
-        self.token_scale = settings.per_layer_embed_scale * width**0.5
+        # A sum of j independent rows has sqrt(j) times the size of one.
+        self.token_scale = settings.per_layer_embed_scale * (width / settings.rows_per_token) ** 0.5
         self.recorder: Recorder | None = None
         self.row_optimizer: RowOptimizer | None = None
         """Trains the tables by rows (--per-layer-sparse); None if the engine trains the tables, or if they are
@@ -107,7 +108,7 @@ class PerLayerInputs(StageModule):
         """Computes the stream `per_layer`; without ids, this is only the projected word embedding.
 
         Args:
-            auxiliary_inputs: `per_layer_ids` [b, s], or empty.
+            auxiliary_inputs: `per_layer_ids` [b, s] or [b, s, j], or empty.
             travelling: `word_embedding` [s, b, h] ([s / t, b, h] under sequence parallelism).
 
         Returns:
@@ -118,7 +119,7 @@ class PerLayerInputs(StageModule):
         ids = auxiliary_inputs.get(PER_LAYER_IDS)
         if ids is None:
             return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
-        return {PER_LAYER_STREAM: self._combine(projected, self._look_up(ids.t()))}
+        return {PER_LAYER_STREAM: self._combine(projected, self._look_up(ids.transpose(0, 1)))}
 
     def weights(self) -> list[PerLayerWeights]:
         """Returns the weights of the stage's layers, in order."""

@@ -49,7 +49,7 @@ def reference_per_layer_vector(
 
     Args:
         embedding: word embedding, [n, h].
-        ids: per-layer ids [n]; with None, c is the projected word embedding alone.
+        ids: per-layer ids [n], or [n, j] for j rows per token; with None, c is the projected word embedding alone.
         table: the layer's per-layer embedding table, [Vp, p].
         context_weight: projection of the word embedding, [p, h].
         norm_weight: weight of the norm after the projection, [p].
@@ -62,7 +62,8 @@ def reference_per_layer_vector(
     context = reference_rms_norm(embedding @ context_weight.T * hidden**-0.5, norm_weight, eps)
     if ids is None:
         return context
-    token = table[ids] * math.sqrt(width) * embed_scale
+    rows = ids if ids.dim() == 2 else ids.unsqueeze(1)
+    token = table[rows].sum(1) / math.sqrt(rows.size(1)) * math.sqrt(width) * embed_scale
     if method == "scaled_add":
         return (context + token) / math.sqrt(2)
     assert combination_weight is not None

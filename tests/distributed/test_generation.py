@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[ModelConfig, bool]] = {
     "rope": (ROPE, False),
     "learned positions": (LEARNED, False),
     "per-layer embedding": (ROPE, True),
+    "hashed n-grams": (ROPE, True),
     "sliding window": (replace(ROPE, window_size="3,0"), False),
     "sliding window in every other layer": (
         replace(ROPE, window_size="3,0", window_attn_skip_freq="2"),
@@ -53,6 +54,16 @@ MODELS: dict[str, tuple[ModelConfig, bool]] = {
         True,
     ),
 }
+GEMMA = PerLayerConfig(use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=8)
+NGRAMS = PerLayerConfig(
+    use_per_layer_embedding=True,
+    per_layer_strategy="trigram_hash",
+    per_layer_vocab_size=200,
+    per_layer_hidden_size=8,
+)
+EOD = 41
+"""In a prompt, behind what the shortest prompt has: read token by token."""
+
 PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.3, top_k=20, top_p=0.9, seed=3)
@@ -61,10 +72,8 @@ SAMPLED = Sampling(max_new_tokens=8, temperature=1.3, top_k=20, top_p=0.9, seed=
 def _build(name: str, parallel: ParallelConfig) -> tuple[GPTModel, list[Family]]:
     model, per_layer = MODELS[name]
     initialize(parallel, seed=1)
-    settings = PerLayerConfig(
-        use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=8
-    )
-    families: list[Family] = [PerLayerFamily(settings, VOCAB_SIZE)] if per_layer else []
+    settings = NGRAMS if name == "hashed n-grams" else GEMMA
+    families: list[Family] = [PerLayerFamily(settings, VOCAB_SIZE, eod=EOD)] if per_layer else []
     extensions = [family.extension() for family in families]
     chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
     return chunks[0], families
@@ -112,6 +121,7 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
         ("PP2", "rope"),
         ("TP2", "per-layer embedding"),
         ("TP2xPP2", "per-layer embedding"),
+        ("TP2xPP2", "hashed n-grams"),
         ("TP2xPP2", "sliding window in every other layer"),
         ("TP2xPP2", "shared keys"),
     ],

@@ -13,7 +13,8 @@ from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, sha
 from megatron_ext.data.per_layer.alignment import check_aligned
 from megatron_ext.data.per_layer.per_layer_ids import check_bounds, derive
 from megatron_ext.data.per_layer.per_layer_table import read_table, table_path
-from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES, load_vocabulary
+from megatron_ext.data.per_layer.per_layer_vocab import load_vocabulary
+from megatron_ext.data.per_layer.strategies import STRATEGIES, WITHOUT_VOCABULARY
 
 _CHUNK_TOKENS = 1 << 20
 
@@ -51,7 +52,8 @@ def verify_dataset(
     else:
         lines.append(_check_manifest(index, manifest))
         recorded = (per_layer or manifest.get("tokenizer") or {}).get("vocab_size")
-        vocab_size = vocab_size if recorded is None else recorded
+        # The numbers of n-grams have no bound.
+        vocab_size = recorded if per_layer or recorded is not None else vocab_size
     lines.append(_check_tokens(index, vocab_size))
     source = source if source is not None else (per_layer or {}).get("source")
     if source is not None:
@@ -108,8 +110,8 @@ def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> li
     main = check_dataset(source)
     tokenizer = (read_manifest(index.prefix) or {}).get("tokenizer") or {}
     table: np.ndarray[Any, Any]
-    if strategy == "identity":
-        table = np.arange(per_layer["vocab_size"])
+    if strategy in WITHOUT_VOCABULARY:
+        table = np.arange(per_layer.get("vocab_size") or tokenizer["vocab_size"])
     else:
         path = table_path(str(vocab_file), strategy)
         stored = read_table(str(vocab_file), strategy)

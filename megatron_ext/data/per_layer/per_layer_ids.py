@@ -10,6 +10,9 @@ Each line gives an id and the condition for it; the first condition that holds d
     <|attention|>     positions 10, 20, 30, ...
     table[tokens[i]]  all other positions
 
+With `bigram_hash` and `trigram_hash`, the dataset has the number of the n-gram that ends at each token (see `ngrams`),
+from which training computes rows. No n-gram reaches across the beginning of a document or an end-of-document token.
+
 The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices serve both.
 All data is streamed, so memory does not grow with the dataset. No text is read or tokenized.
 """
@@ -30,7 +33,9 @@ from megatron_ext.data.indexed.indexed_files import (
     write_index,
 )
 from megatron_ext.data.indexed.manifest import manifest_path, write_atomically
-from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, Strategy, TableArray
+from megatron_ext.data.per_layer.ngrams import ngram_numbers, starts_after
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, TableArray
+from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS, Strategy
 
 ATTENTION_PERIOD = 10
 _CHUNK_TOKENS = 1 << 18  # 256K tokens: the work arrays stay in the cache
@@ -81,14 +86,14 @@ def write_aligned(
         table: [V] per-layer id of each token id.
         strategy: the strategy that the table was built for; `attention_guidance` also uses positions.
         eod: end-of-document token id of the main tokenizer.
-        per_layer_vocab_size: number of per-layer ids; decides the integer type of the file (see `optimal_dtype`).
+        per_layer_vocab_size: number of per-layer ids; decides the integer type of the file (see `id_type`).
         progress: called after every chunk with the number of tokens in it.
 
     Raises:
         ValueError: a token id is not below V, or the dataset's sequences are not stored without gaps.
     """
     check_contiguous(index)
-    dtype = optimal_dtype(per_layer_vocab_size)
+    dtype = id_type(strategy, per_layer_vocab_size)
     with (
         write_atomically(idx_path(output_prefix)) as idx_temporary,
         write_atomically(bin_path(output_prefix)) as bin_temporary,
@@ -105,6 +110,11 @@ def write_aligned(
                 os.unlink(stale)
 
 
+def id_type(strategy: Strategy, per_layer_vocab_size: int) -> type[np.generic]:
+    """Returns the integer type of an aligned dataset; the numbers of n-grams take 63 bits."""
+    return np.int64 if strategy in NGRAM_TOKENS else optimal_dtype(per_layer_vocab_size)
+
+
 def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> Iterator[IntArray]:
     """Yields the per-layer ids of a tokenized dataset, chunk by chunk, in the integer type of `table`.
 
@@ -117,9 +127,14 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
     Raises:
         ValueError: a token id is not below V.
     """
-    begin = 0
+    begin, ngrams = 0, _Ngrams(strategy, eod) if strategy in NGRAM_TOKENS else None
     for chunk in index.token_chunks(_CHUNK_TOKENS):
         check_bounds(index, chunk, len(table))
+        if ngrams is not None:
+            yield ngrams.numbers(chunk, _begins(index, begin, len(chunk)))
+            index.release()
+            begin += len(chunk)
+            continue
         ids = np.take(table, chunk, mode="clip")  # bounds are checked; "clip" skips a second check
         if strategy == "attention_guidance":
             _mark(index, ids, chunk, begin, eod)
@@ -128,10 +143,34 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
         yield ids
 
 
-def document_ids(
-    tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int
-) -> npt.NDArray[np.int32]:
-    """Computes the per-layer ids, int32 [n], of the first n tokens of a document, for example of a prompt.
+class _Ngrams:
+    """The numbers of n-grams in a stream of tokens that comes in chunks."""
+
+    def __init__(self, strategy: Strategy, eod: int) -> None:
+        self.strategy, self.eod = strategy, eod
+        self._tokens, self._starts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+
+    def numbers(self, chunk: IntArray, begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Returns the numbers of the next tokens; `begins` is True where a document begins."""
+        kept = len(self._tokens)
+        tokens = np.concatenate([self._tokens, chunk.astype(np.int64)])
+        starts = np.concatenate([self._starts, begins]) | starts_after(tokens, self.eod)
+        earlier = NGRAM_TOKENS[self.strategy] - 1
+        self._tokens, self._starts = tokens[-earlier:], starts[-earlier:]
+        numbers: npt.NDArray[np.int64] = ngram_numbers(tokens, starts, self.strategy)
+        return numbers[kept:]
+
+
+def _begins(index: Index, begin: int, count: int) -> npt.NDArray[np.bool_]:
+    """Returns which of `count` tokens from `begin` on are the first of a document."""
+    found = np.zeros(count, dtype=bool)
+    for starts, _ in _documents_between(index, begin, begin + count):
+        found[starts[starts >= begin] - begin] = True
+    return found
+
+
+def document_ids(tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int) -> IntArray:
+    """Computes the per-layer ids [n] of the first n tokens of a document, for example of a prompt.
 
     Args:
         tokens: [n] token ids; an `eod` at the end ends the document.
@@ -139,6 +178,8 @@ def document_ids(
         strategy: the strategy that the table was built for.
         eod: end-of-document token id of the main tokenizer.
     """
+    if strategy in NGRAM_TOKENS:
+        return _Ngrams(strategy, eod).numbers(tokens, np.zeros(len(tokens), dtype=bool))
     ids = table[tokens]
     if strategy == "attention_guidance" and len(tokens):
         ids[ATTENTION_PERIOD::ATTENTION_PERIOD] = SPECIAL["<|attention|>"]

@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.data.indexed.manifest import sha256_of, write_atomically
-from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL_TOKENS, Strategy, TableArray, load_vocabulary
+from megatron_ext.data.per_layer.per_layer_vocab import (
+    SPECIAL_TOKENS,
+    TableArray,
+    load_vocabulary,
+)
+from megatron_ext.data.per_layer.strategies import WITHOUT_VOCABULARY, Strategy
 from megatron_ext.data.tokenizers import Tokenizer
 
 
@@ -128,7 +133,9 @@ def row_names(vocab_file: str, strategy: Strategy) -> dict[int, str]:
 
 
 def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file: str | None) -> TableArray:
-    """Loads the table from which training computes per-layer ids, int32 [V]; `identity` needs no file.
+    """Loads the table from which training computes per-layer ids, int32 [V].
+
+    The strategies of `WITHOUT_VOCABULARY` need no file; the table has the token ids.
 
     For `attention_guidance` the table is not enough, since some ids depend on the position: a training run must read
     the aligned dataset instead, and `per_layer_ids.document_ids` computes the ids of a prompt.
@@ -137,7 +144,7 @@ def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file
         FileNotFoundError: the vocabulary or the table is missing.
         ValueError: no vocabulary is given, or the table was made for another tokenizer or vocabulary.
     """
-    if strategy == "identity":
+    if strategy in WITHOUT_VOCABULARY:
         return np.arange(tokenizer.vocab_size, dtype=np.int32)
     if vocab_file is None:
         raise ValueError(f"--per-layer-strategy {strategy}: requires --per-layer-vocab-file")

@@ -13,6 +13,7 @@ A strategy decides how a vocabulary becomes a table (see docs/per_layer.md):
     attention_guidance  the table of syntax_focus, with some ids replaced according to the position: see `per_layer_ids`
     random_subset       a seeded random half of the vocabulary's forms keep their own id, the others become <|unk|>
     identity            the token id itself; needs no vocabulary
+    bigram_hash, trigram_hash    rows that the last two or three tokens are hashed to: see `ngrams`; need no vocabulary
 
 Per-layer ids are a function of the token ids, so the two cannot be misaligned. A strategy keeps only a part of
 the vocabulary, so the ids that a model and a dataset use are renumbered without gaps: see `per_layer_table`.
@@ -25,16 +26,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.indexed.manifest import write_atomically
+from megatron_ext.data.per_layer.strategies import WITHOUT_VOCABULARY, Strategy
 from megatron_ext.data.tokenizers import Tokenizer
 
-Strategy = Literal["syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 TableArray = npt.NDArray[np.int32]
 
 SPECIAL_TOKENS = (
@@ -179,10 +178,10 @@ def build_table(
     Args:
         strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.
         forms: [V] from `token_forms`.
-        vocabulary: maps text to id; `identity` does not use it.
+        vocabulary: maps text to id; the table of a strategy `WITHOUT_VOCABULARY` has the token ids instead.
         seed: decides which forms `random_subset` chooses.
     """
-    if strategy == "identity":
+    if strategy in WITHOUT_VOCABULARY:
         return np.arange(len(forms), dtype=np.int32)
     return np.array([_per_layer_id(strategy, form, vocabulary, seed) for form in forms], dtype=np.int32)
 

@@ -90,7 +90,7 @@ def _with_table(
 ) -> dict[str, Any]:
     """Returns PLE's configuration with a table of per-layer ids, if the strategy needs one."""
     family = PerLayerFamily.from_configuration(stored)
-    if family.settings.uses_token_ids or (family.table is not None and vocab_file is None):
+    if not family.settings.needs_table or (family.table is not None and vocab_file is None):
         return stored
     if vocab_file is None:
         raise ValueError(

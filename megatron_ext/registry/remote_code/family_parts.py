@@ -22,6 +22,7 @@ import torch
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.serialize import group_to_dict
+from megatron_ext.data.per_layer.ngrams import hash_functions
 from megatron_ext.data.per_layer.per_layer_ids import ATTENTION_PERIOD
 from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
 from megatron_ext.interop.added_parts import AddedParts
@@ -101,8 +102,15 @@ def families_in(config: dict[str, Any], ids: torch.Tensor | None) -> dict[str, A
         fields = {name: section[name] for name in PER_LAYER_FIELDS}
         is_identity = section["per_layer_strategy"] == "identity"
         rows = None if is_identity else section["per_layer_vocab_size"]
+        ngrams = section.get("ngrams")
+        if ngrams is not None:
+            fields["per_layer_hashes"] = ngrams["per_layer_hashes"]
         per_layer = PerLayerConfig(use_per_layer_embedding=True, per_layer_vocab_size=rows, **fields)
-        family = PerLayerFamily(per_layer, config["vocab_size"], ids)
+        family = PerLayerFamily(
+            per_layer, config["vocab_size"], ids, eod=None if ngrams is None else ngrams["end_token"]
+        )
+        if ngrams != _per_layer_section(family, None).get("ngrams"):
+            raise ValueError("ngrams: has other hash functions than this version of megatron_ext")
         found[family.name] = family.configuration()
     section = config.get("npt")
     if section is not None:
@@ -139,6 +147,13 @@ def _per_layer_section(family: PerLayerFamily, eod: int | None) -> dict[str, Any
         marks = {"start": "<|layer_start|>", "repeated": "<|attention|>", "end": "<|layer_end|>"}
         ids = {name: SPECIAL[token] for name, token in marks.items()}
         section["marks"] = {"period": ATTENTION_PERIOD, **ids, "end_token": eod}
+    if family.settings.hashes_ngrams:
+        functions = hash_functions(family.settings.per_layer_strategy, family.settings.per_layer_hashes)
+        section["ngrams"] = {
+            "per_layer_hashes": family.settings.per_layer_hashes,
+            "functions": [{"factors": list(each.factors), "offset": each.offset} for each in functions],
+            "end_token": family.eod,
+        }
     return section
 
 

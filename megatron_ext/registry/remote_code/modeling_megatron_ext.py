@@ -10,6 +10,7 @@ Two sections of config.json describe the additions to the base model; one of the
 is the word embedding that enters the first layer, `id` the token's per-layer id, h the hidden size, p the width of c.
 
     E = table[id] * sqrt(p) * embed_scale            P = RMSNorm( (e @ W_context) * h**-0.5 )
+        with j hash functions of n-grams: the sum of j rows, times embed_scale * sqrt(p / j)
     scaled_add   c = (P + E) / sqrt(2)
     concat       c = [P ; E] @ W
     gated        c = g * E + (1 - g) * P,            g = sigmoid([P ; E] @ W)
@@ -46,6 +47,9 @@ _ACTIVATIONS: dict[str, Any] = {
 _EPS = 1e-6
 """Added to mean squares in outer_product."""
 
+_PRIME = 2**31 - 1
+"""The modulus of the hash functions of n-grams."""
+
 
 def inverse_rms(values: torch.Tensor, eps: float) -> torch.Tensor:
     """Returns 1 / sqrt(mean of squares + eps) over the last dimension, in fp32."""
@@ -80,7 +84,8 @@ class PerLayerEmbedding(nn.Module):
         self.method = settings["per_layer_combination_method"]
         self.activation = _ACTIVATIONS[settings["per_layer_gate_activation"]]
         self.dropout = settings["per_layer_projection_dropout"]
-        self.scale, self.eps = settings["per_layer_embed_scale"] * width**0.5, eps
+        rows_per_token = len(settings["ngrams"]["functions"]) if "ngrams" in settings else 1
+        self.scale, self.eps = settings["per_layer_embed_scale"] * (width / rows_per_token) ** 0.5, eps
         self.embedding = nn.Embedding(settings["per_layer_vocab_size"], width)
         self.context_projection = nn.Linear(hidden, width, bias=False)
         if self.method != "scaled_add":
@@ -97,7 +102,8 @@ class PerLayerEmbedding(nn.Module):
 
         Args:
             hidden_states: [b, s, h].
-            inputs: the word embedding [b, s, h], the per-layer ids [b, s] or None, and the norm weight of P [p].
+            inputs: the word embedding [b, s, h], the per-layer ids [b, s], or [b, s, j] for j rows per token, or None,
+                and the norm weight of P [p].
         """
         combined = F.dropout(self.combine(*inputs), self.dropout, self.training)
         gated = self.activation(self.gate(hidden_states)) * combined
@@ -112,7 +118,8 @@ class PerLayerEmbedding(nn.Module):
         context = rms_norm(context, norm_weight, self.eps)
         if ids is None:
             return context
-        token = self.embedding(ids) * self.scale
+        found = self.embedding(ids)
+        token = (found.sum(-2) if ids.dim() == 3 else found) * self.scale
         if self.method == "scaled_add":
             return (context + token) * 0.5**0.5
         mixed = self.combination(torch.cat([context, token], dim=-1))
@@ -286,7 +293,7 @@ class ExtendedModel(nn.Module):
         settings = config.per_layer_embedding
         if settings:
             self.per_layer_norm = PerLayerNorm(settings["per_layer_hidden_size"], config.rms_norm_eps)
-            if settings["per_layer_strategy"] != "identity":
+            if settings["per_layer_strategy"] != "identity" and "ngrams" not in settings:
                 self.register_buffer("per_layer_ids", torch.zeros(config.vocab_size, dtype=torch.int32))
         self.post_init()
 
@@ -301,14 +308,17 @@ class ExtendedModel(nn.Module):
         per_layer_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the model; `per_layer_ids` [b, s], if given, replaces the ids that are computed from `input_ids`."""
+        """Runs the model; `per_layer_ids` [b, s], if given, replaces the ids that are computed from `input_ids`.
+
+        With hashed n-grams the ids are [b, s, j].
+        """
         if self.config.per_layer_embedding:
             settings = self.config.per_layer_embedding
             keeps = self.config.use_cache if use_cache is None else use_cache
-            if settings.get("marks") and past_key_values is None and keeps and not self.training:
-                past_key_values = DynamicCache(
-                    config=self.config
-                )  # the cache also stores the beginning of the current document
+            depends = "marks" in settings or "ngrams" in settings
+            if depends and past_key_values is None and keeps and not self.training:
+                # The cache also stores the beginning of the current document, or the last tokens.
+                past_key_values = DynamicCache(config=self.config)
             if per_layer_ids is None and input_ids is not None:
                 per_layer_ids = self.ids_of(input_ids, attention_mask, position_ids, past_key_values)
             if inputs_embeds is None:
@@ -329,8 +339,44 @@ class ExtendedModel(nn.Module):
     def ids_of(self, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
         """Returns the per-layer ids [b, s] of tokens [b, s]."""
         settings = self.config.per_layer_embedding
+        if "ngrams" in settings:
+            return self.ngram_rows(tokens, mask, cache)
         ids = tokens if settings["per_layer_strategy"] == "identity" else self.per_layer_ids[tokens]
         return ids if settings.get("marks") is None else self.marked(ids, tokens, mask, positions, cache)
+
+    def ngram_rows(self, tokens: torch.Tensor, mask: Any, cache: Any = None) -> torch.Tensor:
+        """Returns the rows [b, s, j] that j functions hash the n-gram ending at each of the tokens [b, s] to.
+
+        An n-gram reaches neither across the end of a document nor into what the mask leaves out. A cache keeps the last
+        tokens of the pass that filled it.
+        """
+        settings = self.config.per_layer_embedding
+        functions, end = settings["ngrams"]["functions"], settings["ngrams"]["end_token"]
+        length, reach = tokens.size(1), max(len(function["factors"]) for function in functions) - 1
+        digits = tokens + 1
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            digits = digits * mask[:, -length:].to(tokens.dtype)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past:
+            kept_at, kept = getattr(cache, "last_digits", (0, digits[:, :0]))
+            if kept_at != past:
+                raise ValueError(
+                    "hashed n-grams: the cache does not keep the last tokens; pass per_layer_ids"
+                )
+            digits = torch.cat([kept, digits], dim=1)
+        if cache is not None:
+            cache.last_digits = past + length, digits[:, -reach:]
+        after_end = F.pad(digits[:, :-1] == (-1 if end is None else end + 1), (1, 0))
+        of_places = [digits]
+        for _ in range(reach):
+            of_places.append(F.pad(of_places[-1][:, :-1], (1, 0)).masked_fill(after_end, 0))
+        found = []
+        for function in functions:
+            products = [
+                place * factor % _PRIME for place, factor in zip(of_places, function["factors"], strict=False)
+            ]
+            found.append((sum(products) + function["offset"]) % _PRIME % settings["per_layer_vocab_size"])
+        return torch.stack(found, dim=-1)[:, -length:]
 
     def marked(
         self, ids: torch.Tensor, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any
@@ -364,12 +410,33 @@ class ExtendedForCausalLM(nn.Module):
     """Mixin for the same model with its head."""
 
     model_class: Any
+    config: Any
     post_init: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
         self.post_init()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds the rows of hashed n-grams, from all tokens: a search with beams reorders what the cache holds."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        if "ngrams" in (self.config.per_layer_embedding or {}) and inputs.get("input_ids") is not None:
+            count = inputs["input_ids"].size(1)
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            if past + count > input_ids.size(1):
+                raise ValueError(
+                    "hashed n-grams require all tokens: omit prefill_chunk_size and inputs_embeds"
+                )
+            # An n-gram has at most three tokens.
+            inputs["per_layer_ids"] = self.model.ngram_rows(input_ids[:, -count - 2 :], attention_mask)[
+                :, -count:
+            ]
+        return inputs
 
 
 @functools.cache

@@ -32,6 +32,9 @@ Batch = dict[str, torch.Tensor]
 and fields that model families add.
 """
 
+PRECEDING_TOKENS = "preceding_tokens"
+"""Name of a batch field: the tokens [b, n] before those of a pass with a KV cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
@@ -113,6 +116,14 @@ class Family:
         Called before the batch is moved to the device. At most one model family of a run may change tokens or labels.
         """
         return batch
+
+    def sequence_fields(self, batch: Batch) -> Batch:
+        """Returns fields [b, s] that depend on several tokens of a sequence, to be added to a micro-batch.
+
+        Called after `make_batch` of every model family, with whole sequences: context-parallel ranks take their parts
+        afterwards.
+        """
+        return {}
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Computes the model family's additional inputs from a micro-batch on the device; called on every stage."""
@@ -305,7 +316,10 @@ def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torc
 
 
 def make_batch(families: Iterable[Family], batch: Batch) -> Batch:
-    """Applies every model family's `make_batch` to a micro-batch."""
+    """Applies every model family's `make_batch` to a micro-batch, then adds their `sequence_fields`."""
+    families = list(families)
     for family in families:
         batch = family.make_batch(batch)
-    return batch
+    return batch | {
+        name: value for family in families for name, value in family.sequence_fields(batch).items()
+    }

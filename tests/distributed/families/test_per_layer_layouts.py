@@ -25,6 +25,7 @@ VARIANTS = {
     "concat": replace(DOCUMENT_003, per_layer_combination_method="concat", per_layer_position="after_mlp"),
     "gated": replace(DOCUMENT_003, per_layer_combination_method="gated", per_layer_lr_scale=0.5),
     "gemma4": replace(DOCUMENT_003, per_layer_preset="gemma4", per_layer_vocab_size=VOCAB_SIZE),
+    "trigram_hash": replace(DOCUMENT_003, per_layer_strategy="trigram_hash"),
 }
 
 
@@ -36,7 +37,7 @@ class _Make:
 
     def __call__(self) -> list[Family]:
         settings = VARIANTS[self.variant]
-        return [PerLayerFamily(settings, VOCAB_SIZE, None if settings.uses_token_ids else TABLE)]
+        return [PerLayerFamily(settings, VOCAB_SIZE, TABLE if settings.needs_table else None, eod=3)]
 
 
 RUNS = LayoutRuns(

@@ -51,6 +51,7 @@ SPARSE = replace(DENSE, per_layer_sparse=True)
 SCALED = replace(
     SPARSE, per_layer_lr_scale=0.5, per_layer_weight_decay=0.3, log_per_layer_stats=False
 )  # without the statistics that only rows have
+NGRAMS = replace(SPARSE, per_layer_strategy="trigram_hash", log_per_layer_stats=False)
 SGD = replace(SPARSE, per_layer_optimizer="sgd", per_layer_lr_scale=20.0)
 
 
@@ -61,7 +62,9 @@ class _Make:
         self.settings = settings
 
     def __call__(self) -> list[Family]:
-        return [PerLayerFamily(self.settings, VOCAB_SIZE, TABLE)]
+        return [
+            PerLayerFamily(self.settings, VOCAB_SIZE, TABLE if self.settings.needs_table else None, eod=3)
+        ]
 
 
 def _variant(per_layer: PerLayerConfig, steps: int, **fields: Any) -> Variant:
@@ -78,6 +81,8 @@ _RUNS = LayoutRuns(
     {
         "whole": _variant(DENSE, 50),
         "adam": _variant(SPARSE, 50),
+        "whole, n-grams": _variant(replace(NGRAMS, per_layer_sparse=False), 10),
+        "adam, n-grams": _variant(NGRAMS, 10),
         "whole, scaled": _variant(replace(SCALED, per_layer_sparse=False), 10),
         "adam, scaled": _variant(SCALED, 10),
         "whole, bf16": _variant(DENSE, 50, precision="bf16"),
@@ -90,15 +95,15 @@ _RUNS = LayoutRuns(
     },
     [],
     {
-        "TP2": ["whole", "adam"],
-        "PP2": ["whole", "adam"],
-        "DP2": ["whole", "adam", "sgd"],
+        "TP2": ["whole", "adam", "adam, n-grams"],
+        "PP2": ["whole", "adam", "adam, n-grams"],
+        "DP2": ["whole", "adam", "sgd", "adam, n-grams"],
         "TP2+SP": ["whole", "adam", "rowwise_adagrad"],
         "TP1 recomputed": ["whole", "adam"],
         "DP2 distributed optimizer": ["whole", "adam", "whole, bf16", "adam, bf16"],
         "PP2 interleaved recomputed": ["short adam", "lazy_adam"],
         OVERLAPPED: ["short adam", "rowwise_adagrad"],
-        "CP2": ["short adam"],
+        "CP2": ["short adam", "adam, n-grams"],
     },
 )
 _LAYOUTS = ("TP1", "TP2", "PP2", "DP2", "TP2+SP", "TP1 recomputed", "DP2 distributed optimizer")
@@ -117,6 +122,11 @@ def test_adam_by_rows_has_the_losses_of_whole_tables_over_50_steps(layout: str) 
     assert gradients.keys() == whole.keys()
     for key, gradient in whole.items():
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "DP2", "CP2"])
+def test_sums_of_rows_train_by_rows_as_in_whole_tables(layout: str) -> None:
+    assert_same_run(_RUNS.at(layout, "adam, n-grams"), _RUNS.single("whole, n-grams"))
 
 
 def test_learning_rate_scale_and_weight_decay_of_tables_are_those_of_whole_tables() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES
+from megatron_ext.data.per_layer.strategies import STRATEGIES
 from megatron_ext.testing.warm_python.warm_server import warm_variables
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "data" / "main_job.sh"

@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.corpora.dataset_checks import verify_dataset
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, write_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of, save_table, table_path
-from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES
+from megatron_ext.data.per_layer.strategies import STRATEGIES
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.testing.tiny_datasets import write_dataset
 from tools.preprocess_per_layer_data import main
@@ -72,11 +73,19 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(
     source, output = f"{folder}/my_data_text_document", f"{folder}/my_data_per_layer_text_document"
     tokenizer = the_tokenizer(folder)
     tokens, ids = open_index(source).tokens(), open_index(output).tokens()
-    is_identity = strategy == "identity"
+    is_identity, hashes = strategy == "identity", strategy in ("bigram_hash", "trigram_hash")
+    has_none = is_identity or hashes
     table = load_per_layer_table(
-        strategy, tokenizer=tokenizer, vocab_file=None if is_identity else f"{folder}/per_layer_vocab.json"
+        strategy, tokenizer=tokenizer, vocab_file=None if has_none else f"{folder}/per_layer_vocab.json"
     )
-    if strategy == "attention_guidance":
+    if hashes:
+        numbers = tokens.astype(np.int64) + 1
+        assert ids[0] == numbers[0]
+        assert ids[1] == numbers[1] + (numbers[0] << 21)
+        assert ids[2] == numbers[2] + (numbers[1] << 21) + (strategy == "trigram_hash") * (numbers[0] << 42)
+        second = 1 + tokens.tolist().index(tokenizer.eod)  # a document's first token
+        assert ids[second] == numbers[second]
+    elif strategy == "attention_guidance":
         first = next(index for index, token in enumerate(tokens.tolist()) if token == tokenizer.eod)
         assert ids[0] == 2
         assert ids[10] == 3
@@ -93,7 +102,10 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(
     assert manifest["per_layer"]["strategy"] == strategy
     assert manifest["per_layer"]["source_checksum"] == source_manifest["checksums"]["bin"]
     assert manifest["inputs"][0]["path"] == "your_data.json"
-    if not is_identity:
+    assert "per-layer ids: all are what" in verify_dataset(output)[-1]
+    if hashes:
+        assert manifest["per_layer"]["vocab_size"] is None  # training decides the number of rows
+    if not has_none:
         vocabulary = json.loads((folder / "per_layer_vocab.json").read_text())
         assert len(vocabulary) <= 100
         assert {"the", "cat", "def", "(", "is", "not"} <= set(vocabulary)

@@ -15,6 +15,7 @@ from megatron_ext.data.datasets import gpt_dataset
 from megatron_ext.data.datasets.gpt_dataset import build_datasets
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.manifest import write_manifest
+from megatron_ext.data.per_layer.ngrams import ngram_numbers, starts_after, tokens_of_ngram
 from megatron_ext.data.per_layer.per_layer_ids import write_aligned
 from megatron_ext.models.ops.documents.document_bounds import document_bounds, forbidden_pairs
 from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
@@ -56,6 +57,31 @@ def assert_same_samples(
     for number in range(len(ours)):
         for key in keys:
             assert torch.equal(ours[number][key], theirs[number][key])
+
+
+def test_ngrams_begin_where_position_ids_restart_and_aligned_ones_also_read_what_precedes_the_sample(
+    tmp_path: Path,
+) -> None:
+    prefix = make(f"{tmp_path}/d", strategy="trigram_hash")
+    data = DataConfig(data_path=(prefix,), split="80,20", reset_position_ids=True)
+    train, _, _ = build(
+        data, per_layer=(f"{prefix}_pl",), per_layer_strategy="trigram_hash", per_layer_vocab_size=9
+    )
+    single = (1 << 21) - 1
+    reached = 0
+    for number in range(len(train)):
+        sample = train[number]
+        tokens, aligned = sample["tokens"], sample["per_layer_ids"]
+        derived = ngram_numbers(tokens, starts_after(tokens, TOKENIZER.eod), "trigram_hash")
+        for place, position in enumerate(sample["position_ids"].tolist()):
+            read = tokens[place - min(position, 2) : place + 1].tolist()
+            assert tokens_of_ngram(int(derived[place])) == read
+            # The sample's own document may have begun before it.
+            assert tokens_of_ngram(int(aligned[place]))[-len(read) :] == read
+            if place > 1:
+                assert aligned[place] == derived[place]
+        reached += int(aligned[0]) > single
+    assert 0 < reached < len(train)
 
 
 RESETS = {

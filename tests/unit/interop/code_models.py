@@ -93,9 +93,9 @@ class Case:
     def families(self) -> list[Family]:
         found: list[Family] = []
         if self.per_layer is not None:
-            identity = self.per_layer.uses_token_ids
-            table = None if identity else (torch.arange(VOCAB) * 7 + 1) % (ROWS - 7) + 7
-            found.append(PerLayerFamily(self.per_layer, VOCAB, table))
+            needs_table = self.per_layer.needs_table
+            table = None if not needs_table else (torch.arange(VOCAB) * 7 + 1) % (ROWS - 7) + 7
+            found.append(PerLayerFamily(self.per_layer, VOCAB, table, eod=EOD))
         return [*found, NPTFamily(self.npt)] if self.npt is not None else found
 
 
@@ -134,6 +134,10 @@ CASES = {
         "Gemma3", per_layer=_identity(**_AFTER, **_choice("gated", "silu", per_layer_strategy="identity"))
     ),
     "PLE gemma4": Case("Gemma3", per_layer=_identity(per_layer_preset="gemma4", per_layer_embed_scale=1.0)),
+    "PLE bigram_hash": _per_layer("Mistral", per_layer_strategy="bigram_hash", per_layer_hashes=1),
+    "PLE trigram_hash": _per_layer(
+        "Gemma3", **_AFTER, **_choice("gated", "silu", per_layer_strategy="trigram_hash")
+    ),
     "NPT low_rank, components": _npt(num_np_components=3, **_KEEP),
     "NPT low_rank triple": _npt("Qwen3", np_target="triple"),
     "NPT outer_product dual": _npt("Mistral", np_form="outer_product", np_target="dual", **_KEEP),

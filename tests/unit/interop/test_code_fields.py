@@ -44,6 +44,7 @@ WITHOUT_EFFECT = {
 IN_OTHER_WORDS = {
     "use_per_layer_embedding",  # the section exists
     "per_layer_vocab_size",  # the number of rows, also where it is a default
+    "per_layer_hashes",  # in "ngrams", beside the functions
     "npt_layers",  # a list of numbers
     "np_rank",  # one entry for each of these layers
 }

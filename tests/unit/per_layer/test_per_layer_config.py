@@ -123,6 +123,43 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"per_layer_vocab_size": None},
+            "--per-layer-strategy bigram_hash: requires --per-layer-vocab-size, the number of rows that n-grams",
+        ),
+        (
+            {"per_layer_vocab_size": 2**31},
+            "--per-layer-vocab-size 2147483648: must be at most 2147483647 with",
+        ),
+        ({"per_layer_hashes": 0}, "--per-layer-hashes 0: must be at least 1"),
+        (
+            {"per_layer_vocab_file": "v.json"},
+            "--per-layer-vocab-file v.json: --per-layer-strategy bigram_hash reads",
+        ),
+        (
+            {"per_layer_preset": "gemma4"},
+            "--per-layer-strategy bigram_hash: --per-layer-preset gemma4 sets it to",
+        ),
+        (
+            {"per_layer_strategy": "identity", "per_layer_hashes": 3},
+            "--per-layer-hashes 3: requires --per-layer-strategy bigram_hash or trigram_hash (got identity)",
+        ),
+    ],
+)
+def test_settings_of_hashed_ngrams_that_do_not_fit_are_named(values: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "use_per_layer_embedding": True,
+        "per_layer_strategy": "bigram_hash",
+        "per_layer_vocab_size": 500,
+    }
+    assert PerLayerConfig(**given).rows(777) == 500
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PerLayerConfig(**{**given, **values})
+
+
+@pytest.mark.parametrize(
     ("groups", "message"),
     [
         (

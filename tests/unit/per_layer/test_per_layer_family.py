@@ -23,6 +23,7 @@ from megatron_ext.testing.references import reference_rms_norm
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.engine.data_parallel import wrap_model
 from megatron_ext.training.engine.optimizer import build_optimizer
+from megatron_ext.training.interface.family_interface import PRECEDING_TOKENS, make_batch
 
 VOCAB, ROWS, WIDTH = 64, 20, 8
 MODEL = ModelConfig(
@@ -65,6 +66,41 @@ def test_ids_come_from_the_batch_else_from_the_table_else_they_are_the_tokens() 
     assert gemma.auxiliary_inputs({"tokens": tokens})["per_layer_ids"] is tokens
     with pytest.raises(ValueError, match="the batch has no per_layer_ids"):
         PerLayerFamily(_settings(), VOCAB).auxiliary_inputs({"tokens": tokens})
+
+
+def _of_ngrams(**values: Any) -> PerLayerFamily:
+    return PerLayerFamily(_settings(per_layer_strategy="trigram_hash", **values), VOCAB, eod=9)
+
+
+def test_rows_of_ngrams_are_the_same_from_whole_sequences_and_piece_by_piece() -> None:
+    family = _of_ngrams()
+    tokens = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+    tokens[1, 4], tokens[2, 0] = 9, 9
+    batch = make_batch([family], {"tokens": tokens})
+    rows = family.auxiliary_inputs(batch)["per_layer_ids"]
+    assert rows.shape == (3, 12, 4)
+    for start, end in ((0, 1), (1, 3), (2, 12), (5, 6), (11, 12)):
+        part = {"tokens": tokens[:, start:end], PRECEDING_TOKENS: tokens[:, :start]}
+        assert torch.equal(family.auxiliary_inputs(part)["per_layer_ids"], rows[:, start:end])
+    # Context-parallel ranks take parts of the field, whose n-grams reach beyond the part.
+    part = {name: value[:, 6:9] for name, value in batch.items()}
+    assert torch.equal(family.auxiliary_inputs(part)["per_layer_ids"], rows[:, 6:9])
+    ready = {"tokens": tokens, "per_layer_ids": batch["per_layer_ids"] + 1}
+    assert make_batch([family], ready)["per_layer_ids"] is ready["per_layer_ids"]
+
+
+def test_hashed_ngrams_come_back_from_a_checkpoints_json_and_stay_fixed_when_resuming() -> None:
+    family = _of_ngrams(per_layer_hashes=3)
+    again = PerLayerFamily.from_configuration(json.loads(json.dumps(family.configuration())))
+    assert (again.settings, again.eod, again.rows) == (family.settings, 9, ROWS)
+    tokens = {"tokens": torch.arange(20).unsqueeze(0)}
+    expected = family.auxiliary_inputs(tokens)["per_layer_ids"]
+    assert expected.shape == (1, 20, 6)
+    assert torch.equal(again.auxiliary_inputs(tokens)["per_layer_ids"], expected)
+    fixed = {"per_layer_hashes", "per_layer_vocab_size", "per_layer_strategy"}
+    assert not fixed & family.free_on_resume
+    # Checkpoints from before the field lack it.
+    assert "per_layer_hashes" in PerLayerFamily(_settings(), VOCAB, TABLE).free_on_resume
 
 
 def test_a_table_that_does_not_fit_is_refused() -> None:

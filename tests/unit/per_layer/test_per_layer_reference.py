@@ -42,13 +42,19 @@ CASES = [
     f"{method} {activation} {position}"
     for method, activation, position in itertools.product(METHODS, ACTIVATIONS, POSITIONS)
 ]
+CASES += [f"{method} silu before_layer trigram_hash" for method in METHODS]
 Gradients = dict[str, torch.Tensor]
 Outcome = tuple[torch.Tensor, Gradients]
 
 
 def _settings(case: str) -> PerLayerConfig:
-    names = ("per_layer_combination_method", "per_layer_gate_activation", "per_layer_position")
-    choices: dict[str, Any] = dict(zip(names, case.split(), strict=True))
+    names = (
+        "per_layer_combination_method",
+        "per_layer_gate_activation",
+        "per_layer_position",
+        "per_layer_strategy",
+    )
+    choices: dict[str, Any] = dict(zip(names, case.split(), strict=False))
     return PerLayerConfig(
         use_per_layer_embedding=True,
         per_layer_vocab_size=ROWS,
@@ -102,7 +108,7 @@ def _reference(
         combination = getattr(weights, "combination", None)
         vector = reference_per_layer_vector(
             embedding.flatten(0, 1).double(),
-            None if ids is None else ids.t().flatten(),
+            None if ids is None else ids.transpose(0, 1).flatten(0, 1),
             weights.embedding.weight.double(),
             weights.context_projection.weight.double(),
             inputs.norm.weight.double(),
@@ -140,7 +146,9 @@ def _compare_all(with_ids: bool) -> dict[str, tuple[Outcome, Outcome]]:
         model = _build(_settings(case))
         torch.manual_seed(3)
         tokens = torch.randint(VOCAB, (2, MODEL.seq_length))
-        ids = torch.randint(ROWS, tokens.shape) if with_ids else None
+        rows_per_token = model.per_layer.settings.rows_per_token
+        shape = tokens.shape if rows_per_token == 1 else (*tokens.shape, rows_per_token)
+        ids = torch.randint(ROWS, shape) if with_ids else None
         direction = torch.randn(2, MODEL.seq_length, 128)
         found[case] = (_ours(model, tokens, ids, direction), _reference(model, tokens, ids, direction))
     return found

@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.per_layer import per_layer_ids as ids_module
 from megatron_ext.data.per_layer.per_layer_ids import count_tokens, document_ids, write_aligned
-from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, STRATEGIES
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL
+from megatron_ext.data.per_layer.strategies import STRATEGIES
 from megatron_ext.testing.tiny_datasets import write_dataset
 
 VOCAB = 50
@@ -25,6 +26,11 @@ documents_of_sequences = st.lists(st.lists(sequences, max_size=3), min_size=0, m
 
 def slow_ids(document: Any, strategy: Any) -> Any:
     """Per-layer ids of one document, by the rules one token at a time."""
+    if strategy in ("bigram_hash", "trigram_hash"):
+        return [
+            slow_number(document[: place + 1], 2 + (strategy == "trigram_hash"))
+            for place in range(len(document))
+        ]
     ids = []
     for position, token in enumerate(document):
         if strategy == "attention_guidance" and position == len(document) - 1 and token == EOD:
@@ -36,6 +42,13 @@ def slow_ids(document: Any, strategy: Any) -> Any:
         else:
             ids.append(int(TABLE[token]))
     return ids
+
+
+def slow_number(tokens: Any, count: Any) -> Any:
+    """The number of the n-gram at the end of a document's tokens, of `count` tokens at most."""
+    ends = [place for place, token in enumerate(tokens[:-1]) if token == EOD]
+    after = tokens[ends[-1] + 1 :] if ends else tokens
+    return sum((token + 1) * 2 ** (21 * place) for place, token in enumerate(after[::-1][:count]))
 
 
 def write(folder: Any, strategy: Any, prefix: Any = "a", size: Any = 200) -> None:

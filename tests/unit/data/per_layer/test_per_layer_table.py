@@ -18,13 +18,13 @@ from megatron_ext.data.per_layer.per_layer_table import (
 )
 from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL_TOKENS,
-    STRATEGIES,
     build_table,
     build_vocabulary,
     load_vocabulary,
     save_vocabulary,
     token_forms,
 )
+from megatron_ext.data.per_layer.strategies import STRATEGIES, WITHOUT_VOCABULARY
 from megatron_ext.testing.tiny_datasets import ListTokenizer
 
 WORDS = [f"word{letter * count}" for letter in "abcdefghij" for count in range(1, 21)]
@@ -42,7 +42,7 @@ def vocabulary(tokenizer: Any) -> Any:
     return build_vocabulary(token_forms(tokenizer), counts, 10_000)
 
 
-@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "identity"])
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - set(WITHOUT_VOCABULARY)))
 def test_dense_ids_mean_what_the_vocabularys_ids_mean_and_leave_no_hole(
     tokenizer: Any, vocabulary: Any, strategy: Any, tmp_path: Path
 ) -> None:

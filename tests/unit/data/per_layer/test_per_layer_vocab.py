@@ -12,13 +12,13 @@ from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table
 from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL,
     SPECIAL_TOKENS,
-    STRATEGIES,
     build_table,
     build_vocabulary,
     form_of,
     load_vocabulary,
     token_forms,
 )
+from megatron_ext.data.per_layer.strategies import STRATEGIES, WITHOUT_VOCABULARY
 from megatron_ext.testing.tiny_datasets import ListTokenizer
 
 OCCURRENCES = {
@@ -108,9 +108,10 @@ def test_random_subset_is_seeded_and_keeps_about_half() -> None:
     assert not np.array_equal(table, build_table("random_subset", forms, vocabulary, seed=2))
 
 
-def test_identity_is_the_token_id(tokenizer: Any) -> None:
-    assert build_table("identity", token_forms(tokenizer), {}).tolist() == list(range(len(PIECES)))
-    assert load_per_layer_table("identity", tokenizer=tokenizer, vocab_file=None).tolist() == list(
+@pytest.mark.parametrize("strategy", WITHOUT_VOCABULARY)
+def test_a_strategy_without_vocabulary_keeps_the_token_id(tokenizer: Any, strategy: Any) -> None:
+    assert build_table(strategy, token_forms(tokenizer), {}).tolist() == list(range(len(PIECES)))
+    assert load_per_layer_table(strategy, tokenizer=tokenizer, vocab_file=None).tolist() == list(
         range(len(PIECES))
     )
 
@@ -136,7 +137,7 @@ def test_every_table_maps_every_token_into_the_vocabulary(pieces: Any, data: Any
         table = build_table(strategy, forms, vocabulary)
         assert table.shape == (size,)
         assert table.min() >= 0
-        if strategy != "identity":
+        if strategy not in WITHOUT_VOCABULARY:
             assert table.max() < len(vocabulary)
 
 
