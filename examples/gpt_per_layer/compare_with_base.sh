@@ -20,7 +20,10 @@ mkdir -p "$out"
 # 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4. The others are base models. The
 # plain one has an MLP of 320. 32 more are the FLOPs that both PLE models add; 374 more are the parameters that gemma4 adds.
 # An output layer of its own leaves the embedding to be a mere table: 524k more parameters, no FLOPs.
-names="base base-flops base-untied base-parameters 003 gemma4"
+# compare_ngrams.sh gives other names and another model: NAME@STEPS trains the variant NAME for another number of steps.
+model=${MODEL:---num-layers 4 --hidden-size 128 --num-attention-heads 4 --per-layer-hidden-size 32}
+hashed="--use-per-layer-embedding --per-layer-vocab-size 262144 --per-layer-sparse"
+names=${NAMES:-base base-flops base-untied base-parameters 003 gemma4}
 declare -A variant=(
     [base]=""
     [base-flops]="--ffn-hidden-size 352"
@@ -28,14 +31,18 @@ declare -A variant=(
     [base-parameters]="--ffn-hidden-size 694"
     [003]="--use-per-layer-embedding --per-layer-vocab-file $data/per_layer_vocab.json"
     [gemma4]="--use-per-layer-embedding --per-layer-preset gemma4"
+    [identity]="--use-per-layer-embedding --per-layer-strategy identity"
+    [bigram_hash]="$hashed --per-layer-strategy bigram_hash"
+    [trigram_hash]="$hashed --per-layer-strategy trigram_hash"
 )
 
-train_and_evaluate() { # name seed
-    local run="$out/$1-$2"
-    # shellcheck disable=SC2086  # the variant is several words
-    "$python" pretrain_gpt_per_layer.py ${variant[$1]} --per-layer-hidden-size 32 --num-layers 4 --hidden-size 128 \
-        --num-attention-heads 4 --seq-length 128 --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 \
-        --micro-batch-size 16 --train-iters "$steps" --eval-iters 0 --seed "$2" --lr 3e-3 --min-lr 3e-4 \
+train_and_evaluate() { # name or name@steps, seed
+    local run="$out/$1-$2" name=${1%@*} own_steps=$steps
+    [ "$name" = "$1" ] || own_steps=${1#*@}
+    # shellcheck disable=SC2086  # the variant and the model are several words
+    "$python" pretrain_gpt_per_layer.py ${variant[$name]} $model --seq-length 128 --swiglu --disable-bias-linear \
+        --hidden-dropout 0 --attention-dropout 0 \
+        --micro-batch-size 16 --train-iters "$own_steps" --eval-iters 0 --seed "$2" --lr 3e-3 --min-lr 3e-4 \
         --lr-decay-style cosine --lr-warmup-iters 50 --weight-decay 0.1 --adam-beta2 0.95 --num-workers 0 \
         --tokenizer-type GPT2BPETokenizer --vocab-file "$data/tokenizer/vocab.json" \
         --merge-file "$data/tokenizer/merges.txt" --data-path "$data/train_text_document" --split 100,0,0 \
