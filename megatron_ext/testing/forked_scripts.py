@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def become_command(variables: dict[str, str], folder: str | Path) -> Iterator[None]:
+def become_command(variables: Mapping[str, str], folder: str | Path) -> Iterator[None]:
     """Gives this forked process the environment and directory of a new one, and runs its exit functions at the end."""
     import torch
 
