@@ -4,7 +4,8 @@ import functools
 import logging
 import warnings
 
-from megatron_ext.platform import engine_imports, openmp_waiting
+from megatron_ext.platform import engine_imports
+from megatron_ext.platform.process import openmp_waiting
 
 engine_imports.install()
 openmp_waiting.install()

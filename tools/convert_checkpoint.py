@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag_name
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.tokenizer_config import TokenizerType
+from megatron_ext.platform.process.allocator import return_freed_memory
 
 if TYPE_CHECKING:
     from megatron_ext.config.groups.model_config import ModelConfig
@@ -241,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=str(run.__doc__),
         example=f"python tools/convert_checkpoint.py {command} {example}",
     )
+    return_freed_memory()
     run(config)
     return 0
 

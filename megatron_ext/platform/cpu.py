@@ -8,7 +8,6 @@ expect a GPU.
 This does not emulate a GPU: nothing runs asynchronously, and CUDA-only kernels stay unavailable.
 """
 
-import ctypes
 import functools
 import logging
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megatron_ext.platform.process.allocator import keep_freed_memory
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -35,7 +36,6 @@ _FACTORIES = (
     ),
     *("randn", "randperm", "tensor", "triu_indices", "zeros", "zeros_like"),
 )
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 _installed = False
 
 
@@ -94,7 +94,7 @@ def install() -> None:
     _patch_random_state()
     _patch_factories()
     _patch_type_names()
-    _keep_freed_memory()
+    keep_freed_memory()
     # mcore warns if the CPU's random state changes inside a GPU stream; here, both are the same state.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -181,17 +181,3 @@ def _patch_type_names() -> None:
         return type_of(self, dtype, *args, **kwargs)
 
     tensor_class.type = type_name
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep large freed blocks for reuse; does nothing with another C library."""
-    # Every step allocates and frees the same activations; with glibc's defaults, the system maps and zeroes each of
-    # them anew. With these settings, a step of the benchmark is about 5 % faster.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for parameter, value in (
-            (_M_MMAP_THRESHOLD, 1 << 30),
-            (_M_TRIM_THRESHOLD, 1 << 30),
-            (_M_TOP_PAD, 1 << 26),
-        ):
-            libc.mallopt(parameter, value)

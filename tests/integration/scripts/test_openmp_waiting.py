@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_ext.platform import openmp_waiting
+from megatron_ext.platform.process import openmp_waiting
 
 _DISPLAY = "import megatron_ext, sys; assert 'torch' not in sys.modules; import torch; torch.ones(2) + 1"
 

@@ -1,0 +1,1 @@
+"""Settings of a process's C libraries: the allocator, and OpenMP."""

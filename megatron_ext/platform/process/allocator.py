@@ -1,0 +1,31 @@
+"""Settings of glibc's allocator for what a process does with freed blocks; nothing happens with another C library."""
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+_returns_blocks = False
+
+
+def keep_freed_memory() -> None:
+    """Keeps large freed blocks for reuse, for training; does nothing after `return_freed_memory`."""
+    if _returns_blocks:
+        return
+    # Every step allocates and frees the same activations; with glibc's defaults, the system maps and zeroes each of
+    # them anew. With these settings, a step of the benchmark is about 5 % faster.
+    _set({_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26})
+
+
+def return_freed_memory() -> None:
+    """Returns freed blocks of at least 1 MB to the system at once, for work on one tensor after the other."""
+    # Otherwise small blocks that stay, such as names, come to lie between large ones that are freed: the gaps took half
+    # the size of a model that was converted.
+    global _returns_blocks
+    _returns_blocks = True
+    _set({_M_MMAP_THRESHOLD: 1 << 20})
+
+
+def _set(parameters: dict[int, int]) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in parameters.items():
+            libc.mallopt(parameter, value)
