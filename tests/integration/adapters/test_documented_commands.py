@@ -1,4 +1,4 @@
-"""The commands of docs/own_data.md, "Go on from an imported model", as they stand there, with less data and steps."""
+"""Runs the commands of docs/own_data.md, "Continue training an imported model", with less data and fewer steps."""
 
 import json
 import re
@@ -24,7 +24,7 @@ MORE = ("--eval-iters", "0", "--num-workers", "0")
 def documented() -> list[list[str]]:
     """The words of each command of the section."""
     page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
-    section = page.split("## Go on from an imported model\n")[1].split("\n## ")[0]
+    section = page.split("## Continue training an imported model\n")[1].split("\n## ")[0]
     block = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
     return [shlex.split(command) for command in re.sub(r"\\\n\s*", "", block).splitlines()]
 

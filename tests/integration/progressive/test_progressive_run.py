@@ -204,7 +204,7 @@ MISTAKES = {
         "3",
         "--save",
         "JOINT",
-    ): "--target-stacks 3: no stack can be added in .*JOINT, because its 2 stacks",
+    ): "--target-stacks 3: no stack can be added in .*JOINT, because the joint phase of its 2 stacks",
     (
         "--target-stacks",
         "2",

@@ -228,7 +228,7 @@ def test_without_a_model_one_line_says_where_one_comes_from(monkeypatch: pytest.
 @has_models
 def test_an_unknown_language_is_one_line() -> None:
     with pytest.raises(
-        ValueError, match=r"--lang klingon: there is no Punkt model .* \(there are czech, danish"
+        ValueError, match="--lang klingon: there is no Punkt model .*; choose one of czech, danish"
     ):
         splitter_of(Splitting("klingon", keep_newlines=False))
 

@@ -147,7 +147,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     a, b, c, out = (f"{tmp_path}/{name}" for name in ("a", "b", "c", "out"))
     for call, message in (
         (lambda: merge([a, b], out), "different token types: .*a is uint16, .*b is int32"),
-        (lambda: merge([a, c], c), "--output-prefix .*c is also an input"),
+        (lambda: merge([a, c], c), "--output-prefix .*c: is also an input"),
         (lambda: shuffle(a, a, seed=1), "is also an input"),
         (lambda: split(a, [out], [1, 2]), "--shares has 2 values, but --output-prefix has 1"),
         (lambda: split(a, [out, out], [1, 2]), "a prefix is given twice"),

@@ -34,6 +34,8 @@ WITHOUT_EFFECT = {
     "freeze_per_layer_embedding",
     "per_layer_sparse",
     "per_layer_optimizer",
+    "per_layer_offload",
+    "per_layer_offload_dir",
     "np_init_scale",
     "np_init_strategy",
     # What was logged.
