@@ -34,7 +34,7 @@ class _CpuRMSNorm(torch.autograd.Function):
 
 
 class _CpuAddedRMSNorm(torch.autograd.Function):
-    """Adds the RMSNorm of some values to a residual stream; saves two passes over memory compared with separate
+    """Adds the RMSNorm of some values to a residual stream; saves passes over memory compared with separate
     operations.
     """
 
@@ -44,7 +44,8 @@ class _CpuAddedRMSNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         normed = _normalize(ctx, hidden_states, weight, eps)
         if residual.dtype == hidden_states.dtype == torch.float32:
-            return torch.addcmul(residual, normed, weight, out=normed)
+            # `addcmul` would save a pass, but its fused product and sum round differently from Hugging Face's modules.
+            return normed.mul_(weight).add_(residual)
         return residual + normed.mul_(weight).to(residual.dtype)
 
     @staticmethod
