@@ -226,7 +226,7 @@ def _check_loss_scale(training: TrainingConfig, optimizer: OptimizerSettings) ->
         if optimizer.loss_scale is not None and name != "loss_scale":
             raise ValueError(
                 f"{flag_name(name)} {value:g}: has no effect with --loss-scale "
-                f"{optimizer.loss_scale:g}, which fixes it"
+                f"{optimizer.loss_scale:g}, because the loss scale is then constant; omit one of the two flags"
             )
 
 

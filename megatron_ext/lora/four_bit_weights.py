@@ -176,11 +176,9 @@ def check_part(precision: str, part: Part, ranks: int) -> None:
     together = part.row if part.splits_input else part.rows // part.pieces * part.row
     if ranks > 1 and together % block:
         raise ValueError(
-            f"precision {precision}: tensor parallelism would split blocks of {block} weights, because "
-            "the matrix has "
-            f"{together} consecutive weights{where}; choose another --tensor-model-parallel-size, or "
-            "layer sizes that "
-            "keep blocks whole"
+            f"precision {precision}: tensor parallelism would split blocks of {block} weights, because the matrix has "
+            f"{together} consecutive weights{where}, which is not a multiple of {block}; choose another "
+            "--tensor-model-parallel-size, or layer sizes that keep blocks whole"
         )
 
 

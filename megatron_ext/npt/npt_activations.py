@@ -100,8 +100,8 @@ def _stored_batches(layout: ParallelLayout) -> int:
 def _layer_bytes(
     settings: NPTModuleConfig, layout: ParallelLayout, number: int, gradients: LayerGradients
 ) -> float:
-    """Returns the bytes that a layer saves in addition to the base layer's; for `Use.PARTIAL`, all bytes that it
-    saves.
+    """Returns the bytes that an NPT layer keeps for the backward pass beyond those of a base layer; for `Use.PARTIAL`,
+    all bytes that it keeps.
     """
     if not gradients.any:
         return 0.0

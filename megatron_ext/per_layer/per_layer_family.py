@@ -192,8 +192,8 @@ class PerLayerFamily(Family):
         return PerLayerExtension(self.settings, self.rows)
 
     def dataset_options(self) -> dict[str, Any]:
-        """Returns the prefixes of the aligned per-layer datasets, and the strategy and size that their manifests must
-        have.
+        """Returns the prefixes of the aligned per-layer datasets, and the strategy and per-layer vocabulary size
+        that their manifests must record.
         """
         if self.settings.per_layer_data_path is None:
             return {}

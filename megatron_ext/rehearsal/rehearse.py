@@ -51,7 +51,9 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
             dataclasses.replace(config, training=dataclasses.replace(config.training, dry_run=True)), run
         )
     if config.training.skip_train:
-        raise ValueError("--skip-train: --rehearse runs training steps; omit one of them")
+        raise ValueError(
+            "--skip-train: cannot be given with --rehearse, which runs training steps; omit one of the two flags"
+        )
     flags = [*config.model.requires_te]
     if config.parallel.gradient_accumulation_fusion:
         flags.append("--gradient-accumulation-fusion")

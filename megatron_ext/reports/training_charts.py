@@ -33,12 +33,12 @@ def training_charts(
     declared: Sequence[ScalarChart] = (),
     wanted: Callable[[str], bool] = lambda tag: True,
 ) -> list[Chart]:
-    """Draws charts of all wanted tags, sorted by section.
+    """Draws charts of all wanted tags, sorted by section; shades the curriculum stages of a run that has several.
 
     Args:
         curves: steps and values of each TensorBoard tag.
         declared: charts of known tags; a tag that belongs to none of them gets a separate chart.
-        wanted: returns whether a tag is to be drawn. Several curriculum stages are always shaded.
+        wanted: returns whether a tag is to be drawn.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
     if len(bands) == 1:

@@ -13,7 +13,7 @@ def window_tokens(size: str) -> int:
     """Converts a value of --window-size to the number of tokens that a query attends to, including its own token.
 
     Raises:
-        ValueError: the value is not a number of earlier tokens, a comma and 0.
+        ValueError: the value is not of the form N,0, where N is the number of earlier tokens.
     """
     parts = size.strip().strip("()").split(",")
     numbers = [part.strip() for part in parts]

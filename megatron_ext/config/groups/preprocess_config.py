@@ -144,7 +144,7 @@ class IgnoredConfig:
     """No effect: the summary shows the speed."""
 
     def without_effect(self) -> Iterator[str]:
-        """Yields each flag that was given."""
+        """Yields each flag of this group that was given; none of them has an effect."""
         for field in fields(self):
             if getattr(self, field.name) != field.default:
                 yield flag_name(field.name)

@@ -159,7 +159,8 @@ class TrainingConfig:
         start, increment, _ = ramp
         if start >= final or (final - start) % increment:
             raise ValueError(
-                f"{given}: --global-batch-size {final} must be START plus a multiple of INCREMENT, above START"
+                f"{given}: --global-batch-size {final} must be greater than {start} (START) and differ from it by a "
+                f"multiple of {increment} (INCREMENT)"
             )
 
     @property

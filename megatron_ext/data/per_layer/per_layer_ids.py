@@ -111,7 +111,7 @@ def write_aligned(
 
 
 def id_type(strategy: Strategy, per_layer_vocab_size: int) -> type[np.generic]:
-    """Returns the integer type of an aligned dataset; the numbers of n-grams take 63 bits."""
+    """Returns the integer type of an aligned dataset: int64 for n-grams, whose ids use up to 63 bits."""
     return np.int64 if strategy in NGRAM_TOKENS else optimal_dtype(per_layer_vocab_size)
 
 

@@ -57,8 +57,8 @@ def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], sourc
     steps = set(_steps(common.get("optimizer")))
     schedule = common.get("opt_param_scheduler")
     if len(steps) != 1 or not isinstance(schedule, dict):
-        what = "a step count of Adam" if isinstance(schedule, dict) else "a learning-rate schedule"
-        raise ValueError(f"{source}: has no (single) {what}; import without --with-optimizer")
+        what = "exactly one step count of Adam" if isinstance(schedule, dict) else "a learning-rate schedule"
+        raise ValueError(f"{source}: does not contain {what}; import without --with-optimizer")
     iteration = common.get("iteration")
     if not isinstance(iteration, int):
         raise ValueError(f"{source}: has no iteration; import without --with-optimizer")

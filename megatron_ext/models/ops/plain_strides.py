@@ -9,10 +9,9 @@ import torch
 
 
 def plain_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a view with the strides of a new tensor, also for its gradient; returns a non-contiguous tensor
-    unchanged.
+    """Returns a view of a contiguous tensor with the standard strides of its shape, and gives its gradient the same.
 
     Args:
-        tensor: of any shape; only a contiguous tensor is changed.
+        tensor: of any shape; if it is not contiguous, it is returned as it is.
     """
     return tensor.view(-1).view(tensor.shape) if tensor.is_contiguous() else tensor

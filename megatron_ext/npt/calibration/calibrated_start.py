@@ -161,7 +161,7 @@ def _samples(config: NPTRunConfig) -> int:
 def _with_ranks(
     config: NPTRunConfig, chunks: list[GPTModel], moments: dict[int, LayerMoments]
 ) -> tuple[NPTModuleConfig, dict[Place, tuple[Spectrum, int]]]:
-    """Returns the settings with the chosen ranks, and the spectrum and rank of each layer and target of this stage."""
+    """Returns the settings with the chosen ranks, and spectrum and rank of each (layer, target) of the stage."""
     settings, model = config.np, config.model
     spectra: dict[Place, Spectrum] = {}
     for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
@@ -209,10 +209,11 @@ def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -
     }
     components = settings.num_np_components
     if components * max(ranks.values()) > hidden_size:
-        times = f"times {components} components " if components > 1 else ""
+        most = max(ranks.values())
+        rank = f"rank times components, {most} x {components}," if components > 1 else "the rank"
         raise ValueError(
-            f"--np-rank {settings.np_rank}: {times}must be at most the hidden size {hidden_size} for a "
-            "calibrated start"
+            f"--np-rank {settings.np_rank}: for a calibrated start, {rank} must be at most the hidden size "
+            f"{hidden_size}"
         )
     return ranks
 
@@ -259,8 +260,8 @@ def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.T
 
 
 def _found(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[Place, dict[str, Any]]:
-    """Returns the report's entries for key_value, one for each target; errors are measured in the calibration's
-    metric.
+    """Returns the entries of the report for the NP form `key_value`, one for each layer and target; `error_left` is in
+    the metric of the calibration.
     """
     return {
         place: _entry(found, rank, float(found.squares[rank:].sum() / found.squares.sum()))

@@ -30,8 +30,10 @@ class RowBlocks:
         self.start, self.end = (min(block * self.size, rows) for block in (self.place, self.place + 1))
 
     def own(self, below: Sequence[int]) -> slice:
-        """Returns the slice of the step's ids that are in this rank's block; `below` is a result of
-        `touched_rows`.
+        """Returns the slice of the step's ids that are in this rank's block.
+
+        Args:
+            below: for every block, the number of ids in it and in earlier blocks, from `touched_rows`.
         """
         return slice(below[self.place - 1] if self.place else 0, below[self.place])
 

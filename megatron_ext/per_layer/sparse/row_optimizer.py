@@ -213,8 +213,9 @@ class RowOptimizer(OwnOptimizer):
 
     @torch.no_grad()
     def bring_up_to_date(self) -> None:
-        """Brings all rows up to date and completes the tables; see the base class. Must not be called within a step.
-        Collective.
+        """Applies all postponed updates, then copies every rank's rows to all ranks, so that each has the whole tables.
+
+        Must not be called within a step. Collective.
         """
         if self.rule.catches_up:
             width = max(len(self._mains) * self.tables[0].size(1), _LEAST_WIDTH)

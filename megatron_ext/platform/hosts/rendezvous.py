@@ -58,7 +58,7 @@ def find_place(endpoint: Endpoint, held: dict[str, str]) -> Place:
     address = next((source for source in sources if source is not None), None)
     if address is None:
         raise OSError(
-            f"{endpoint}: host {socket.gethostname()} has no route to {found[0].text}; its addresses: "
+            f"{endpoint}: host {socket.gethostname()} has no route to {found[0].text}; the host's addresses are "
             f"{', '.join(sorted(held)) or 'none'}"
         )
     return Place(is_host=False, address=address, interface=held.get(address))

@@ -6,12 +6,11 @@ the parameter's shape. Its name contains {name}, the parameter's global name:
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
 This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; here, the plain
-optimizers use it as well. megatron-core's own code for this format is not used, for two reasons. It ignores the
-padding between gradient buckets, so that parameters after a padded bucket are saved with their neighbours' state
-(megatron-core 0.16.1, with several buckets, or a word embedding that stages share). And it cannot load into torch's
-Adam. Learning rates are not
-stored: they follow from the configuration and the schedule. Adam's step count is one number for all parameters,
-stored separately.
+optimizers use it as well. megatron-core's own code for this format is not used, for two reasons. First, that code
+ignores the padding between gradient buckets: with several buckets, or with a word embedding that pipeline stages
+share, parameters after a padded bucket are saved with their neighbours' state (seen in 0.16.1). Second, it cannot load
+into torch's Adam. Learning rates are not stored: they follow from the configuration and the schedule. Adam's step
+count is one number for all parameters, stored separately.
 
 A parameter may already have been trained in a smaller model. Its attribute `earlier_steps` can then hold the number
 of updates there, and torch's Adam continues to count from this number. Transformer Engine's and Apex's Adam ignore

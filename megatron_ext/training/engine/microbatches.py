@@ -141,7 +141,9 @@ def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
 
 
 def _bounds_of(batch: Batch, device: torch.device) -> Batch:
-    """Returns the bounds of the documents in the batch's whole sequences, in host memory; empty without documents."""
+    """Returns the field with the documents' bounds, in host memory, for sequences that are not split over ranks yet; {}
+    if the batch does not mark where documents begin.
+    """
     if DOCUMENT_STARTS not in batch:
         return {}
     bounds = document_bounds(batch[DOCUMENT_STARTS])

@@ -117,7 +117,7 @@ def test_an_endpoint_that_cannot_be_reached_ends_every_host_within_seconds_with_
     wrong = {
         "10.77.2.9:29400": "cannot be reached from host host2 within 4 s (RDZV_WAIT): 10.77.2.9 port 29400: ",
         "10.77.2.1:1": "cannot be reached from host host2 within 4 s (RDZV_WAIT): 10.77.2.1 port 1: connection refused",
-        "10.99.0.1:29400": "host host2 has no route to 10.99.0.1; its addresses: 10.77.2.2, 127.0.0.1, ",
+        "10.99.0.1:29400": "host host2 has no route to 10.99.0.1; the host's addresses are 10.77.2.2, 127.0.0.1, ",
         "nowhere.invalid:29400": "the name nowhere.invalid does not resolve on host host2",
         "10.77.2.1:port": "must be HOST:PORT, with a port from 1 to 65535",
     }

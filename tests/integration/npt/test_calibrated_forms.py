@@ -172,10 +172,13 @@ def test_without_down_the_lost_attention_output_is_not_fitted_and_keep_leaves_do
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--np-form", "low_rank", "--np-rank", "33"], "--np-rank 33: must be at most the hidden size 32"),
+        (
+            ["--np-form", "low_rank", "--np-rank", "33"],
+            "--np-rank 33: for a calibrated start, the rank must be at most the hidden size 32",
+        ),
         (
             ["--np-form", "low_rank", "--np-rank", "20", "--num-np-components", "2"],
-            "--np-rank 20: times 2 components must be at most the hidden size 32",
+            "--np-rank 20: for a calibrated start, rank times components, 20 x 2, must be at most the hidden size 32",
         ),
         (
             [

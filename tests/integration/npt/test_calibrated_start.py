@@ -190,7 +190,10 @@ def test_every_layout_gives_the_same_maps(layout: str, prepared: Prepared) -> No
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--np-rank", "33"], "--np-rank 33: must be at most the hidden size 32"),
+        (
+            ["--np-rank", "33"],
+            "--np-rank 33: for a calibrated start, the rank must be at most the hidden size 32",
+        ),
         (["--np-rank", "auto:0.0001"], "the budget is .* parameters, but rank 1 everywhere needs"),
         (
             ["--np-rank", "auto:kl=0.1", "--calibration-metric", "output"],

@@ -90,7 +90,8 @@ def test_a_run_that_names_a_checkpoint_directory_communicates_as_without_it(tmp_
         (
             ["--rehearse", "--skip-train"],
             {},
-            "error: --skip-train: --rehearse runs training steps; omit one of them",
+            "error: --skip-train: cannot be given with --rehearse, which runs training steps; omit one of the "
+            "two flags",
         ),
         (
             ["--world-size", "8"],

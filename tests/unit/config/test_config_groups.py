@@ -307,7 +307,7 @@ BAD = [
     (
         TrainingConfig,
         {"rampup_batch_size": (8, 2, 9), "global_batch_size": 8},
-        ["--rampup-batch-size 8 2 9", "--global-batch-size 8", "above START"],
+        ["--rampup-batch-size 8 2 9", "--global-batch-size 8", "greater than 8"],
     ),
     (TrainingConfig, {"fp16": True, "bf16": True}, ["--fp16", "--bf16"]),
     (OptimizerSettings, {"min_loss_scale": 2.0**33}, ["--min-loss-scale", "--initial-loss-scale"]),

@@ -124,7 +124,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"fp16": True, "loss_scale": 128.0, "loss_scale_window": 9},
-        "--loss-scale-window 9: has no effect with --loss-scale 128, which fixes it",
+        "--loss-scale-window 9: has no effect with --loss-scale 128, because the loss scale is then constant",
     ),
     (
         2,

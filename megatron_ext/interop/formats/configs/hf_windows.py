@@ -63,8 +63,12 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
     if kind in _IN_EVERY_LAYER:
         if ("layer_types" in config) if kind == "mistral" else config.get("layer_types"):
             raise ValueError(
-                f"{source}: layer_types cannot be imported for {kind}: transformers "
-                + ("reads the model as ministral" if kind == "mistral" else "uses them for its cache only")
+                f"{source}: layer_types of {kind} cannot be imported, because transformers "
+                + (
+                    "loads such a model as another model type, ministral"
+                    if kind == "mistral"
+                    else "applies layer_types to its cache only, not to attention"
+                )
             )
         return (_at_least_one(window, source),) * layers
     types = _layer_types(config, source)
