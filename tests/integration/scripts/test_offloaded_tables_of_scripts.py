@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -92,18 +91,6 @@ def test_a_model_trained_with_tables_on_disk_is_evaluated_and_generates_without_
         assert result.returncode == 0, result.stderr
         found.append([line for line in result.stdout.splitlines() if "lm loss" in line])
     assert found[0] and found[0] == found[1]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 900 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 WIDE = ["--per-layer-hidden-size", "1024"]  # tables and moments of 2 x 3 x 65 KiB x 4 on two ranks

@@ -285,18 +285,6 @@ def test_read_only_data_and_checkpoints_are_enough_to_train_and_evaluate(
             folder.chmod(0o755)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 900 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_disk_that_fills_up_ends_a_run_which_goes_on_when_there_is_room(
     data: str, small_disk: Path
 ) -> None:
