@@ -61,6 +61,10 @@ def _variant(settings: PerLayerConfig, **fields: str) -> Variant:
     )
 
 
+def _trigrams(settings: PerLayerConfig) -> PerLayerConfig:
+    return replace(settings, per_layer_strategy="trigram_hash", log_per_layer_stats=False)
+
+
 _RUNS = LayoutRuns(
     {
         "device": _variant(ROWS_ONLY),
@@ -70,12 +74,14 @@ _RUNS = LayoutRuns(
         "disk, bf16": _variant(DISK, precision="bf16"),
         "device, rowwise_adagrad": _variant(replace(ROWS_ONLY, per_layer_optimizer="rowwise_adagrad")),
         "disk, rowwise_adagrad": _variant(replace(DISK, per_layer_optimizer="rowwise_adagrad")),
+        "device, trigrams": _variant(_trigrams(ROWS_ONLY)),
+        "disk, trigrams": _variant(_trigrams(DISK)),
     },
     [],
     {
         "TP2": ["device", "disk", "device, rowwise_adagrad", "disk, rowwise_adagrad"],
         "PP2": ["device", "disk"],
-        "DP2": ["device", "cpu", "disk", "device, bf16", "disk, bf16"],
+        "DP2": ["device", "cpu", "disk", "device, bf16", "disk, bf16", "device, trigrams", "disk, trigrams"],
         DIVIDED: ["device", "disk", "device, bf16", "disk, bf16"],
     },
 )
