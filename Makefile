@@ -1,6 +1,6 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
-# make npt         the pretrained SmolLM2-135M converted to NPT in closed form, trained and evaluated; five minutes
+# make npt         the pretrained SmolLM2-135M converted to NPT in closed form, trained and evaluated; five to nine minutes
 # make npt-toy     NPT layer by layer, then with a curriculum, on a small Llama pretrained for it; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make gemma       a small Gemma 4 pretrained, exported, and run by transformers; five minutes
