@@ -205,9 +205,8 @@ class RowOptimizer(OwnOptimizer):
         self._count = self._count + self.is_applied
         if self.rule.catches_up:
             self._missed.record(group["lr"], group["weight_decay"], self.is_applied)
-        self._last_steps[places] = (
-            self._count.int()
-        )  # `begin` has brought them up to date, even if the update is skipped
+        # `begin` has brought these rows up to date, even if the update is skipped.
+        self._last_steps[places] = self._count.int()
         self._rows, group["params"] = None, []
         return True
 

@@ -154,6 +154,15 @@ def test_importing_the_configuration_imports_neither_torch_nor_megatron() -> Non
     assert done.returncode == 0, done.stderr
 
 
+def _succeeds_without_compiling(code: str) -> None:
+    """Runs code in a new interpreter, in which torch.compile imports the compiler but needs no C++ compiler."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    # With this variable torch.compile leaves the function as it is.
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_engine_imports_no_compiler_and_its_functions_are_compiled_when_they_are_called() -> (
     None
 ):
@@ -167,11 +176,7 @@ def test_importing_the_engine_imports_no_compiler_and_its_functions_are_compiled
         "assert torch.equal(swiglu(y), torch.nn.functional.silu(y[:, :2]) * y[:, 2:])\n"
         "assert 'torch._dynamo' in sys.modules\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    # With this variable torch.compile imports the compiler and leaves the function as it is: no C++ compiler is needed.
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    _succeeds_without_compiling(code)
 
 
 def test_weights_in_four_bits_import_no_compiler_and_bitsandbytes_compiles_the_same_values_when_called() -> (
@@ -190,10 +195,7 @@ def test_weights_in_four_bits_import_no_compiler_and_bitsandbytes_compiles_the_s
         "assert torch.equal(compute(codes, scales, code, 64, weight.shape, torch.float32), found)\n"
         "assert 'torch._dynamo' in sys.modules\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    _succeeds_without_compiling(code)
 
 
 def test_an_optimizer_imports_no_compiler_steps_as_with_one_and_can_be_compiled() -> None:
