@@ -6,6 +6,7 @@ run declares all earlier values from a certain step on invalid, and that step ap
 TensorBoard's Custom Scalars page shows charts of both kinds.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,5 +81,18 @@ class TensorBoard:
 
 def _writer(folder: Path, last_step: int) -> SummaryWriter:
     folder.mkdir(parents=True, exist_ok=True)
+    if last_step > 0:
+        _wait_for_a_later_name(folder)
     purge_step = last_step + 1 if last_step > 0 else None
     return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=_FLUSH_SECONDS)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Waits for the next second if a file in the folder began in this one.
+
+    TensorBoard reads a folder's files in the order of their names, which begin with the second and end with a number
+    that is not padded: of two files of one second the later one may be read first, and its purge step is then lost.
+    """
+    now = time.time()
+    if any(folder.glob(f"events.out.tfevents.{int(now):010d}.*")):
+        time.sleep(int(now) + 1 - now)

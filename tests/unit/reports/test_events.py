@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_ext.reports.events import find_runs, layer_groups, plain_curves, read_curves, stages
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
@@ -27,6 +28,20 @@ def test_curves_are_those_of_the_files(tmp_path: Path) -> None:
     assert layer_groups(curves)["mlp_direct_loss"][11][1] == [11, 22, 33, 44, 55, 66]
     assert list(plain_curves(curves)) == ["lm loss"]
     assert stages(curves) == [("stage 0", 1, 2), ("stage 1", 3, 6)]
+
+
+def test_a_restart_in_the_same_second_replaces_what_came_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second differ in a counter; as text, "11" comes before "9".
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for begin, value in ((0, 9.0), (2, 1.0)):
+        tensorboard = TensorBoard(str(tmp_path), iteration=begin, consumed_samples=8 * begin)
+        for step in range(begin + 1, 5):
+            tensorboard.scalar("lm loss", value, step, consumed_samples=8 * step)
+        tensorboard.close()
+    assert read_curves(tmp_path)["lm loss"] == ([1, 2, 3, 4], [9, 9, 1, 1])
+    assert read_curves(tmp_path / "by_samples")["lm loss vs samples"] == ([8, 16, 24, 32], [9, 9, 1, 1])
 
 
 def test_ple_tags_are_layers_too() -> None:
