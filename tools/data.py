@@ -236,7 +236,8 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
     assert config.document is not None
     if not -total <= config.document < total:
         raise ValueError(
-            f"--document {config.document}: must be below {total}, the number of documents in {config.prefix}"
+            f"--document {config.document}: must be from {-total} to {total - 1} (negative numbers count from the "
+            f"end): {config.prefix} has {total} documents"
         )
     number = config.document % total
     start, end = index.document_starts(number, number + 2).tolist()

@@ -130,10 +130,10 @@ def held_out_steps(
     begin: Begin | None = None,
     progress: ReportTokens = lambda tokens: None,
 ) -> Iterator[list[Batch]]:
-    """Yields groups of this rank's micro-batches of a dataset; a group has one micro-batch per pipeline stage.
+    """Yields this rank's micro-batches of a dataset in groups of as many micro-batches as there are pipeline stages.
 
-    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. In micro-batches that only
-    complete the last group, `loss_mask` is 0 everywhere.
+    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. If the last group is too short,
+    it is filled up with micro-batches whose `loss_mask` is 0 everywhere.
 
     Args:
         prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.

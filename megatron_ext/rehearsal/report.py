@@ -62,7 +62,7 @@ class Rehearsal:
 
     @property
     def step(self) -> str:
-        """The scope of the last step."""
+        """The name under which the recorder counts the last step, such as `step 3`."""
         return f"step {self.recorder.activity.step}"
 
     @property

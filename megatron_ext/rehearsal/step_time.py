@@ -26,10 +26,14 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one step, by cause."""
+    """The estimated seconds of one step, by cause."""
 
     products: float
+    """Matrix products."""
+
     other: float
+    """Memory traffic of the other operations, except the optimizer's."""
+
     waited: float
     """Communication that the rank waits for."""
 
@@ -37,6 +41,8 @@ class StepTime:
     """Asynchronous communication, which is assumed to overlap with computation."""
 
     update: float
+    """Memory traffic of the optimizer."""
+
     once: float
     """Seconds of `other` and `waited` that occur once per step, whatever the number of micro-batches."""
 

@@ -117,7 +117,7 @@ def _check_kept(group: "DataclassInstance", merged: Merged) -> None:
         given, kept = merged.values[field], getattr(group, field)
         if kept != given:
             flag = flag_name(field)
-            raise ValueError(f"{flag} {given}: another flag sets it to {kept}; omit {flag}")
+            raise ValueError(f"{flag} {given}: the preset sets it to {kept}; omit {flag} or the preset")
 
 
 def build(config_type: type[T], merged: Merged) -> T:

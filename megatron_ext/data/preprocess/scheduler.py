@@ -80,8 +80,10 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
 
 
 class LongLines:
-    """Quarantines lines of a stream that are too long for memory. The parent process writes the shard of such a line
-    itself.
+    """Writes the shards of a stream's lines that are too long for memory.
+
+    Such a line is rejected, so the parent process writes its shard instead of sending the line to a worker. With
+    `--on-error quarantine` it also copies the line to the quarantine file.
     """
 
     def __init__(self, options: ShardOptions) -> None:

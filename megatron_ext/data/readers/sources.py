@@ -3,7 +3,7 @@
 The content of a chunk, by kind of input:
 
 lines (.jsonl, .json, plain text)     a byte range, which owns the lines that start in it
-packed files, standard input, pipes   a block of whole lines, unpacked by the parent process and sent to a worker
+compressed files, stdin, pipes        a block of whole lines, which the parent process reads and sends to a worker
 .parquet, .arrow, .feather            a row group or record batch
 plain text with --text-unit file      a file
 

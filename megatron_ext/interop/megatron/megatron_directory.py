@@ -75,11 +75,12 @@ def _check_format(folder: Path) -> None:
 
 
 def read_common(files: TorchDistFiles) -> tuple[dict[str, Any], Mapping[str, Any], str]:
-    """Returns the content that a checkpoint stores once for all ranks, the arguments in it by name, and its path.
+    """Returns the part of a checkpoint that is not sharded, the training arguments in it by name, and the path that it
+    was read from.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged or has no arguments.
+        FileNotFoundError: the checkpoint has no such part.
+        ValueError: the part is damaged or has no arguments.
     """
     path = files.folder / COMMON
     if path.is_file():

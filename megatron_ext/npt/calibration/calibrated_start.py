@@ -86,7 +86,9 @@ def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Toke
 
 
 def _description(config: NPTRunConfig, base: BaseCheckpoint) -> dict[str, Any]:
-    """Returns everything on which the result depends, as JSON values."""
+    """Returns everything that determines the calibrated weights, as JSON values; stored weights with another
+    description are not used.
+    """
     training = config.npt
     return {
         "factors": "A [h, r], B [r, h]",  # part of the description, because an earlier version wrote B as [r, output]

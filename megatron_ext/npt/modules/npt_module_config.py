@@ -185,7 +185,8 @@ class NPTModuleConfig:
             missing = [number for number in chosen if str(number) not in ranks]
             if missing:
                 raise ValueError(
-                    f"--np-rank {rank}: has no entry for layer {missing[0]}; its layers are {self.npt_layers}"
+                    f"--np-rank {rank}: gives ranks for layers {self.npt_layers} (--npt-layers), but layer "
+                    f"{missing[0]} needs one too; give one rank for all layers, or add this layer to both lists"
                 )
             rank = format_ranks(ranks[str(number)] for number in chosen)
         return replace(self, npt_layers=",".join(map(str, chosen)), np_rank=rank)

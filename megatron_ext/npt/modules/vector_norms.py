@@ -300,8 +300,10 @@ def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
-    """Returns the Gram matrix rows rows^T, without gradient, summed over the ranks if each rank holds a part of every
-    row.
+    """Returns the Gram matrix of the rows, `rows @ rows.T`.
+
+    If each rank holds a part of every row (`is_split`), the result is the sum over the tensor-parallel ranks, through
+    which no gradient flows.
     """
     gram = rows @ rows.t()
     if is_split:

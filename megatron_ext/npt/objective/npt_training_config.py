@@ -274,8 +274,9 @@ class NPTTrainingConfig:
         return dict(zip(layers, numbers, strict=True))
 
     def loss_weights(self, layers: tuple[int, ...]) -> dict[int, float]:
-        """Returns the factor of each layer's losses in the total: the layer's weight, divided by the sum of all
-        weights for local losses.
+        """Returns the factor of each layer's losses in the total: the layer's weight.
+
+        If the losses are local, the weights are divided by their sum.
         """
         weights = self.weights_of_layers(layers)
         total = sum(weights.values()) if self.is_local else 1.0
@@ -327,8 +328,9 @@ class NPTTrainingConfig:
             value = getattr(self, name)
             if value:
                 raise ValueError(
-                    f"{flag_name(name)} {value:g}: --mode layer_parallel computes no output; omit the "
-                    "flag, and afterwards train with --mode multi_layer --load-npt-weights to use this loss"
+                    f"{flag_name(name)} {value:g}: this loss needs the model's logits, which --mode "
+                    "layer_parallel does not compute; omit the flag, and use this loss afterwards with --mode "
+                    "multi_layer --load-npt-weights"
                 )
         if self.curriculum_stages is not None:
             raise ValueError(

@@ -16,7 +16,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns freed blocks of at least 1 MB to the system at once, for work on one tensor after the other."""
+    """From now on, returns blocks of at least 1 MB to the system as soon as they are freed.
+
+    For programs that process one large tensor after another, such as a conversion.
+    """
     # Otherwise small blocks that stay, such as names, come to lie between large ones that are freed: the gaps took half
     # the size of a model that was converted.
     global _returns_blocks

@@ -8,8 +8,8 @@ The trunk is all stacks except the newest. The trained parts of a phase depend o
                     trained   everything
     joint phase     everything, in all stacks
 
-The weights of a stack of precision qlora or nvfp4 are packed into four bits once the stack belongs to the trunk; while
-they are trained, they have the run's precision. Source: docs/design/progressive_growth.md.
+The weights of a stack of precision qlora (NF4; not the trunk strategy of this name) or nvfp4 are packed into four bits
+while they are not trained, and have the run's precision while they are. Source: docs/design/progressive_growth.md.
 """
 
 from dataclasses import replace

@@ -70,8 +70,8 @@ def _parts(
         stored = families[PerLayerFamily.name]
         if stored["settings"]["per_layer_preset"] == "gemma3n":
             raise ValueError(
-                "--per-layer-preset gemma3n: can be exported only as Gemma3nForCausalLM, which cannot "
-                "express this model"
+                f"--load {load}: a model with --per-layer-preset gemma3n can only be exported as Gemma3nForCausalLM, "
+                "which does not have all parts of this model"
             )
         families[PerLayerFamily.name] = _with_table(stored, load, vocab_file, tokenizer_config)
         if stored["settings"]["per_layer_strategy"] == "attention_guidance":

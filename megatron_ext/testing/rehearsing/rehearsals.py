@@ -39,7 +39,7 @@ class Rehearsed:
 
     @property
     def step(self) -> str:
-        """The scope of the last step."""
+        """The name under which the recorder counts the last step, such as `step 3`."""
         return f"step {self.activity.step}"
 
     def waits(self) -> dict[str, int]:

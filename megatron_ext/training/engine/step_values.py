@@ -27,7 +27,7 @@ class LayerNames:
         self.names: tuple[str, ...] = ()
 
     def exchange(self, own: Iterable[str]) -> None:
-        """Adds the names of all ranks. Collective."""
+        """Adds the names `own` of every rank, so that all ranks have the same names. Collective."""
         found = dict.fromkeys((*self.names, *own))
         for group in _groups():
             found = merge_over_ranks(found, group)

@@ -243,7 +243,10 @@ class Family:
         return []
 
     def is_complete(self) -> bool:
-        """Returns whether the run should end now, as after its last step; must be equal on every rank."""
+        """Returns whether the run should end now, although steps are left; must be equal on every rank.
+
+        The run then ends as after its last step, with the final save and evaluation.
+        """
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:

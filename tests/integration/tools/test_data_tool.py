@@ -182,7 +182,7 @@ def test_inspect_shows_counts_lengths_text_and_per_layer_ids(
     assert rows[10][-1] == "<|attention|>"
     assert main(["inspect", prefix, "--document", "-1"]) == 0
     assert "document 3, tokens 0 to -1 of 0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--document 9: must be below 4, the number of documents in "):
+    with pytest.raises(ValueError, match=r"--document 9: must be from -4 to 3 .*has 4 documents"):
         main(["inspect", prefix, "--document", "9"])
 
 

@@ -80,7 +80,7 @@ def test_a_given_default_that_another_flag_replaces_is_an_error(capsys: pytest.C
     given = "--use-per-layer-embedding --per-layer-preset gemma4 --per-layer-position before_layer"
     with pytest.raises(SystemExit):
         parse(PerLayerRunConfig, [*GIVEN.split(), *given.split()])
-    assert "--per-layer-position before_layer: another flag sets it to after_mlp" in capsys.readouterr().err
+    assert "--per-layer-position before_layer: the preset sets it to after_mlp" in capsys.readouterr().err
 
 
 def test_yaml_keeps_the_type_of_every_value(tmp_path: Path) -> None:

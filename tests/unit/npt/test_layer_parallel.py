@@ -167,8 +167,8 @@ def test_the_states_of_a_rank_are_those_of_its_stages_layers() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"fidelity_weight": 1.0}, r"^--fidelity-weight 1: --mode layer_parallel computes no output"),
-        ({"lm_weight": 0.5}, r"^--lm-weight 0.5: --mode layer_parallel computes no output"),
+        ({"fidelity_weight": 1.0}, r"^--fidelity-weight 1: this loss needs the model's logits"),
+        ({"lm_weight": 0.5}, r"^--lm-weight 0.5: this loss needs the model's logits"),
         ({"curriculum_stages": "student:4"}, r"^--curriculum-stages student:4: .* always the teacher's"),
         ({"layer_losses": "document"}, r"^--layer-losses document: not supported by --mode layer_parallel"),
         (

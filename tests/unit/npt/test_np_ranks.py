@@ -82,7 +82,10 @@ def test_other_layers_keep_the_ranks_that_they_have() -> None:
     fewer = LISTED.with_layers([3, 2])
     assert (fewer.npt_layers, fewer.np_rank) == ("2,3", "6/2,8")
     assert LISTED.with_layers([3]).np_rank == 8
-    with pytest.raises(ValueError, match="--np-rank 4,6/2,8: has no entry for layer 0; its layers are 1,2,3"):
+    with pytest.raises(
+        ValueError,
+        match=r"--np-rank 4,6/2,8: gives ranks for layers 1,2,3 \(--npt-layers\), but layer 0 needs one too",
+    ):
         LISTED.with_layers([0, 1])
 
 

@@ -111,8 +111,9 @@ def expresses_pieces(model: ModelConfig, kind: str) -> bool:
 
 
 def is_like_gemma(model: ModelConfig) -> bool:
-    """Returns whether Gemma has all features of the model, apart from features that differ between Gemma's
-    versions.
+    """Returns whether the model has no feature that all versions of Gemma lack, such as a residual multiplier.
+
+    Features that only some versions have are not checked.
     """
     others = ("post_norm", "qk_projection_norm", "residual_multiplier", "logit_divisor", "no_rope_freq")
     return _holds(model, others, {})
