@@ -4,11 +4,11 @@ The harness asks for three things; each is defined as in its own model type `hf`
 
     loglikelihood            sum of log p(token | earlier tokens) over a continuation, and whether the continuation is
                              the greedy one
-    loglikelihood_rolling    the same sum over a whole text, in windows of the longest sequence
+    loglikelihood_rolling    the same sum over a whole text, in windows of the model's maximum sequence length
     generate_until           a continuation that ends before any of several stop texts
 
-Texts begin with the begin-of-text token if the model's own did (`Tokenizer.begin`). All processes of one model copy get
-the same requests and compute together; copies share the requests.
+Texts begin with the begin-of-text token if the model's training texts did (`Tokenizer.begin`). The requests are divided
+among the model copies (data parallelism); all processes of a copy get the same requests and compute together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ from megatron_ext.progressive.objectives.unmasking import objective_of
 from megatron_ext.registry.known_families import FAMILIES
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A request to score: its texts (None for a part of a longer text), context ids and continuation ids."""
+"""A request to score: context and continuation as texts (None for a window of a longer text), and the ids of each."""
 
 
 @register_model("megatron_ext")
@@ -63,16 +63,17 @@ class HarnessModel(TemplateLM):
             load: a directory of checkpoints, or the directory of one checkpoint.
             batch_size: number of sequences in one forward pass.
             max_batch_size: not used; the harness passes it to every model.
-            device: not used; torchrun and the environment decide.
+            device: not used; torchrun and the environment determine the device.
             max_gen_toks: longest continuation, in tokens, for tasks that specify no length.
 
         Raises:
-            ValueError: `batch_size` is not a number, or the model predicts masked tokens; also as in `load_model`.
+            ValueError: `batch_size` is not an integer of at least 1, or the model predicts masked tokens; also as in
+                `load_model`.
         """
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
-                f"--batch_size {batch_size}: must be a number of at least 1 for --model megatron_ext"
+                f"--batch_size {batch_size}: must be an integer of at least 1 for --model megatron_ext"
             )
         self.batch_size = int(batch_size)
         self.max_gen_toks = max_gen_toks
@@ -88,8 +89,8 @@ class HarnessModel(TemplateLM):
         objective = objective_of(self.loaded.families)
         if objective is not None and objective.bidirectional:
             raise ValueError(
-                f"load={load}: requires a causal model; this model was trained with {objective.kind}, "
-                "so that every token attends to all others"
+                f"load={load}: the harness requires a causal model, but this one was trained with "
+                f"{objective.kind}, in which every token attends to all others"
             )
         self._device = process_groups.device()
         self._copies = parallel_state.get_data_parallel_group()
@@ -103,7 +104,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token before a text without context: begin-of-text, or end-of-document if there is no
+        """Id of the token that is put before a text without context: begin-of-text, or end-of-document if there is no
         begin-of-text token.
         """
         bos = self.loaded.tokenizer.bos
@@ -111,7 +112,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Longest sequence, in tokens."""
+        """The model's maximum sequence length, in tokens."""
         model = self.loaded.model
         return min(model.max_sequence_length, model.sliding_window or model.max_sequence_length)
 
@@ -171,8 +172,8 @@ class HarnessModel(TemplateLM):
         longest = max(len(continuation) for _, continuation in pairs)
         if longest > self.max_length:
             raise ValueError(
-                f"a continuation has {longest} tokens, but the model's longest sequence has {self.max_length}; "
-                "choose a task with shorter texts"
+                f"a continuation has {longest} tokens, but the model's maximum sequence length is "
+                f"{self.max_length}; choose a task with shorter texts"
             )
         # The last token is predicted but never an input. The beginning of a too long context is cut off.
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
@@ -217,7 +218,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length - new_tokens
         if room < 1:
             raise ValueError(
-                f"max_gen_toks {new_tokens}: must be below the model's longest sequence, {self.max_length} tokens"
+                f"max_gen_toks {new_tokens}: must be below the model's maximum sequence length, {self.max_length}"
             )
         stops = handle_stop_sequences(settings["until"], eos=tokenizer.inv_vocab[tokenizer.eod])
         sampling = Sampling(
@@ -238,9 +239,7 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(self._decode(ids), stops, None) for ids in found]
 
     def _decode(self, ids: list[int]) -> str:
-        """Returns the text of generated ids. Special tokens are left out if the model has a tokenizer of
-        transformers.
-        """
+        """Returns the text of generated ids. Special tokens are left out if transformers can read the tokenizer."""
         if self.tokenizer is None:
             return self.loaded.tokenizer.detokenize(ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -292,7 +291,7 @@ class HarnessModel(TemplateLM):
 
 
 def _chat_tokenizer(tokenizer: Tokenizer) -> Any:
-    """Returns the model's tokenizer as transformers reads it, for its chat template; None if it has no such files."""
+    """Loads the tokenizer with transformers, for its chat template; returns None if transformers cannot read it."""
     for path in map(Path, tokenizer.files):
         folder = path if path.is_dir() else path.parent
         if (folder / "tokenizer_config.json").is_file():

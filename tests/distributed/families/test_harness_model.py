@@ -156,7 +156,7 @@ def _per_layer() -> tuple[list[tuple[float, bool]], list[float]]:
     """Scores of a PLE model, by the harness in a batch, and summed by hand."""
     model = HarnessModel(load=str(KEPT), batch_size=3)
     with pytest.raises(
-        ValueError, match="a continuation has 38 tokens, but the model's longest sequence has 16"
+        ValueError, match="a continuation has 38 tokens, but the model's maximum sequence length is 16"
     ):
         model.loglikelihood(_instances("loglikelihood", [("a", " continuation that is longer than that")]))
     found = model.loglikelihood(_instances("loglikelihood", SHORT_PAIRS))
@@ -218,5 +218,5 @@ def test_the_models_own_chat_template_formats_a_conversation(folder: Path) -> No
 
 @pytest.mark.parametrize("size", ["auto", "0", "-2"])
 def test_a_batch_size_that_is_no_number_is_refused(size: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match=f"--batch_size {size}: must be a number of at least 1"):
+    with pytest.raises(ValueError, match=f"--batch_size {size}: must be an integer of at least 1"):
         HarnessModel(load=str(folder / "checkpoint"), batch_size=size)
