@@ -35,7 +35,7 @@ from megatron_ext.training.interface.family_interface import (
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SamplingConfig):
-    """How the next token is chosen: the values of the sampling flags, checked, and the tokens that end a text."""
+    """Settings for choosing the next token: the sampling flags, with checked values, and the tokens that end a text."""
 
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end the generated text."""
@@ -137,8 +137,8 @@ def _is_done(
     max_new_tokens: int,
     is_end: Callable[[list[int]], bool] | None,
 ) -> torch.Tensor:
-    """Returns a boolean [b]: True for rows whose tokens up to `end` include all new tokens, or for which `is_end` is
-    True.
+    """Returns a boolean [b]: True for rows that have all `max_new_tokens` new tokens before position `end`, or for
+    which `is_end` returns True.
     """
     done = [end >= length + max_new_tokens for length in lengths]
     if is_end is not None:
@@ -179,7 +179,7 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def check_cache_memory(needed: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` if generation needs more memory than is free; otherwise the system would kill the
+    """Raises `ValueError` if generation needs more memory than is free, because the system would then kill the
     process.
     """
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -48,10 +48,12 @@ class LoadedModel:
     """Tokenizer that the model was trained with; its `adds_bos` is True if texts begin with a begin-of-text token."""
 
     stop_tokens: tuple[int, ...]
-    """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, those in its files."""
+    """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, the end-of-text ids
+    that its files name.
+    """
 
     folder: Path
-    """Directory of this one checkpoint, `.../iter_NNNNNNN`."""
+    """Directory of the loaded checkpoint, `.../iter_NNNNNNN`."""
 
     step: int
     """Number of optimizer steps that the model was trained for."""
@@ -129,8 +131,8 @@ def _tokenizer(
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
-            f"({tokenizer_in_words(stored)}); give the original tokenizer"
+            f"{path}: the tokenizer that was read ({ours}) is not the one that the model was trained with "
+            f"({tokenizer_in_words(stored)}); give the files of the original tokenizer"
         )
     # A model that has not been trained since its import has no section `training`; its tokenizer's files then decide.
     if "training" in stored:

@@ -32,7 +32,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family, make
 from megatron_ext.training.interface.output_losses import OutputLoss, select_output_loss
 
 ReportTokens = Callable[[int], None]
-"""Called during an evaluation with the number of tokens of all ranks that were evaluated since the last call."""
+"""Called during an evaluation with the number of tokens that all ranks have evaluated since the last call."""
 
 _GUESS = "guess"
 
@@ -130,7 +130,7 @@ def held_out_steps(
     begin: Begin | None = None,
     progress: ReportTokens = lambda tokens: None,
 ) -> Iterator[list[Batch]]:
-    """Yields this rank's micro-batches of a dataset in groups of as many micro-batches as there are pipeline stages.
+    """Yields this rank's micro-batches of a dataset in groups, with one micro-batch per pipeline stage in each group.
 
     `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. If the last group is too short,
     it is filled up with micro-batches whose `loss_mask` is 0 everywhere.
@@ -214,7 +214,10 @@ def _windows(
 def _begun_windows(
     dataset: IndexedDataset, total: int, length: int, bos: int
 ) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """Yields consecutive pieces of `length` tokens, each preceded by `bos`; the last one may be shorter."""
+    """Yields consecutive pieces of `length` tokens, of which the last may be shorter.
+
+    A piece that does not begin with `bos` is preceded by it.
+    """
     begin = np.array([bos])
     for window in _windows(dataset, total, length, first=bos):
         tokens = window[1:]  # the first token is the overlap with the window before
