@@ -1,3 +1,3 @@
-"""Calibration: computes initial NP factors, with which NPT layers are near the base layers, from the base model and
-some tokens.
+"""Calibration: computes initial NP factors from the base model and some text, so that the outputs of the NPT layers are
+near those of the base layers.
 """

@@ -1,11 +1,11 @@
 """Calibrates the NP weights of a run (`--np-init-strategy calibrated`), and stores the result in the run's directory.
 
     {save}/calibrated/npt_weights.pt, .safetensors, config.json     NP weights, as in `final/`, with the chosen ranks
-    {save}/calibrated/spectrum.json                                 the singular values behind the ranks
+    {save}/calibrated/spectrum.json                                 each layer's ranks and squared singular values
 
-The directory is written at the end and then renamed, so a killed calibration leaves no files. A repeated command
-reads the directory if the base model, the data and the settings are the same. Apart from rounding, the result does
-not depend on the parallel layout.
+At the end, the directory is written under another name and then renamed, so a killed calibration leaves no files. A
+repeated command reuses the directory if the base model, the data and the settings are the same. Apart from rounding,
+the result does not depend on the parallel layout.
 """
 
 import json
@@ -50,7 +50,7 @@ _FORMAT = "megatron_ext.npt_spectrum/1"
 
 
 def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> Path:
-    """Calibrates, unless an earlier start of the run has already done so; returns the file of the NP weights.
+    """Calibrates, unless an earlier start of the run has already done so; returns the path of the NP weights.
     Collective.
 
     Args:
@@ -65,7 +65,7 @@ def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Toke
     assert config.checkpoint.save is not None
     folder, of_what = Path(config.checkpoint.save) / FOLDER, _description(config, base)
     if on_first_rank(lambda: _is_of(folder, of_what)):
-        print_on_first_rank(f"calibration: {folder} is kept from an earlier start of this run")
+        print_on_first_rank(f"calibration: reusing {folder}, from an earlier start of this run")
         return folder / WEIGHTS
     chunks = _base_model(config, base, tokenizer)
     data = _data(config, tokenizer)
@@ -198,7 +198,7 @@ def _chosen_ranks(
     if parameters < cost * len(gains):
         raise ValueError(
             f"--np-rank {config.np.np_rank}: the budget is {parameters:,.0f} parameters, but rank 1 "
-            f"everywhere needs {cost * len(gains):,}; raise the limit"
+            f"everywhere needs {cost * len(gains):,}; give a larger share"
         )
     return choose_ranks(gains, total=int(parameters // cost))
 
@@ -262,8 +262,8 @@ def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.T
 
 
 def _found(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[Place, dict[str, Any]]:
-    """Returns the entries of the report for the NP form `key_value`, one for each layer and target; `error_left` is in
-    the metric of the calibration.
+    """Returns the report's entries for key_value, one for each layer and target; `error_left` is measured in the
+    calibration's metric.
     """
     return {
         place: _entry(found, rank, float(found.squares[rank:].sum() / found.squares.sum()))
@@ -275,7 +275,7 @@ def _found_by_target(
     spectra: Mapping[Place, tuple[Spectrum, int]],
     errors: Mapping[tuple[int, str], float],
 ) -> dict[Place, dict[str, Any]]:
-    """Returns the report's entries for low_rank and outer_product, one for each target."""
+    """Returns the report's entries for low_rank and outer_product, one for each layer and target."""
     return {
         (number, target): _entry(*spectra[place_of(number, target)], error)
         for (number, target), error in errors.items()
@@ -309,7 +309,7 @@ def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
         if predicts_kl
         else "square of the values that the deltas should add"
     )
-    print_on_first_rank(f"rank of each layer, and the remaining fraction of the {of_what}:")
+    print_on_first_rank(f"rank of each layer, and the error that is left, as a fraction of the {of_what}:")
     for number, targets in report["layers"].items():
         parts = [
             f"{name} rank {found['rank']}, {found['error_left']:.2%} left"
@@ -322,7 +322,9 @@ def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
 def _named_entries(
     targets: Mapping[str, Mapping[str, Any]], settings: NPTModuleConfig
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Returns the entries of one layer with the targets' names in the run; gate and up share a rank and an error."""
+    """Returns one layer's entries, each with the name of its target for messages; gate and up, whose values are equal,
+    are one entry.
+    """
     of_fc1 = next(found for target, found in targets.items() if target != DOWN)
     entries = [of_fc1, *(found for target, found in targets.items() if target == DOWN)]
     # low_rank and outer_product have no entry for `down` if the residual is kept.

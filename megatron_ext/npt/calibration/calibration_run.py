@@ -33,7 +33,7 @@ class Step:
     """The step's micro-batches, as many as there are pipeline stages."""
 
     kept: list[torch.Tensor]
-    """For each micro-batch, a boolean mask [b] of the samples that count."""
+    """For each micro-batch, a boolean mask [b] of the samples that count; the others only fill the last step."""
 
     samples: int
     """Number of samples over all data-parallel ranks, including those that do not count."""
@@ -117,7 +117,7 @@ class LayerHooks:
     def __init__(self, chunks: list[GPTModel], layers: Collection[int]) -> None:
         """Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
-        layers: indices of the layers, from 0, on any stage.
+        layers: indices of the layers, from 0; layers of other pipeline stages are ignored.
         """
         self.handles: list[Any] = []
         self.layers = [
@@ -128,7 +128,7 @@ class LayerHooks:
         self._attention: torch.Tensor
         self._kept: list[torch.Tensor] = []
         self._passes: dict[int, int] = {}
-        """Maps each layer to the index of the micro-batch that it runs."""
+        """Maps each layer to the index of its current micro-batch."""
         for layer in self.layers:
             self._add(layer)
 
@@ -169,7 +169,7 @@ class LayerHooks:
 
 
 def sum_over_ranks(parts: Iterable[torch.Tensor], sequence_parallel: bool) -> None:
-    """Adds up, in place, the sums over each rank's own tokens. Collective."""
+    """Replaces each rank's sums over its own tokens with the sums over all tokens, in place. Collective."""
     groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
     if sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())

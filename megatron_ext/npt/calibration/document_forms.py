@@ -1,4 +1,4 @@
-"""Calibrates the factors of low_rank and outer_product (the forms in docs/design), to be near the base layers.
+"""Calibrates low_rank and outer_product, the forms in docs/design, so that the NPT layers are near the base layers.
 
 A delta adds u B to W n, whereas the base layer computes W m = W n + W (m - n). Apart from a scalar per token, m - n is
 linear in a (see `key_value`). In these forms, u is a product of two values: one is computed from the target's
@@ -44,18 +44,20 @@ from megatron_ext.npt.weights.np_factors import whole_factors
 from megatron_ext.training.interface.family_interface import Batch
 
 _SIZE = 0.2
-"""Root mean square of a A for low_rank: small enough that tanh is nearly linear, and large compared with Adam's
-steps.
+"""Root mean square of the product a A in low_rank: small enough that tanh is nearly linear, and large compared with
+Adam's steps.
 """
 
 _RATIO = 10.0
-"""Ratio of n . kappa to n D, in A of low_rank."""
+"""Ratio of the part n . kappa to the part n D in the product n A of low_rank."""
 
 _ORTHOGONAL = 2.0
-"""Penalty on a . kappa relative to the size of n: A of low_rank contains kappa and also multiplies a."""
+"""Weight of the penalty on a . kappa, with a scaled to the size of n. The form low_rank needs the penalty, because its
+A contains kappa and also multiplies a.
+"""
 
 _CONSTANT = 3.0
-"""Ratio of a . omega to the rest of z."""
+"""Ratio of the component a . omega of z to the norm of the other components, for outer_product."""
 
 Target = tuple[int, str]
 """Number of a layer, from 0, and name of a target."""
@@ -106,8 +108,8 @@ def calibrate_form(
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
         settings: form, targets and ranks.
-        spectra: the directions of a for this stage's layers, and the ranks of one component.
-        batches: returns this data-parallel rank's micro-batches, from the first on.
+        spectra: for each layer and target of this stage, the directions D of a, and the rank of one component.
+        batches: called for each pass; returns this data-parallel rank's micro-batches, from the first on.
         samples: number of samples to use.
 
     Returns:
@@ -145,7 +147,7 @@ def _share(chunks: list[GPTModel], sums: Iterator[LeastSquares]) -> None:
 def _with_reads(
     settings: NPTModuleConfig, layer: Any, reads: _Reads, spectra: Mapping[Place, tuple[Spectrum, int]]
 ) -> dict[Target, Modulation]:
-    """Returns the targets of a layer with all factors set, except for the output factor, which is zero."""
+    """Returns the `Modulation` of each target of a layer. All factors are set, except the output factor: it is zero."""
     number, group = layer.layer_number - 1, layer.pg_collection.tp
     parts: dict[Target, Modulation] = {}
     for target in settings.targets:
@@ -266,7 +268,7 @@ def _fits(
 def _write_outputs(
     layers: list[Any], parts: Mapping[Target, Modulation], fits: Mapping[Place, LeastSquares]
 ) -> dict[Target, float]:
-    """Sets the output factors; returns the relative squared errors of m - n, and of a for `down`."""
+    """Sets the output factors; returns the relative squared error of each fit (of m - n, or of a for `down`)."""
     errors: dict[Target, float] = {}
     by_number = {layer.layer_number - 1: layer for layer in layers}
     for (number, target), part in parts.items():

@@ -1,4 +1,4 @@
-"""Ranks and factors of the form key_value, from the moments of a layer.
+"""Computes the ranks and factors of the form key_value from the moments of a layer.
 
     C = E x x^T        the covariance of x, which is u for fc1 and a for `down`; see `moments`
     M                  the metric for errors of x: an approximation x' has the error E (x - x')^T M (x - x')
@@ -60,7 +60,7 @@ class Spectrum:
 
 
 def decompose(covariance: torch.Tensor, metric: torch.Tensor) -> Spectrum:
-    """Returns the best maps of x for every rank; `metric` measures the error.
+    """Returns the best map of x for every rank; `metric` measures the error.
 
     Args:
         covariance: C, [h, h] in fp64.
@@ -84,12 +84,12 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 def choose_ranks(
     gains: Mapping[Place, list[float]], total: int | None = None, error: float = 0.0
 ) -> dict[Place, int]:
-    """Chooses the ranks with the smallest total error whose sum is `total`, or the smallest ranks that reach `error`.
+    """Raises ranks from 1, each time where the error falls most, until their sum or the total error reaches its limit.
 
     Args:
         gains: maps (layer, target) to the gain of each further rank, in descending order.
-        total: largest sum of the ranks, at least 1 per layer and target; None for no limit.
-        error: total error at which no further rank is added.
+        total: upper limit of the sum of the ranks, at least 1 per layer and target; None for no limit.
+        error: limit of the total error; no rank is raised once the total error is at most this.
 
     Returns:
         The ranks, each at least 1.

@@ -44,8 +44,8 @@ class LayerTokens:
 
 
 Visit = Callable[[int, Any, LayerTokens], None]
-"""A function of the index of a layer, the layer, and its tokens; all ranks of a tensor-parallel group call it
-together.
+"""A function that is called with a layer's index, the layer, and the layer's values for a micro-batch. All ranks of a
+tensor-parallel group call it together.
 """
 
 
@@ -59,11 +59,11 @@ def visit_layers(
     *,
     name: str,
 ) -> None:
-    """Runs the base model on the first samples. Collective.
+    """Runs the base model on the first samples, and calls `visit` with each layer's values. Collective.
 
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
-        layers: indices of the layers to visit, from 0, on any stage.
+        layers: indices of the layers to visit, from 0; layers of other pipeline stages are ignored.
         batches: this data-parallel rank's micro-batches; the ranks' n-th micro-batches, in the order of the ranks, hold
             consecutive samples.
         samples: number of samples to use.

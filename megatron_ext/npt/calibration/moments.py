@@ -78,7 +78,7 @@ def collect_moments(
 
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation; their parameters are frozen.
-        layers: indices of layers, from 0, on any stage.
+        layers: indices of layers, from 0; layers of other pipeline stages are ignored.
         batches: this data-parallel rank's micro-batches; the ranks' n-th micro-batches, in the order of the ranks, hold
             consecutive samples.
         samples: number of samples to use.
@@ -137,7 +137,7 @@ class _Hooks(LayerHooks):
             )
 
     def before_mlp(self, layer: Any, seen: MLPInput) -> None:
-        """Adds the products of the MLP's input now, and the products of its gradient in the backward pass."""
+        """Adds u u^T and a a^T to the moments now, and d d^T in the backward pass."""
         moments, kept = self.moments[layer.layer_number - 1], seen.kept
         attention = seen.attention.float()
         _add_products(moments.inputs, centred(attention, layer.config) * seen.inverse_rms, kept)
@@ -187,8 +187,9 @@ class _SampledLoss(OutputLoss):
 
 
 def sample_labels(logits: torch.Tensor, uniform: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Samples a token from every softmax by inverting the distribution function; the result does not depend on the
-    layout.
+    """Samples a token at every position by inverting the softmax's cumulative distribution.
+
+    The result does not depend on the parallel layout.
 
     Args:
         logits: [s, b, V/t].

@@ -81,7 +81,7 @@ def test_a_calibrated_form_starts_nearer_to_the_base_than_random_factors(
         assert residual == "keep" or of_layer["down"]["error_left"] < 0.3
         printed = f": gate+up rank {of_layer['gate']['rank']}, {of_layer['gate']['error_left']:.2%} left"
         assert printed in output
-    assert "remaining fraction of the square of the values that the deltas should add" in output
+    assert "as a fraction of the square of the values that the deltas should add" in output
 
 
 def _plain_base(folder: str, data: str) -> str:
@@ -191,7 +191,8 @@ def test_without_down_the_lost_attention_output_is_not_fitted_and_keep_leaves_do
                 "--stage1-steps",
                 "5",
             ],
-            "--stage1-steps 5: stage 1 would undo --np-init-strategy calibrated; pass --stage1-steps 0",
+            "--stage1-steps 5: stage 1, which trains v_a to equal the attention output, would undo "
+            "--np-init-strategy calibrated; pass --stage1-steps 0",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared
     before = (folder / "calibrated/npt_weights.pt").read_bytes()
     assert "calibrating on" in first and not list(folder.glob(".writing*"))
     _, second = run_single(train, *flags)
-    assert "is kept from an earlier start" in second and "calibrating on" not in second
+    assert "from an earlier start of this run" in second and "calibrating on" not in second
     _, other = run_single(train, *flags, "--calibration-tokens", "100")
     assert "calibrating on 112 tokens" in other
     _, again = run_single(train, *flags)
@@ -201,7 +201,7 @@ def test_every_layout_gives_the_same_maps(layout: str, prepared: Prepared) -> No
         ),
         (
             ["--np-rank", "4", "--mode", "sequential"],
-            "it calibrates all layers at once; choose another --mode",
+            "a calibration computes the factors of all layers together; choose another --mode",
         ),
     ],
 )
