@@ -57,13 +57,13 @@ def print_summary(report: dict[str, Any]) -> None:
 
 
 def untrained_state(perplexity: dict[str, Any]) -> str:
-    """Describes the untrained model in words; `perplexity` is the section of the report."""
+    """Describes the untrained model in words; `perplexity` is the report's section of that name."""
     seed = perplexity["untrained_seed"]
     return "without deltas" if seed is None else f"initial NP weights, seed {seed}"
 
 
 def delta_expectation(delta: dict[str, Any]) -> str:
-    """Describes the expected mean delta norm in words; `delta` is the section of the report.
+    """Describes the expected mean delta norm in words; `delta` is the report's section `weight_delta`.
 
     Returns "" for a run without regularization, for which nothing is expected.
     """
@@ -72,8 +72,8 @@ def delta_expectation(delta: dict[str, Any]) -> str:
 
 
 def held_back(ablation: dict[str, Any]) -> str:
-    """Returns a sentence that names the layers with the largest effect on the KL; `ablation` is the section of the
-    report.
+    """Returns a sentence that names the layers with the largest effect on the KL; `ablation` is the report's section
+    `layer_ablation`.
     """
     found, tokens = ablation["holding_back"], f"on {ablation['tokens']:,} tokens"
     if not found["layers"]:
@@ -129,7 +129,7 @@ ERROR_COLUMNS = (
     "their share",
     "KL without, less by",
 )
-"""Headings of `error_rows`; `their share` is the fraction of the targets' sum of squares that massive tokens have."""
+"""Column headings of `error_rows`. `their share` is the massive tokens' fraction of the sum of all |target|^2."""
 
 _ERROR_LEGEND = (
     "massive tokens: tokens whose squared target is above 100 times the median; their share: fraction "

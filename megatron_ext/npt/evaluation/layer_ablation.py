@@ -36,7 +36,7 @@ Steps = Iterable[list[Batch]]
 def ablate_layers(
     chunks: list[GPTModel], families: list[Family], layers: tuple[int, ...], read: Callable[[], Steps]
 ) -> dict[str, Any]:
-    """Runs the model without each of its NPT layers; collective. Every rank gets the report.
+    """Runs the model once for each NPT layer, with this layer as a base layer. Collective; every rank gets the report.
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.

@@ -1,7 +1,7 @@
 """Computes the error of each NPT layer's MLP per token, relative to the token's target.
 
-The target is the same as in training (`layer_losses`). Both layers get the layer's input h in the base model, and
-therefore have the same attention output a:
+The target is the same as in training (`layer_losses`). The NPT layer and its base layer both get the input h that the
+layer has in the base model, and therefore have the same attention output a:
 
     target              keep  MLP(LN2(h + a))           drop  a + MLP(LN2(h + a))
     error of a token    |MLP*(LN2(h)) - target| / |target|,     the norm over the hidden size

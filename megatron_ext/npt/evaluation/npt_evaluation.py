@@ -69,7 +69,7 @@ def evaluate_npt(
         sequence_length: tokens per window.
         micro_batch_size: windows per forward pass.
         max_tokens: number of tokens to use, from the dataset's beginning; None for all.
-        begin: tokens with which every window begins; None for no such tokens.
+        begin: the token that every window begins with, or None.
         progress: called after every micro-batch with its number of tokens on all ranks.
 
     Returns:
@@ -139,7 +139,7 @@ def finite(value: Any) -> Any:
 
 
 def _gather(part: Any) -> list[Any] | None:
-    """On rank 0, returns the parts of all ranks that are not None; on other ranks, returns None."""
+    """Returns, on rank 0, those parts of all ranks that are not None; on other ranks, returns None."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, gathered, dst=0)
     return None if gathered is None else [found for found in gathered if found is not None]
