@@ -46,9 +46,7 @@ class KeyValueModulation(Modulation):
         self.add_factor("B", (rank, hidden), self.output_std(rank**-0.5))
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns |x|^2 [.., 1] in fp32, the inverse square of the key's length; only the norms of the delta use
-        it.
-        """
+        """Returns |x|^2, the divisor in the key x / |x|^2, [.., 1] in fp32; used only to compute the delta's norm."""
         return x.float().square().sum(-1, keepdim=True)
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:

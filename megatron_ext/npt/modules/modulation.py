@@ -149,7 +149,7 @@ class Modulation(MegatronModule):
         """Creates a factor as a parameter.
 
         Args:
-            name: name of the parameter, as in the formulas above.
+            name: name of the parameter, as in the formulas at the top of this file.
             shape: shape of the whole factor.
             std: standard deviation of the initial values; 0 for a factor of zeros.
             of_ffn: index of the dimension to split over the tensor-parallel ranks, whose size is f; None to replicate

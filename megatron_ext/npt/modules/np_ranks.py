@@ -54,12 +54,12 @@ def parse_ranks(value: int | str) -> list[Rank]:
             numbers = []
         if len(numbers) not in (1, 2):
             raise ValueError(
-                f"--np-rank {value}: must be a whole number, two for fc1 and down such as 64/192, a "
-                "list of these with "
-                "one entry per NPT layer such as 64,96/192,32, or auto:SHARE such as auto:0.15, or auto:kl=0.01"
+                f"--np-rank {value}: must be a whole number, such as 64; two numbers, for fc1 and down, such as "
+                "64/192; a list of these with one entry per NPT layer, such as 64,96/192,32; or a limit for the "
+                "calibration, such as auto:0.15 or auto:kl=0.01"
             )
         if min(numbers) < 1:
-            raise ValueError(f"--np-rank {value}: must be at least 1")
+            raise ValueError(f"--np-rank {value}: every rank must be at least 1")
         entries.append((numbers[0], numbers[-1]))
     return entries
 

@@ -1,5 +1,5 @@
-"""NPT's extension of the model: a feed-forward module in the chosen layers, and a stream with the teacher's
-inputs.
+"""NPT's extension of the model: a feed-forward module in the chosen layers, and a stream with the teacher's hidden
+states.
 """
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -44,7 +44,7 @@ class NPTExtension(Extension):
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """Returns the module that packs the teacher's inputs into a stream; None for a stage without NPT layers."""
+        """Returns the module that makes the stream of the teacher's states; None for a stage without NPT layers."""
         chosen = self.settings.layers(config.num_layers)
         layers = tuple(number for number in stage.layer_numbers if number in chosen)
         return TeacherInputs(layers) if layers else None

@@ -45,7 +45,7 @@ class NPTModuleConfig:
     """
 
     np_rank: Annotated[str | int, flag(aliases=("--rank",))] = 16
-    """Rank of the generated factors: a number; or 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; or a
+    """Rank of the weight update: a number; or 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; or a
     list of these with one entry per NPT layer. With auto:0.15, the calibration chooses ranks so that the NP
     parameters are 15% of the converted layers' own. With auto:kl=0.01, it chooses the smallest ranks whose predicted
     KL(base || NPT) per token is at most 0.01 nats.
@@ -139,7 +139,7 @@ class NPTModuleConfig:
 
     @property
     def named_targets(self) -> tuple[str, ...]:
-        """The targets' names for messages, where gate and up are one target, because they share a rank."""
+        """Names of the targets for messages; gate and up, which share a rank, are one target, `gate+up`."""
         targets = _TARGETS[self.np_target]
         of_fc1 = "+".join(target for target in targets if target != "down")
         return (of_fc1, *(target for target in targets if target == "down"))
@@ -200,8 +200,8 @@ class NPTModuleConfig:
         return choose_layers(self.npt_layers, num_layers)
 
     def check_model(self, gated: bool, changes_outputs: str | None = None) -> None:
-        """Checks that the model's MLP has the weights that `--np-target` names, and that the MLP's output is added
-        unchanged.
+        """Checks that the model's MLP has the weights that `--np-target` names, and that its output is added to the
+        residual stream unchanged.
 
         Args:
             gated: whether the MLP has a gate.
@@ -215,8 +215,8 @@ class NPTModuleConfig:
             # change its size.
             raise ValueError(f"{changes_outputs}: not supported by the model family npt")
         if gated != self.is_gated:
-            kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
-            raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}; choose from {choices}")
+            kind, choices = ("gated", "gate, gate+up or gate+up+down") if gated else ("not gated", "fc1")
+            raise ValueError(f"--np-target {self.np_target}: the model's MLP is {kind}; choose {choices}")
 
 
 def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:

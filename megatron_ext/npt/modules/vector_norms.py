@@ -69,7 +69,8 @@ class GeneratedVectors:
         """
         if not isinstance(modulation, OuterProductModulation) or modulation.reads_ffn:
             raise ValueError(
-                "v_a and v_b are defined only for --np-form outer_product and the targets gate, up and fc1"
+                "v_a and v_b are defined only for --np-form outer_product and the targets gate, up and fc1 "
+                f"(got {type(modulation).__name__} on {modulation.target})"
             )
         self._modulation = modulation
         self._attention_output = attention_output
@@ -167,8 +168,8 @@ def delta_norms(
     Args:
         modulation: the factors of one target, in any form.
         attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
-        x: the input of `down`, as in `Modulation.coefficients`. Required only for `down`, for key_value and for
-            outer_product with `np_normalize`, whose deltas depend on it.
+        x: the input of `down`, as in `Modulation.coefficients`. Required only if the target is `down` and the form is
+            key_value, or outer_product with `np_normalize`; these deltas depend on x.
         layer: the transformer layer. Required only for key_value.
         hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] with sequence parallelism). Required
             only for key_value on targets other than `down`.

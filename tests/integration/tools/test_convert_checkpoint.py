@@ -294,7 +294,7 @@ def test_np_weights_that_do_not_fit_are_refused_before_anything_is_written(
         alone(main, [*argv, f"{weights}/npt_weights.pt"])
     for settings, message in (
         (NPTModuleConfig(np_rank=2), "layer_2_np.gate.A is missing in the NP weights"),
-        (NPTModuleConfig(np_rank=2, np_target="fc1"), "--np-target fc1: the MLP is gated"),
+        (NPTModuleConfig(np_rank=2, np_target="fc1"), "--np-target fc1: the model's MLP is gated"),
     ):
         write_np_weights(weights, {}, settings)
         with pytest.raises(ValueError, match=message):

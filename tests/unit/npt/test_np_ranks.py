@@ -47,10 +47,10 @@ def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("", "must be a whole number, two for fc1 and down"),
+        ("", "must be a whole number, such as 64; two numbers, for fc1 and down"),
         ("4,", "must be a whole number"),
         ("1/2/3", "must be a whole number"),
-        ("4,0", "--np-rank 4,0: must be at least 1"),
+        ("4,0", "--np-rank 4,0: every rank must be at least 1"),
         ("auto", "must be a whole number"),
         ("auto:", "the limit must be a number above 0"),
         ("auto:-1", "the limit must be a number above 0"),

@@ -66,7 +66,7 @@ def test_the_defaults_are_those_of_document_002() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"np_rank": 0}, "--np-rank 0: must be at least 1"),
+        ({"np_rank": 0}, "--np-rank 0: every rank must be at least 1"),
         ({"num_np_components": 0}, "--num-np-components 0: must be at least 1"),
         ({"np_scale": 0.0}, "--np-scale 0.0: must be above 0"),
         ({"np_init_scale": -1.0}, "--np-init-scale -1.0: must be above 0"),
@@ -110,9 +110,11 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any], message
 
 
 def test_a_target_must_fit_the_mlp() -> None:
-    with pytest.raises(ValueError, match="--np-target fc1: the MLP is gated; choose from gate, gate\\+up"):
+    with pytest.raises(
+        ValueError, match="--np-target fc1: the model's MLP is gated; choose gate, gate\\+up or"
+    ):
         NPTModuleConfig(np_target="fc1").check_model(gated=True)
-    with pytest.raises(ValueError, match="--np-target dual: the MLP is not gated; choose from fc1"):
+    with pytest.raises(ValueError, match="--np-target dual: the model's MLP is not gated; choose fc1"):
         NPTModuleConfig(np_target="dual").check_model(gated=False)
 
 
