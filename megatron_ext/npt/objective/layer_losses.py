@@ -245,7 +245,7 @@ class _Connect(torch.autograd.Function):
 
 
 def _per_token(errors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Returns the mean over tokens of each token's mean of `errors` divided by the token's mean square of `reference`.
+    """Divides each token's mean of `errors` by its mean square of `reference`; returns the mean over tokens.
 
     Args:
         errors: squared errors, [s, b, h], fp32.

@@ -1,7 +1,7 @@
 """Layer-parallel training: all NPT layers train at the same time and independently of one another.
 
-The teacher runs once, without gradients, up to the last NPT layer; no student runs. Its states are the layer's input h,
-the attention output a and the MLP's output. For each layer they give the losses of `layer_losses`:
+The teacher runs once, without gradients, up to the last NPT layer; no student runs. Each layer of the teacher gives
+three states: the input h, the attention output a and the MLP's output. The losses of `layer_losses` use them:
 
     MLP*(LN2(h)), computed from h and a     against    MLP(LN2(h + a)), known; plus a with np_residual drop
 

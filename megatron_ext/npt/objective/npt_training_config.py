@@ -85,7 +85,7 @@ class NPTTrainingConfig:
     """
 
     calibration_tokens: int = 8192
-    """With --np-init-strategy calibrated: number of training tokens to read, rounded up to sequences."""
+    """With --np-init-strategy calibrated: number of training tokens to read, rounded up to whole sequences."""
 
     calibration_metric: Literal["fisher", "output"] = "fisher"
     """With --np-init-strategy calibrated: measure of the factors' error. fisher: the error's effect on the loss,
@@ -156,9 +156,9 @@ class NPTTrainingConfig:
 
     layer_losses: Literal["local", "document"] = "local"
     """Form of the layers' losses. local: each layer's inputs are detached, each token's squared error is divided by the
-    token's own mean square, and the total is a mean over layers. document: the formulas of docs/design, in which the
-    gradient of a layer's losses also reaches the NPT layers below, and the total is a sum over layers. The
-    documents' default weights come with their formulas.
+    token's own mean square, and the total is a mean over layers. document: the formulas and default weights of
+    docs/design, with which the gradient of a layer's losses also reaches the NPT layers below, and the total is a sum
+    over layers.
     """
 
     layer_weights: str = "uniform"
@@ -175,9 +175,9 @@ class NPTTrainingConfig:
     """Size limit, in GiB per process, of the cache of the teacher's hidden states in host memory; 0 for no cache."""
 
     teacher_cache_steps: int | None = None
-    """With --mode layer_parallel: number of steps whose samples are read --teacher-cache-passes times in a row,
-    before the next steps' samples. The cache holds the teacher's states for these samples, in bfloat16. Default:
-    every sample is read once.
+    """With --mode layer_parallel: the samples of this many steps are read --teacher-cache-passes times before new
+    samples are read. The cache holds the teacher's states for these samples, in bfloat16. Default: every sample is
+    read once.
     """
 
     teacher_cache_passes: int = 1
@@ -201,11 +201,14 @@ class NPTTrainingConfig:
         check_at_least(self, 1, "calibration_tokens")
         if self.curriculum_stages is not None:
             parse_curriculum(self.curriculum_stages)
-        if (self.teacher_cache_steps is None) != (self.teacher_cache_passes == 1):
+        if self.teacher_cache_steps is None and self.teacher_cache_passes > 1:
             raise ValueError(
-                f"--teacher-cache-passes {self.teacher_cache_passes}: more than 1 pass requires "
-                "--teacher-cache-steps, and --teacher-cache-steps requires more than 1 pass (got "
-                f"--teacher-cache-steps {self.teacher_cache_steps})"
+                f"--teacher-cache-passes {self.teacher_cache_passes}: requires --teacher-cache-steps"
+            )
+        if self.teacher_cache_steps is not None and self.teacher_cache_passes == 1:
+            raise ValueError(
+                f"--teacher-cache-steps {self.teacher_cache_steps}: requires --teacher-cache-passes of at least 2, "
+                "because the cache saves nothing in a single pass"
             )
         if self.mode == "layer_parallel":
             self._check_layer_parallel()
@@ -323,7 +326,7 @@ class NPTTrainingConfig:
         )
 
     def _check_layer_parallel(self) -> None:
-        """Checks flags with --mode layer_parallel, in which no output is computed and no student runs."""
+        """Raises `ValueError` for flags that --mode layer_parallel does not support."""
         for name in ("fidelity_weight", "lm_weight"):
             value = getattr(self, name)
             if value:

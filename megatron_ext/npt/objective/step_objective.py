@@ -20,7 +20,7 @@ class LayerWeights:
     """Weight of the equivalence loss."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How the equivalence loss compares two outputs: mean square error, or 1 - cosine."""
+    """Measure of the difference between two outputs in the equivalence loss: mean square error, or 1 - cosine."""
 
     reconstruction: float = 0.0
     """Weight of the attention reconstruction loss."""

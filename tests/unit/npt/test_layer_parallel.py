@@ -173,9 +173,9 @@ def test_the_states_of_a_rank_are_those_of_its_stages_layers() -> None:
         ({"layer_losses": "document"}, r"^--layer-losses document: not supported by --mode layer_parallel"),
         (
             {"teacher_cache_steps": 4},
-            r"^--teacher-cache-passes 1: more than 1 pass requires --teacher-cache-steps",
+            r"^--teacher-cache-steps 4: requires --teacher-cache-passes of at least 2",
         ),
-        ({"teacher_cache_passes": 4}, r"^--teacher-cache-passes 4: .* \(got --teacher-cache-steps None\)"),
+        ({"teacher_cache_passes": 4}, r"^--teacher-cache-passes 4: requires --teacher-cache-steps$"),
     ],
 )
 def test_flags_that_the_mode_does_not_support_are_refused(flags: dict[str, Any], message: str) -> None:
