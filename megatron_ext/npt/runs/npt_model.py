@@ -62,7 +62,7 @@ class NPTConfig:
     ) -> None:
         """Args:
         layers_to_convert: indices of layers from 0, or a value of --npt-layers.
-        np_rank: rank of the generated factors, one per layer in a list, or a value of --np-rank.
+        np_rank: rank of the weight update: a number, a list with one rank per layer, or a value of --np-rank.
         single_layer_mode: whether to require exactly one layer and the form outer_product, as `--mode single_layer`
             does.
         **settings: further fields of `NPTModuleConfig`; the default form is outer_product.
@@ -126,7 +126,8 @@ class NPTModel:
         """
         if process_groups.world_size() > 1:
             raise ValueError(
-                f"NPTModel supports only one process, but there are {process_groups.world_size()}"
+                f"NPTModel supports only one process, but there are {process_groups.world_size()}; "
+                "start it without torchrun"
             )
         imports = is_gguf(path) or is_hugging_face(Path(path))
         if not imports and find_checkpoint(str(path)) is not None:

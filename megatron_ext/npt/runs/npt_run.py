@@ -67,7 +67,8 @@ def run_npt(config: NPTRunConfig) -> int:
     config = replace(config, checkpoint=checkpoint)
     if base is None and config.np.freeze_base and not config.training.dry_run:
         raise ValueError(
-            "--freeze-base: requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
+            "--freeze-base (the default): requires a base model; name one with --load or --base-checkpoint, "
+            "or train a model from scratch with --no-freeze-base"
         )
     if _resumes(checkpoint):
         config = _with_stored_ranks(config)
@@ -118,12 +119,13 @@ def _calibrates(config: NPTRunConfig) -> bool:
         raise ValueError(f"{given}: requires --save, the directory for the calibrated weights")
     if config.npt.mode == "sequential":
         raise ValueError(
-            f"{given}: not supported with --mode sequential, because it calibrates all "
-            "layers at once; choose another --mode"
+            f"{given}: not supported with --mode sequential, because a calibration computes the factors of all "
+            "layers together; choose another --mode"
         )
     if config.npt.reconstructs and config.npt.stage1_steps:
         raise ValueError(
-            f"--stage1-steps {config.npt.stage1_steps}: stage 1 would undo {given}; pass --stage1-steps 0"
+            f"--stage1-steps {config.npt.stage1_steps}: stage 1, which trains v_a to equal the attention output, would "
+            f"undo {given}; pass --stage1-steps 0"
         )
     allowed = limit(config.np.np_rank)
     if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
@@ -167,7 +169,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
 
 
 def _next_steps(base: BaseCheckpoint, weights: Path) -> str:
-    """Returns a message with the next commands for calibrated weights, which are not a checkpoint."""
+    """Returns a message that says how to evaluate calibrated weights and how to train from them."""
     loads = f"--npt-weights {weights.with_suffix('.safetensors')}"
     return (
         f"next: python tools/evaluate_npt.py --checkpoint {base.folder} {loads} --data-path HELD_OUT_PREFIX; "
@@ -308,7 +310,7 @@ def _check_cache(config: NPTRunConfig) -> None:
 def find_base(
     training: NPTTrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
-    """Returns the run's base checkpoint and its checkpoint configuration, without `--load` if that flag names the base.
+    """Returns the base checkpoint, and the checkpoint configuration, whose `load` is None if `--load` named the base.
 
     Raises:
         OSError: `--load` or `--base-checkpoint` does not exist.

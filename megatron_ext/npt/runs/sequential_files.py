@@ -75,7 +75,9 @@ def read_state(folder: Path) -> SequentialState | None:
         return None
     info = files.read_json(path)
     if info.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by a sequential run of this package")
+        raise ValueError(
+            f"{path} was not written by a sequential run of this package; choose another --checkpoint-dir"
+        )
     try:
         current = info["layer_in_progress"]
         return SequentialState(

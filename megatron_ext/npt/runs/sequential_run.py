@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
@@ -258,9 +259,10 @@ def _check(config: NPTRunConfig) -> None:
     training, checkpoint = config.training, config.checkpoint
     steps, stage1 = npt.steps_per_layer, npt.stage1_steps
     if training.train_iters != steps:
-        given = training.train_iters if training.train_iters is not None else training.train_samples
+        lengths = {name: getattr(training, name) for name in ("train_iters", "train_samples", "num_epochs")}
+        name, given = next((n, v) for n, v in lengths.items() if v is not None)
         raise ValueError(
-            f"--train-iters (--train-samples) {given}: --mode sequential trains every layer for {steps} steps; set "
+            f"{flag_name(name)} {given}: --mode sequential trains every layer for {steps} steps; set "
             "--steps-per-layer instead"
         )
     if stage1 >= steps:
@@ -276,7 +278,8 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(
-            f"--load {checkpoint.load}: must be a base model in --mode sequential; to resume, repeat --checkpoint-dir"
+            f"--load {checkpoint.load}: must be a base model in --mode sequential; to resume a run, pass its directory "
+            "as --checkpoint-dir"
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(

@@ -196,7 +196,7 @@ REFUSED = {
     "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
         ["--train-iters", "9"],
-        "9: --mode sequential trains every layer for 6 steps",
+        "--train-iters 9: --mode sequential trains every layer for 6 steps",
     ),
     "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
     "the base": (["--no-freeze-base"], "--no-freeze-base: not supported by --mode sequential"),
