@@ -11,8 +11,9 @@ parallelism and f divided by t:
     local losses      n, the MLP's inner tensor and the coefficients a second time, if the inputs have gradients
 
 The teacher's inputs to the layers (h per layer) are fields of a batch and are also packed into a stream; under
-pipeline parallelism, the fields of all micro-batches exist at once. The fidelity loss holds the logits in fp32 (twice
-if there is more than one sequence), their gradient in fp32, the teacher's logits, and three blocks of fp32 values.
+pipeline parallelism, the fields of all micro-batches are held at the same time. The fidelity loss holds the logits in
+fp32 (twice if there is more than one sequence), their gradient in fp32, the teacher's logits, and three blocks of fp32
+values.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def npt_activations(
 
     Args:
         settings: NPT's configuration.
-        layout: the run's settings.
+        layout: the run's settings that determine its memory.
         objective: the losses and the curriculum stage of the step.
         weights: maps the index of each trained NPT layer to the weight of its losses.
         fidelity_loss: the measure of fidelity, `kl` or `mse`.
@@ -171,8 +172,8 @@ def _reads_activation(settings: NPTModuleConfig) -> bool:
 
 
 def _coefficient_bytes(settings: NPTModuleConfig, layout: ParallelLayout, number: int) -> float:
-    """Returns the bytes of the products of a layer's factors; the last products, u, are gathered over the
-    sequence.
+    """Returns the bytes of the products of size r that a layer computes with its factors. The last of them, u, is held
+    for the whole sequence, even under sequence parallelism.
     """
     ranks = sum(settings.rank(number, target, layout.model.num_layers) for target in settings.targets)
     size = layout.element_bytes

@@ -16,11 +16,11 @@ The computation of a training step with a frozen base (`npt_work`):
 
     layers below the first trained one      forward only
     the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
-    layers above                            forward and input gradients; NP: all gradients, or only input gradients
-    teacher, if a loss or a blend needs it  one more forward pass, including the output layer
+    layers above                            forward and input gradients; NP: input gradients and, if trained, all others
+    teacher, if a loss or a blend needs it  one more forward pass of all layers; of the output layer only for fidelity
     direct MLP, equivalence loss            one more forward pass of the MLP
-    the same, local                         the same; and in layers whose inputs have gradients, a forward and a
-                                            backward pass of the modulated MLP on detached inputs
+    local losses (`--layer-losses`)         in addition, in layers whose inputs have gradients, a forward and a backward
+                                            pass of the modulated MLP on detached inputs
 
 In layer-parallel training, the layers up to the last trained one run forward. In addition, the modulated MLP of each
 trained layer runs forward and backward, as in the first trained layer of the table; nothing else runs.
@@ -123,6 +123,8 @@ class LayerGradients:
     """The gradients that a training step computes in one NPT layer."""
 
     use: Use
+    """The parts of the layer that the step computes."""
+
     trains: bool
     """Whether the layer's NP components train."""
 

@@ -94,7 +94,10 @@ class NPTFamily(Family):
         return NPTExtension(self.settings)
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Raises `ValueError` if layers of the model differ in size, which NPT does not support."""
+        """Raises `ValueError` if the model's MLP does not fit the settings, or if NPT does not support the model.
+
+        Not supported are layers of different sizes, and outputs that are changed before they are added.
+        """
         self.settings.check_model(model.is_gated, model.changes_outputs)
         refuse_layer_sizes(model, "the model family npt")
 
@@ -103,8 +106,8 @@ class NPTFamily(Family):
         return npt_cost(self.settings, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Describes the parts of the model that a step runs and trains, without a teacher pass that the cache
-        replaces.
+        """Describes the parts of the model that a step runs and trains; omits the teacher's pass if the cache had its
+        states.
         """
         training, layers = self.training, self._trained(model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)

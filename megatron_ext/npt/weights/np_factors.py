@@ -96,7 +96,7 @@ def _components(
 
 
 def join_components(key: str, count: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns a factor with its `count` components side by side, from whole tensors by key.
+    """Returns the factor named `key`, with its `count` components concatenated; `tensors` holds the components by key.
 
     Raises:
         KeyError: a component is missing.

@@ -36,8 +36,9 @@ def write_np_weights(
     more: Mapping[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """Writes the three files; each is written under another name first and then renamed, so that no file is ever
-    partial.
+    """Writes the three files described at the top of this module.
+
+    Each file is written under another name first and then renamed, so that no file is ever partial.
 
     Args:
         folder: an existing directory.

@@ -40,9 +40,7 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags of the earlier command that do not apply to a resumed run, whose base is the one that the checkpoint
-names.
-"""
+"""Flags whose stored values a resumed run ignores. Its base model is the one that the checkpoint names."""
 
 
 def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +126,9 @@ def loads_what_fits(
 
 
 def earlier_losses(npt: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns loss settings that an older run did not store, because they followed from older defaults.
+    """Returns loss settings that a run of an older version did not store, because they were that version's defaults.
 
-    In these versions, the default weights were those of docs/design for both values of --layer-losses.
+    Older versions used the default weights of docs/design for both values of --layer-losses.
 
     Args:
         npt: the stored section; `layer_losses` is missing if the run is older than the flag, and None if the mode

@@ -170,15 +170,15 @@ def replace_final(
     name: str = files.FINAL,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the directory `final/`, or another one of NP weights, atomically; call this on one rank only.
+    """Writes a directory of NP weights, by default `final/`, atomically; call this on one rank only.
 
     Args:
-        root: the directory that contains the checkpoints, and will contain `final/`.
+        root: the directory that contains the checkpoints, and will contain the new directory.
         tensors: the NP factors.
         settings: NPT's configuration.
         more: further entries for `config.json`.
-        name: name of the directory.
-        texts: further files of the directory, name to content.
+        name: name of the new directory.
+        texts: maps the name of each further file in the new directory to its content.
     """
     # The temporary directories are named like those of an interrupted save, so that the next save removes or restores
     # them.
