@@ -1,6 +1,6 @@
 """Runs megatron-core on a machine without a GPU by redirecting `torch.cuda` to the CPU.
 
-megatron-core calls CUDA unconditionally in about a hundred places. `install` replaces these functions with their CPU
+megatron-core calls functions of CUDA unconditionally in about a hundred places. `install` replaces them with CPU
 counterparts: the current device is `cpu`, a stream does nothing, the random state is the CPU's, and `device="cuda"`
 in a factory call means `device="cpu"`. `torch.cuda.is_available()` still returns False, so that other libraries do not
 expect a GPU.
@@ -64,7 +64,7 @@ class CpuStream:
 
 
 class CpuEvent:
-    """Replaces `torch.cuda.Event`. Every event counts as completed at once, because work on a CPU is synchronous."""
+    """Replaces `torch.cuda.Event`. Every event counts as completed, because work on a CPU is synchronous."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = _CPU

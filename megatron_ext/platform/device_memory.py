@@ -40,7 +40,7 @@ def host_memory() -> int:
 
 
 def device_memory() -> tuple[int, bool]:
-    """Returns the memory of this process's device in bytes, and whether all processes share it (as on a CPU)."""
+    """Returns the total memory of this process's device in bytes, and whether all processes share it (as on a CPU)."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory), False
     return host_memory(), True

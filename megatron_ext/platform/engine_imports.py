@@ -1,16 +1,16 @@
-"""Halves the time that a process needs to import torch and megatron-core and to end, and guards Transformer Engine.
+"""Halves the time that a process needs for its imports and its exit, and hides a Transformer Engine that is not usable.
 
 - torch and megatron-core create half a million objects that live as long as the process. The garbage collector would
-  scan them again and again while they are created, and once more when the process ends.
+  scan them again and again while they are created, and once more when the process ends. Here, it skips them.
 - While it is imported, megatron-core passes some sixty functions to `torch.compile`, which imports torch's compiler.
-  Here, each function is compiled when it is first called; with the layers of this package on a CPU, none ever is.
+  Here, each function is compiled when it is first called; the layers of this package call none of them on a CPU.
 - bitsandbytes does the same with four functions, which the four-bit weights of this package do not call.
 - torch's optimizers import the compiler to exclude their methods from compilation. Here, they do so only in a process
   that has already imported the compiler.
-- megatron-core uses Transformer Engine if it can be imported, and ends with any import error that is not a
-  ModuleNotFoundError. Here, Transformer Engine can be imported only if it is usable; otherwise it seems absent.
-- From 0.18 on, a module of megatron-core that its schedules import requires triton. Here, it does not: torch's builds
-  for CPUs do not contain triton, and the module's kernels are only for mixtures of experts on GPUs.
+- megatron-core uses Transformer Engine if it can be imported, and runs without it after a ModuleNotFoundError, but any
+  other error in this import ends the process. Here, Transformer Engine seems absent if it is not usable.
+- From 0.18 on, megatron-core's schedules import a module that requires triton, which torch's builds for CPUs do not
+  contain. Here, the module is imported without triton: its kernels are only for mixtures of experts on GPUs.
 """
 
 import builtins
@@ -29,9 +29,9 @@ _JIT = "megatron.core.jit"
 _COMPILER = "torch._dynamo"
 _TE = "transformer_engine"
 _KERNELS = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
-"""Modules that import triton unconditionally: the first in 0.18, the second from 0.19 on."""
+"""Modules that import triton unconditionally: the first in megatron-core 0.18, the second from 0.19 on."""
 _COMPILED = ("megatron.core.transformer.moe.router", "bitsandbytes.backends.default.ops")
-"""Modules that compile functions while they are imported; the first from 0.19 on."""
+"""Modules that compile functions while they are imported; the first does so from megatron-core 0.19 on."""
 _LARGE = ("torch", "megatron.core")
 
 
@@ -148,7 +148,7 @@ def transformer_engine_problem() -> str | None:
 
 
 def te_versions() -> str:
-    """Returns the versions of Transformer Engine in megatron-core's metadata; "" from 0.17 on, which supports all."""
+    """Returns the versions of Transformer Engine that megatron-core's metadata requires; "" from 0.17 on (any)."""
     from packaging.requirements import Requirement
 
     named = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or ()]
@@ -195,8 +195,9 @@ def compile_when_called(function: Callable[..., Any], **options: Any) -> Callabl
 
 
 def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces `torch._disable_dynamo`; functions decorated with the original import the compiler at their first
-    call.
+    """Replaces `torch._disable_dynamo` by a decorator that does not cause an import of the compiler.
+
+    Functions decorated with the original import it when they are first called.
     """
 
     def decorator(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
@@ -214,8 +215,9 @@ def _disable_compiler(disable: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step_without_compiler(with_compiler: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces the decorator of `torch.optim.Optimizer.step`, which imports the compiler to interrupt compiled
-    graphs.
+    """Replaces the decorator of `torch.optim.Optimizer.step` by one that does not import the compiler.
+
+    The original imports it in order to interrupt compiled graphs.
     """
 
     def decorator(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,13 +23,14 @@ class HostCopy:
 
 
 def read_sizes(sizes: torch.Tensor, expected: list[int]) -> list[int]:
-    """Returns sizes that depend on values, which the host needs to allocate tensors; waits for the device.
+    """Copies sizes to the host, which needs them to allocate tensors; waits for the device.
 
-    Call it by its module's name: a rehearsal, which has no values, replaces it.
+    A rehearsal, whose tensors have no values, replaces this function. Call it as `host_copy.read_sizes`, so that the
+    replacement is called.
 
     Args:
         sizes: the sizes, [n] integer, on the device.
-        expected: what a rehearsal takes them for.
+        expected: the sizes that a rehearsal assumes.
     """
     found: list[int] = sizes.tolist()
     return found

@@ -56,10 +56,10 @@ class DevicePeak:
     """Precision of the measured matrix products; None if the figure was not measured."""
 
     def raised(self, flops_per_second: float) -> "DevicePeak":
-        """Returns a measured peak that is at least the rate that a run has reached.
+        """Returns this peak, corrected if it was measured and a run has been faster.
 
-        A measured peak below this rate is measured again, which takes less than a second. A peak given by the user or
-        by the vendor is returned unchanged.
+        It is then measured again, which takes less than a second; the result is at least the run's rate. A peak given
+        by the user or by the vendor is returned unchanged.
 
         Args:
             flops_per_second: FLOP/s that the run has reached.
@@ -77,7 +77,7 @@ def device_peak(precision: Precision, tflops: float | None = None) -> DevicePeak
 
     Args:
         precision: precision of the products. For fp32, the peak of TF32 is returned if torch allows TF32.
-        tflops: peak given by the user, in TFLOP/s; returned unchanged.
+        tflops: the user's figure in TFLOP/s, which replaces all others; None if there is none.
     """
     if tflops is not None:
         return DevicePeak(tflops * 1e12, "given")

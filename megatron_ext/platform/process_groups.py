@@ -136,7 +136,7 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def _split_no_groups() -> None:
-    """Lets NCCL connect every further group when it is first used, as without `device_id`."""
+    """Makes NCCL connect every further group when it is first used, as it does if no `device_id` is given."""
     # Otherwise, torch splits each new group from the default group. All processes would then wait for every group of
     # the run, one after the other, and would hang at a gloo group, whose members do not take part in the split.
     group: Any = dist.group.WORLD

@@ -1,1 +1,1 @@
-"""Starts a run on several hosts: finds the host of the rendezvous, the network interface, and unreachable hosts."""
+"""Starts a run on several hosts: finds the rendezvous host, chooses the network interface, names unreachable hosts."""

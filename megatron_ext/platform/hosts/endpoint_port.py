@@ -1,9 +1,9 @@
-"""Uses the endpoint's port until torch's store takes over: one launcher listens there, and the launchers of other
-hosts wait for it.
+"""Lets the launchers of a run find each other before torch's store is ready.
 
-The endpoint is the address (host and port) at which the launchers of a run meet. A waiting launcher sends the first
-message of a store's client. The answer comes from the store or, while `torchrun` starts, from the launcher that holds
-the port. A service that accepts connections but does not answer is therefore recognized as another program.
+The endpoint is the address (host and port) at which the launchers meet. One launcher listens at its port until the
+store takes the port over; the launchers of other hosts connect to it and send the first message of a store's client.
+The answer comes from the store or, while `torchrun` starts, from the launcher that holds the port. A service that
+accepts connections but does not answer is therefore recognized as another program.
 """
 
 import socket
@@ -18,7 +18,7 @@ _ATTEMPT_SECONDS = 5.0
 """Seconds for one attempt to connect if packets are dropped without an answer."""
 
 _PATIENCE_SECONDS = 2.0
-"""Seconds to wait silently, because the hosts of a run do not start at exactly the same time."""
+"""Seconds before a launcher reports that it waits, because hosts do not start at exactly the same time."""
 
 _PROBE_SECONDS = 1.0
 """Seconds to wait for an answer to `_PING`, or for a client's `_PING`."""
@@ -41,7 +41,7 @@ class HeldPort:
         self._thread.start()
 
     def close(self) -> None:
-        """Releases the port; clients of the store that have connected too early connect again."""
+        """Releases the port, and disconnects clients of the store that have come too early; they connect again."""
         self._listening.shutdown(socket.SHUT_RDWR)  # ends `accept`, which would otherwise keep the port open
         self._thread.join()
         self._listening.close()
@@ -84,7 +84,7 @@ def _reset(client: socket.socket) -> None:
 
 
 def hold_port(endpoint: Endpoint) -> HeldPort | None:
-    """Listens at the endpoint's port until `torchrun` does, so that other hosts see at once that this host is ready.
+    """Listens at the endpoint's port until `torchrun` does, so that other hosts see early that this host is ready.
 
     Returns:
         The held port; None if it is in use by another launcher on this host, which then hosts the store.
@@ -102,7 +102,7 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
     Args:
         endpoint: the address to connect to.
         seconds: longest time to wait.
-        tell: function that prints a line; called once if there is no early answer.
+        tell: function that prints a line; called once if there is no answer within two seconds.
 
     Raises:
         OSError: there was no answer in that time, or another service has answered.
@@ -116,7 +116,7 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
         if time.monotonic() >= deadline:
             raise OSError(
                 f"{endpoint}: cannot be reached from host {socket.gethostname()} within {seconds:g} s (RDZV_WAIT): "
-                f"{reason}; start the launcher on the host with this address, with the same value of the variable"
+                f"{reason}; start the launcher on the host with this address, and give all launchers the same endpoint"
             )
         if not told and time.monotonic() > started + _PATIENCE_SECONDS:
             tell(f"waiting up to {seconds:g} s for {endpoint}: {reason}")
@@ -125,7 +125,7 @@ def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], Non
 
 
 def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
-    """Connects to the first address that answers; returns None, or the reasons if none has answered."""
+    """Returns None if one of the endpoint's addresses answers, otherwise the reasons why none does."""
     reasons = []
     for address in endpoint.addresses():
         remaining = max(0.1, min(_ATTEMPT_SECONDS, deadline - time.monotonic()))
@@ -141,14 +141,14 @@ def _try_connecting(endpoint: Endpoint, deadline: float) -> str | None:
         if answer:
             raise OSError(
                 f"{endpoint}: another service answers there (with {answer!r}), not a launcher; give "
-                "the port of the first host's launcher"
+                "every launcher the same port, one that no other program uses"
             )
         reasons.append(f"{address.text} port {endpoint.port} accepts connections, but does not answer")
     return "; ".join(reasons)
 
 
 def _probe(connection: socket.socket) -> bytes:
-    """Sends a ping of torch's store; returns the first bytes of the answer, or no bytes if none comes soon."""
+    """Pings the other side as clients of torch's store do; returns the first bytes of its answer, if it comes soon."""
     connection.settimeout(_PROBE_SECONDS)
     try:
         connection.sendall(_PING)

@@ -23,7 +23,7 @@ from megatron_ext.platform.hosts.launch_settings import LaunchSettings, read_set
 from megatron_ext.platform.hosts.rendezvous import JoinedHosts, Place, print_line
 
 _LATER_SECONDS = 15
-"""Seconds by which the other hosts wait longer for missing hosts than the host of the store does."""
+"""Seconds that the other hosts wait for missing hosts after the host of the store has given up."""
 
 _FIRST_REPORT, _LATER_REPORTS = 10.0, 60.0
 """Seconds until the host of the rendezvous first reports missing hosts, and between later reports."""
@@ -152,7 +152,7 @@ def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHo
         return _last_line(error)
     if isinstance(error, RendezvousTimeoutError):
         who = (
-            "see the output of the rendezvous host for the missing ones"
+            "the launcher's output on the rendezvous host names the missing ones"
             if joined is None
             else joined.describe()
         )
@@ -161,8 +161,8 @@ def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHo
             f"(RDZV_JOIN_TIMEOUT): {who}"
         )
     return (
-        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended (as it "
-        f"does if not all of NNODES={settings.nodes} hosts join within {settings.join_timeout} s, "
+        f"{settings.endpoint}: {type(error).__name__}: the launcher on the host of the rendezvous has ended "
+        f"(as it does if not all of NNODES={settings.nodes} hosts join within {settings.join_timeout} s, "
         "RDZV_JOIN_TIMEOUT), another program uses its port, or a run with this RDZV_ID has already "
         "ended there; see the launcher's output on that host"
     )

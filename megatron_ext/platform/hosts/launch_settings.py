@@ -52,7 +52,7 @@ def read_settings(environment: Mapping[str, str]) -> LaunchSettings:
     nodes = given.first("NNODES", "PET_NNODES") or str(max(1, len(hosts)))
     least, _, most = nodes.partition(":")
     if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
-        raise ValueError(f"NNODES={nodes}: must be a number of hosts, or MIN:MAX")
+        raise ValueError(f"NNODES={nodes}: must be a number of hosts, or MIN:MAX with 1 <= MIN <= MAX")
     endpoint = None
     if int(most or least) > 1:
         endpoint = _endpoint(given, hosts)
@@ -80,7 +80,7 @@ class _Variables:
         return next((self._environment[name] for name in names if self._environment.get(name)), None)
 
     def seconds(self, name: str, default: int) -> int:
-        """Returns a number of seconds."""
+        """Returns the value of a variable that contains a number of seconds."""
         value = self.first(name) or str(default)
         if not value.isdecimal() or int(value) == 0:
             raise ValueError(f"{name}={value}: must be a number of seconds, at least 1")

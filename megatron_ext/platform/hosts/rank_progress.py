@@ -46,15 +46,15 @@ _TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """The entry that a rank has written."""
+    """The entry that a rank writes to the store."""
 
     host: str
     pid: int
     begun: int = 0
-    """Number of steps that the rank has begun."""
+    """Number of steps that this process has begun."""
 
     step: int = 0
-    """Number of the current step; 0 before the first."""
+    """The current training step, from 1; 0 before the first."""
 
     beat: int = 0
     """Number of signs of life so far."""
@@ -63,10 +63,10 @@ class RankStatus:
     """Current file and line of the main thread."""
 
     waits: bool = False
-    """Whether the main thread waits there for other ranks."""
+    """Whether the main thread waits for other ranks at `place`."""
 
     still: float = 0.0
-    """Seconds that the main thread has been there."""
+    """Seconds that the main thread has been at `place`."""
 
 
 class RankProgress:
@@ -130,7 +130,7 @@ class RankProgress:
         return bool(self._store.add(f"claim/{self._begun}/{period}", 1) == 1)
 
     def _compare(self) -> None:
-        """Compares the entries of all ranks with those of some seconds ago, if this rank has already read these."""
+        """If this rank read the entries of all ranks some seconds ago, compares them with the current entries."""
         if self._before is None:
             return
         begun, taken, before = self._before
@@ -176,7 +176,7 @@ def find_culprits(before: Mapping[int, RankStatus], now: Mapping[int, RankStatus
     Args:
         before: every rank's status some seconds ago.
         now: every rank's status.
-        stuck: seconds after which a rank that waits in one place counts as waiting for another.
+        stuck: seconds in one place after which a waiting rank counts as waiting for another rank.
     """
     newest = max(status.begun for status in now.values())
     step = next(status.step for status in now.values() if status.begun == newest)
@@ -207,7 +207,7 @@ def reach(step: int) -> None:
 
 @contextlib.contextmanager
 def watch_ranks(timeout_minutes: int) -> Iterator[None]:
-    """Returns a context in which a rank that all others wait for is named; needs a process group.
+    """Names the rank that all others wait for if the block makes no progress; there must be a process group.
 
     Raises:
         ProcessLost: a collective has timed out.
@@ -222,7 +222,7 @@ def watch_ranks(timeout_minutes: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(text in str(error) for text in _TIMED_OUT):
-            finding = progress.finding() or "every rank has reached it"
+            finding = progress.finding() or "the rank could not be identified"
             raise ProcessLost(
                 f"rank {dist.get_rank()} waited {timeout_minutes} minutes "
                 "(--distributed-timeout-minutes) for another "
@@ -251,7 +251,7 @@ def _join(patience: float) -> RankProgress | None:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Returns the file and line of a frame, or of its nearest caller in this package."""
+    """Returns the file and line of the innermost frame in this package, starting at `frame`; of `frame` if none is."""
     inner = frame
     while frame is not None and "megatron_ext" not in Path(frame.f_code.co_filename).parts:
         frame = frame.f_back

@@ -22,7 +22,7 @@ from megatron_ext.platform.hosts.launch_settings import LaunchSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """This host's place in a rendezvous."""
+    """This host's role in a rendezvous, and its address there."""
 
     is_host: bool | None
     """Whether this host hosts the store. None lets `torchrun` decide, because the endpoint is a loopback address, or
@@ -69,7 +69,7 @@ class JoinedHosts:
 
     def __init__(self, settings: LaunchSettings, *, first: float, every: float) -> None:
         """Args:
-        settings: the launch; it has an endpoint.
+        settings: the launcher's settings, with an endpoint.
         first: seconds until the first line.
         every: seconds between lines.
         """
@@ -108,7 +108,7 @@ class JoinedHosts:
 
 
 def print_line(text: str) -> None:
-    """Prints a line of the launcher."""
+    """Prints a line to standard error, with the launcher's prefix."""
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 

@@ -111,10 +111,10 @@ def release_pages() -> None:
 
 
 def read_ahead(table: torch.Tensor, rows: torch.Tensor) -> None:
-    """Requests all given rows of a mapped tensor [Vp, q] from the disk at once; does not wait for them.
+    """Starts to read the given rows of a mapped tensor [Vp, q] from the disk, without waiting for them.
 
-    Without this request, each row is read only when it is used, one after the other. Does nothing if Linux lacks the
-    call.
+    Otherwise each row would be read only when it is used, one after the other. Does nothing if the C library does not
+    have `process_madvise`.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "process_madvise"):
@@ -157,7 +157,7 @@ def _new_file(directory: str | None, size: int, what: str) -> IO[bytes]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"{what} {directory}: no room for {_mib(size)} ({error.strerror}); give a directory with more"
+            f"{what} {directory}: no room for {_mib(size)} ({error.strerror}); give a directory with more space"
         ) from None
     return file
 

@@ -1,4 +1,4 @@
-"""Settings of glibc's allocator for what a process does with freed blocks; nothing happens with another C library."""
+"""Sets whether glibc's allocator keeps freed blocks or returns them to the system; no effect with other C libraries."""
 
 import ctypes
 
@@ -7,7 +7,7 @@ _returns_blocks = False
 
 
 def keep_freed_memory() -> None:
-    """Keeps large freed blocks for reuse, for training; does nothing after `return_freed_memory`."""
+    """From now on, keeps large freed blocks for reuse by later steps; does nothing after `return_freed_memory`."""
     if _returns_blocks:
         return
     # Every step allocates and frees the same activations; with glibc's defaults, the system maps and zeroes each of

@@ -18,6 +18,6 @@ _SPINS = "10000"
 
 
 def install(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets the limit unless the user has chosen threads or waiting; has an effect only before torch is imported."""
+    """Sets the limit unless one of the variables `_CHOICES` is set; has an effect only before torch is imported."""
     if not any(name in environment for name in _CHOICES):
         environment["GOMP_SPINCOUNT"] = _SPINS
