@@ -11,7 +11,8 @@ The three methods compute the layer's vector c:
     concat       c = [P ; E] @ W_cat
     gated        c = g * E + (1 - g) * P,   g = sigmoid([P ; E] @ W_g)
 
-Letters: L layers of the stage, n = s * b tokens, h hidden, p per-layer hidden, q = p / t of this tensor-parallel rank.
+Letters: L layers of the stage, n = s * b tokens, h hidden size, p per-layer hidden size, of which each of the t
+tensor-parallel ranks holds q = p / t.
 Sources: Gemma 3n and Gemma 4 (scaled_add); docs/design/per_layer_embedding.md.
 """
 

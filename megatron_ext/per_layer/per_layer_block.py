@@ -56,7 +56,7 @@ class PerLayerBlock(MegatronModule):
         layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups; p is split over the tensor-parallel group.
         settings: PLE's configuration.
-        part: number of the layer in its stage, from 0.
+        part: index of the layer in its stage, from 0.
         parts: number of layers of the stage.
         """
         super().__init__(config)

@@ -28,7 +28,7 @@ _GEMMA = {
     "per_layer_position": "after_mlp",
     "per_layer_strategy": "identity",
 }
-"""Values that a preset sets instead of the defaults; a different value from the user is an error."""
+"""Fields that every preset sets, with their values; it is an error if the user gives another value."""
 
 _DEFAULT_ROWS = 10_000
 """Number of rows of a table if the number of per-layer ids is unknown."""
@@ -91,8 +91,8 @@ class PerLayerConfig:
     """Freeze the per-layer tables; gates and projections still train."""
 
     per_layer_sparse: bool = False
-    """Train the per-layer tables by rows: only the rows that a step looks up are exchanged, and have gradients and
-    updates.
+    """Train the per-layer tables by rows: gradients, communication and updates are limited to the rows that a step
+    looks up.
     """
 
     per_layer_optimizer: Literal["adam", "lazy_adam", "rowwise_adagrad", "sgd"] = "adam"
@@ -116,11 +116,11 @@ class PerLayerConfig:
 
     per_layer_strategy: Strategy = "syntax_focus"
     """Strategy that maps token ids to per-layer ids. bigram_hash hashes the last two tokens to rows, which are summed;
-    trigram_hash the last two and the last three.
+    trigram_hash also hashes the last three.
     """
 
     per_layer_hashes: int = 2
-    """With --per-layer-strategy bigram_hash or trigram_hash: number of hash functions, and so of rows, of an n-gram."""
+    """With --per-layer-strategy bigram_hash or trigram_hash: number of hash functions; each gives an n-gram one row."""
 
     per_layer_data_path: tuple[str, ...] | None = None
     """Prefixes of the datasets with the per-layer ids: one for each dataset of --data-path, in the same order."""
@@ -189,8 +189,8 @@ class PerLayerConfig:
             )
         if self.per_layer_vocab_file is not None:
             raise ValueError(
-                f"--per-layer-vocab-file {self.per_layer_vocab_file}: --per-layer-strategy {strategy} reads none; "
-                "omit the flag"
+                f"--per-layer-vocab-file {self.per_layer_vocab_file}: --per-layer-strategy {strategy} does not read "
+                "such a file; omit the flag"
             )
 
     def _apply(self, preset: dict[str, str]) -> None:
@@ -245,7 +245,7 @@ class PerLayerConfig:
 
     @property
     def adds_to_inactive_streams(self) -> bool:
-        """Whether the block reads AltUp's active residual stream and is added to all other streams."""
+        """Whether the block reads AltUp's active residual stream, and its output is added to all other streams."""
         return self.per_layer_preset == "gemma3n"
 
     def rows(self, vocab_size: int, num_ids: int | None = None) -> int:
@@ -264,14 +264,15 @@ class PerLayerConfig:
         if self.adds_to_inactive_streams and 1 <= (self.per_layer_vocab_size or 0) <= vocab_size:
             return self.per_layer_vocab_size or vocab_size
         if self.per_layer_vocab_size not in (vocab_size, None):
+            limit = "at most " if self.adds_to_inactive_streams else ""
             raise ValueError(
-                f"--per-layer-vocab-size {self.per_layer_vocab_size}: must be the vocabulary size, {vocab_size}, "
-                "because the per-layer ids are the token ids; omit the flag"
+                f"--per-layer-vocab-size {self.per_layer_vocab_size}: must be {limit}the vocabulary size, "
+                f"{vocab_size}, because the per-layer ids are the token ids; omit the flag"
             )
         return vocab_size
 
     def check_streams(self, altup_streams: int | None) -> None:
-        """Raises `ValueError` unless the block fits the number of the model's residual streams (None for one)."""
+        """Raises `ValueError` unless the preset suits the number of the model's residual streams; None means one."""
         if self.adds_to_inactive_streams and altup_streams is None:
             raise ValueError("--per-layer-preset gemma3n: requires --altup-streams")
         if not self.adds_to_inactive_streams and altup_streams is not None:
@@ -300,15 +301,16 @@ class PerLayerRunConfig(RunConfig):
     """LoRA adapters for a loaded model, with or without per-layer embedding."""
 
     def resolved(self, world_size: int, *, epoch_samples: int | None = None) -> "PerLayerRunConfig":
-        """Like `RunConfig.resolved`, but also checks --per-layer-sparse against the other groups."""
+        """Does the same as `RunConfig.resolved`; also checks PLE's flags, and fills in its directory for offloading."""
         if self.per_layer.use_per_layer_embedding and self.per_layer.trains_rows:
             self._check_rows()
         resolved = super().resolved(world_size, epoch_samples=epoch_samples)
         return replace(resolved, per_layer=self._with_directory())
 
     def _with_directory(self) -> PerLayerConfig:
-        """Returns PLE's settings, with the directory for --per-layer-offload disk filled in; a rehearsal writes no
-        files.
+        """Returns PLE's settings with the directory for --per-layer-offload disk filled in.
+
+        In a rehearsal, which writes no files, they have --per-layer-offload cpu instead.
         """
         settings, save = self.per_layer, self.checkpoint.save
         if settings.per_layer_offload != "disk":
@@ -316,7 +318,7 @@ class PerLayerRunConfig(RunConfig):
         if self.checkpoint.async_save:
             raise ValueError(
                 "--async-save: does not support --per-layer-offload disk, because it copies all saved "
-                "tensors in memory; omit the flag"
+                "tensors into memory; omit the flag"
             )
         if self.rehearsal.is_on:
             return replace(settings, per_layer_offload="cpu", per_layer_offload_dir=None)
@@ -332,7 +334,7 @@ class PerLayerRunConfig(RunConfig):
             raise ValueError(
                 f"--per-layer-optimizer adam: requires --adam-beta2 above the square of --adam-beta1 (got "
                 f"{adam.adam_beta2} and {adam.adam_beta1}), because otherwise a row would keep moving "
-                "forever after its last gradient; or use lazy_adam"
+                "forever after its last gradient; or pass --per-layer-optimizer lazy_adam"
             )
         rate = adam.lr * settings.per_layer_lr_scale
         decay = max(adam.weight_decay, adam.end_weight_decay or 0.0)
@@ -340,6 +342,6 @@ class PerLayerRunConfig(RunConfig):
             decay = settings.per_layer_weight_decay
         if rate * decay >= 1.0:
             raise ValueError(
-                "--per-layer-sparse: requires (learning rate x weight decay) of the tables below 1 "
-                f"(got {rate:g} and {decay:g}), because decay must not change a weight's sign"
+                "--per-layer-sparse: the tables' learning rate times their weight decay must be below 1 "
+                f"(got {rate:g} times {decay:g}), because decay must not change a weight's sign"
             )

@@ -43,7 +43,7 @@ def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> M
 
 
 def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> FamilyActivations:
-    """Returns the bytes that PLE adds to the activations and, with `--per-layer-sparse`, the tables' state.
+    """Returns the bytes that PLE adds to the activations, and with `--per-layer-sparse` the bytes of the tables' state.
 
     Args:
         settings: PLE's configuration.
@@ -97,8 +97,8 @@ def per_layer_activations(settings: PerLayerConfig, layout: ParallelLayout, rows
 
 
 def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> tuple[float, float]:
-    """Returns the bytes that `RowOptimizer` keeps on the device for a layer's table, and the maximum that it holds
-    during a step.
+    """Returns the bytes that `RowOptimizer` keeps on the device for a layer's table, and the most that it adds to
+    them during a step.
     """
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
     state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}

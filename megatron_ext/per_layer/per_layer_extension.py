@@ -34,7 +34,9 @@ class PerLayerExtension(Extension):
         self.rows = rows
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the travelling word embedding, and the stage's per-layer vectors packed as [L, s, b, p / t].
+        """Returns two streams: the word embedding, and the per-layer vectors of the stage's layers as one tensor.
+
+        The word embedding travels from stage to stage. The tensor of a stage is [L, s, b, p / t], for its L layers.
 
         Raises:
             ValueError: the tensor-parallel size does not divide the per-layer hidden size.
@@ -47,7 +49,7 @@ class PerLayerExtension(Extension):
         ]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns PLE's block, by the name of the slot that follows from `--per-layer-position`."""
+        """Maps the slot that `--per-layer-position` names to PLE's block."""
         layers = stage_layers(config)
         # Chunks of the interleaved schedule have equally many layers; otherwise a stage has one chunk.
         virtual = config.virtual_pipeline_model_parallel_size
@@ -69,7 +71,7 @@ def stage_layers(config: TransformerConfig) -> int:
 
 
 def first_layer(config: TransformerConfig) -> int:
-    """Returns the number of the first layer of this rank's stage, from 0."""
+    """Returns the index in the whole model, from 0, of the first layer of this rank's stage."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return get_transformer_layer_offset(config, _first_chunk(config), rank)
 

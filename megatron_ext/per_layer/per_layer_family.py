@@ -2,8 +2,9 @@
 statistics.
 
 The per-layer ids are either looked up (`table[tokens]`), or the token ids themselves (strategy `identity`), or read
-from a dataset that is aligned with the tokens. With `bigram_hash` and `trigram_hash` the batch's field has the numbers
-of n-grams, computed from whole sequences or read, and `auxiliary_inputs` hashes them to rows.
+from a dataset that is aligned with the tokens. With `bigram_hash` and `trigram_hash` the batch contains, in place
+of the ids, one number per token that identifies the n-gram ending there. It is computed from the whole sequence or
+read from a dataset; `auxiliary_inputs` hashes it to rows.
 """
 
 from collections.abc import Iterable
@@ -87,7 +88,7 @@ class PerLayerFamily(Family):
         vocab_size: V, the tokenizer's vocabulary size.
         table: [V], the per-layer id of each token id; None with a strategy that needs no table, or if every batch
             contains `per_layer_ids`.
-        eod: the tokenizer's end-of-document id, beyond which no n-gram reaches; other strategies do not use it.
+        eod: the tokenizer's end-of-document id, which ends n-grams; only strategies with n-grams use it.
 
         Raises:
             ValueError: the table does not fit the vocabulary, or its ids do not fit the embedding.
@@ -179,7 +180,7 @@ class PerLayerFamily(Family):
             )
 
     def configuration(self) -> dict[str, Any]:
-        """Returns PLE's settings, the vocabulary size, the table of ids, and what ends a document for n-grams."""
+        """Returns PLE's settings, the vocabulary size, the table of ids and, with n-grams, the end-of-document id."""
         return {
             "settings": group_to_dict(self.settings),
             "vocab_size": self.vocab_size,
@@ -204,7 +205,7 @@ class PerLayerFamily(Family):
         }
 
     def sequence_fields(self, batch: Batch) -> Batch:
-        """Returns the numbers of the n-grams of whole sequences [b, s], if the batch does not have them."""
+        """Computes the n-gram number of every token, [b, s], if the strategy needs it and the batch lacks it."""
         if not self.settings.hashes_ngrams or PER_LAYER_IDS in batch:
             return {}
         return {PER_LAYER_IDS: self._ngrams(batch)}
@@ -214,7 +215,7 @@ class PerLayerFamily(Family):
         return per_layer_cost(self._as_trained, model, self.rows)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
-        """Returns the work of a step without the gradients of frozen tables, which are most of PLE's parameters."""
+        """Describes a step's work without the gradients of frozen tables; None if the tables are not frozen."""
         if not self.settings.freeze_per_layer_embedding:
             return None
         cost = self.cost(model)
@@ -226,11 +227,11 @@ class PerLayerFamily(Family):
         )
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
-        """Returns what PLE adds to the activations."""
+        """Returns the bytes that PLE needs in a step; see `per_layer_activations`."""
         return per_layer_activations(self._as_trained, layout, self.rows)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the tables in the engine if they are not trained, or if a `RowOptimizer` trains them."""
+        """Excludes the tables from the engine's training if they are frozen, or if a `RowOptimizer` trains them."""
         if self.settings.freeze_per_layer_embedding or self.settings.per_layer_sparse:
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
@@ -309,7 +310,7 @@ class PerLayerFamily(Family):
         return {PER_LAYER_IDS: ids}
 
     def _ngrams(self, batch: Batch) -> torch.Tensor:
-        """Returns the numbers [b, s] of the n-grams that end at a batch's tokens."""
+        """Returns for each token of a batch the number that identifies the n-gram ending there, [b, s]."""
         strategy, tokens = self.settings.per_layer_strategy, batch["tokens"]
         if PRECEDING_TOKENS in batch:
             tokens = torch.cat([batch[PRECEDING_TOKENS][:, 1 - NGRAM_TOKENS[strategy] :], tokens], dim=1)
@@ -317,7 +318,7 @@ class PerLayerFamily(Family):
         return numbers[:, -batch["tokens"].size(1) :]
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
-        """Returns the overrides of `--per-layer-lr-scale` and `--per-layer-weight-decay` for all PLE parameters."""
+        """Returns what `--per-layer-lr-scale` and `--per-layer-weight-decay` override for all PLE parameters."""
         override: dict[str, Any] = {}
         if self.settings.per_layer_lr_scale != 1.0:
             override["max_lr"] = settings.lr * self.settings.per_layer_lr_scale

@@ -1,8 +1,8 @@
-"""The module that per-layer embedding (PLE) adds to a pipeline stage; it computes the vectors of all layers at once.
+"""The module that per-layer embedding (PLE) adds to a pipeline stage; it computes the vectors of the stage's layers.
 
 Its output is the stream `per_layer` [L, s, b, p / t], where L is the number of layers of the stage. Its inputs are the
 word embedding [s, b, h], which travels from stage to stage, and the per-layer ids [b, s], which every stage gets from
-its data iterator. Every tensor-parallel rank has all rows of the sequence, even under sequence parallelism: the word
+its data iterator. Every tensor-parallel rank has the whole sequence, even under sequence parallelism: the word
 embedding is gathered once per stage. The formulas are in `combination`.
 """
 
@@ -72,7 +72,7 @@ class PerLayerInputs(StageModule):
         """Args:
         config: the engine's configuration.
         settings: PLE's configuration.
-        stage: the layers of this stage, and whether it counts and saves the shared norm.
+        stage: the layers of this stage, and whether the shared norm is counted and saved on this stage.
         groups: the process groups; p is split over the tensor-parallel group.
         rows: Vp, the number of rows of every table.
         """

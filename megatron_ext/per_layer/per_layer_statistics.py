@@ -1,7 +1,7 @@
 """Computes statistics of per-layer embedding (PLE) in every layer.
 
 Their TensorBoard tags are `per-layer/{name}/layer_{number}`, where layers are numbered from 00. The names are listed
-below; names in the lines scaled_add, concat and gated exist only with this combination method:
+below; those in the lines scaled_add, concat and gated exist only with that combination method:
 
     embedding-norm              Frobenius norm of the layer's table
     gate-activation-mean, -std  mean and standard deviation of act(W_gate x), over tokens and p

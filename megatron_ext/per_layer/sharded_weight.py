@@ -1,7 +1,7 @@
 """A weight that is split over the tensor-parallel ranks, with the attributes and shards that the engine needs.
 
-Per-layer embedding (PLE) uses it for tables, projections and the norm, because they are applied for all layers of a
-stage at once, which the engine's linear layers cannot do.
+Per-layer embedding (PLE) uses it for tables, projections and the norm, because one operation applies the weights of all
+layers of a stage, which the engine's linear layers cannot do.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class ShardedWeight(torch.nn.Module):
         dim: the dimension that is split.
         std: standard deviation of the initial values; 0 keeps `value`.
         value: constant with which the tensor is filled before initialization.
-        held: memory off the device for the local part, which is then never moved; None for memory of the device.
+        held: memory off the device in which the local part then stays; None to allocate the part on the device.
         """
         super().__init__()
         self.dim = dim
@@ -81,7 +81,7 @@ class ShardedWeight(torch.nn.Module):
 
 
 def mark(parameter: torch.nn.Parameter, std: float) -> None:
-    """Marks a parameter as PLE's and sets the standard deviation of its initialization (0 keeps the built value)."""
+    """Marks a parameter as PLE's and sets the standard deviation of its initialization (0 keeps its present value)."""
     parameter.per_layer = True  # type: ignore[attr-defined]
     parameter.init_std = std  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Computes how AdamW changes a row in the steps that do not look the row up; applied when the row is next needed.
+"""Computes how AdamW changes a row in steps that do not look it up; the changes are applied when it is next needed.
 
 A row without a gradient still changes: its weight decays, and its momentum keeps moving it. Let a be the last step
 whose update has been applied to the row, with weight w and moments m and v. At step t:
@@ -46,7 +46,7 @@ class MissedSteps:
         """Discards the stored steps, because all rows are now up to date with `step`, [1] integer."""
         self.first = self.last = step.clone()
         self.recorded = 0
-        """Number of steps since then, including skipped ones, because only the device knows which steps were
+        """Number of steps after `first`, including skipped ones, because only the device knows which steps were
         skipped.
         """
 

@@ -38,7 +38,7 @@ class RowBlocks:
         return slice(below[self.place - 1] if self.place else 0, below[self.place])
 
     def gather(self, own: torch.Tensor, below: Sequence[int]) -> torch.Tensor:
-        """Joins the ranks' rows of the step's ids: [L, m, q] on each rank -> [L, n, q]. Collective."""
+        """Gathers the rows of the step's ids from all blocks: [L, m, q] on each rank -> [L, n, q]. Collective."""
         if self.number == 1:
             return own
         counts = [end - start for start, end in pairwise((0, *below))]
@@ -49,7 +49,7 @@ class RowBlocks:
         return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts, strict=True)], dim=1)
 
     def complete(self, table: torch.Tensor) -> None:
-        """Replaces the rows of all other blocks by the rows on the blocks' ranks; `table` is [Vp, q]. Collective."""
+        """Copies the rows of all other blocks from their ranks into `table`, [Vp, q]. Collective."""
         if self.number == 1:
             return
         pieces = self._pieces(table[self.start : self.end])
@@ -60,7 +60,7 @@ class RowBlocks:
         """Joins the blocks of a tensor in CPU memory; returns [Vp, columns] on the first rank and None on the others.
         Collective.
 
-        If rows are not divided, every rank gets its own tensor.
+        If rows are not divided, returns `own` on every rank.
         """
         if self.number == 1:
             return own

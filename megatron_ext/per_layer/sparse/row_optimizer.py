@@ -1,8 +1,9 @@
 """Trains per-layer tables by rows: memory, communication and time of a step depend only on the rows that it looks up.
 
-A step has these parts, for the L tables of this rank, the n rows that any data-parallel rank looks up, and q columns:
+A step has these parts, for the L tables of this rank, the n rows that any data-parallel rank looks up, the m of these
+rows that this rank updates, and q columns:
 
-    begin      m rows of weights and state are copied out of the tables, [L, m, q], and brought up to date
+    begin      copies m rows of weights and state out of the tables, [L, m, q], and brings them up to date
     forward    looks ids up in the copied rows, [L, n, q]; `places` returns the place of an id among them
     backward   adds the gradients of all micro-batches up in one tensor [L, n, q], in fp32
     prepare    averages the gradient over data-parallel ranks, with one all-reduce of [L, n, q]
@@ -36,7 +37,7 @@ _ELEMENTS_AT_ONCE = 1 << 22
 """Number of elements that are brought up to date at a time before a save or an evaluation."""
 
 _LEAST_WIDTH = 256
-"""Smallest number of columns with which a row is counted, because the terms of its missed steps need memory, too."""
+"""A row counts as at least this many elements, because the terms of its missed steps need memory, too."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class StepRows:
     """The m of the n rows that this rank updates."""
 
     weights: torch.Tensor
-    """fp32, [L, m, q]."""
+    """Weights of the m rows, fp32, [L, m, q]."""
 
     state: State
-    """The rows' optimizer state, [L, m, q] or [L, m, 1]."""
+    """Optimizer state of the m rows, [L, m, q] or [L, m, 1]."""
 
     gradient: torch.Tensor
-    """fp32, [L, n, q]."""
+    """Gradient of the n rows, fp32, [L, n, q]."""
 
     inputs: list[torch.Tensor]
     """The rows that the forward pass looks up: L leaf tensors [n, q] in the tables' precision."""
@@ -173,8 +174,9 @@ class RowOptimizer(OwnOptimizer):
             dist.all_reduce(gradient, group=self.data_group)
 
     def prepare_grads(self) -> bool:
-        """Reduces the gradient. Always returns False, because values that are not finite show in the gradient's norm.
-        Collective.
+        """Averages the gradient over the data-parallel ranks. Collective.
+
+        Always returns False ("no infinity found"), because the gradient's norm reveals values that are not finite.
         """
         self.reduce()
         if self._rows is not None:
@@ -212,7 +214,7 @@ class RowOptimizer(OwnOptimizer):
 
     @torch.no_grad()
     def bring_up_to_date(self) -> None:
-        """Applies all postponed updates, then copies every rank's rows to all ranks, so that each has the whole tables.
+        """Applies all postponed updates, then exchanges rows, so that every rank has the whole tables up to date.
 
         Must not be called within a step. Collective.
         """

@@ -115,7 +115,7 @@ class Sgd(RowUpdate):
     catches_up = True
 
     def update(self, rows: torch.Tensor, gradient: torch.Tensor, state: State, step: StepFacts) -> None:
-        """Applies the rule above."""
+        """Applies the rule at the top of this file."""
         rate = step.group["lr"]
         changed = (rows * (1 - rate * step.group["weight_decay"])).sub_(gradient, alpha=rate)
         rows.copy_(changed.where(step.is_applied, rows))
@@ -127,7 +127,7 @@ class RowwiseAdagrad(RowUpdate):
     width_of_state = MappingProxyType({"row_sum": 1})
 
     def update(self, rows: torch.Tensor, gradient: torch.Tensor, state: State, step: StepFacts) -> None:
-        """Applies the rule above; a collective over the tensor-parallel ranks."""
+        """Applies the rule at the top of this file. Collective over the tensor-parallel ranks."""
         squares = gradient.square().sum(-1, keepdim=True)
         dist.all_reduce(squares, group=self.tensor_group)
         total = state["row_sum"] + squares / (gradient.size(-1) * self.tensor_group.size())

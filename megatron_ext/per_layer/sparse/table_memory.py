@@ -24,13 +24,13 @@ to 15 pages around it resident.)
 
 
 class TableMemory:
-    """The device's memory; also the base class."""
+    """Keeps tables and state in the device's memory; also the base class of `OffDevice`."""
 
     is_on_device = True
     """Whether tables and state are in the device's memory."""
 
     is_writer = True
-    """Whether this rank writes its results."""
+    """Whether this rank writes; of several ranks that share the memory, only one does."""
 
     def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
         """Returns new tensors, filled with zeros."""
@@ -48,9 +48,7 @@ class TableMemory:
     def to_look_up(
         self, ids: torch.Tensor, tables: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns ids and tables on the device with which `combination.look_up` finds the rows of `ids` in
-        `tables`.
-        """
+        """Returns ids and tables on the device that `combination.look_up` can use in place of `ids` and `tables`."""
         return ids, list(tables)
 
     def release(self) -> None:

@@ -51,7 +51,9 @@ def test_the_gemma3n_preset_allows_fewer_rows_than_ids_and_requires_several_resi
     )
     assert config.adds_to_inactive_streams and not config.has_layer_scalar
     assert config.rows(vocab_size=777) == 700
-    with pytest.raises(ValueError, match="--per-layer-vocab-size 700: must be the vocabulary size, 500"):
+    with pytest.raises(
+        ValueError, match="--per-layer-vocab-size 700: must be at most the vocabulary size, 500"
+    ):
         config.rows(vocab_size=500)
     config.check_streams(4)
     with pytest.raises(ValueError, match="--per-layer-preset gemma3n: requires --altup-streams"):
@@ -136,7 +138,7 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
         ({"per_layer_hashes": 0}, "--per-layer-hashes 0: must be at least 1"),
         (
             {"per_layer_vocab_file": "v.json"},
-            "--per-layer-vocab-file v.json: --per-layer-strategy bigram_hash reads",
+            "--per-layer-vocab-file v.json: --per-layer-strategy bigram_hash does not read such",
         ),
         (
             {"per_layer_preset": "gemma4"},
@@ -168,7 +170,7 @@ def test_settings_of_hashed_ngrams_that_do_not_fit_are_named(values: dict[str, A
         ),
         (
             {"optimizer": OptimizerSettings(lr=20.0, weight_decay=0.1)},
-            "--per-layer-sparse: requires (learning rate x weight decay) of the tables below 1 (got 20 and 0.1)",
+            "--per-layer-sparse: the tables' learning rate times their weight decay must be below 1 (got 20 times 0.1)",
         ),
     ],
 )
