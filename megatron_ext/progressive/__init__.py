@@ -1,6 +1,6 @@
 """Progressive growth (StackWise): a model grows by one stack of layers at a time.
 
-Each new stack is trained on top of the trunk, the stacks trained before, which are frozen or train only LoRA adapters.
+Each new stack is trained on top of the trunk: the older stacks, which usually are frozen or train only LoRA adapters.
 
 Python API: `from megatron_ext.progressive import StackWiseConfig, ProgressiveRackBuilder, ProgressiveTrainer`.
 Source: docs/design/progressive_growth.md.

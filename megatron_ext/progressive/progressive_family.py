@@ -103,7 +103,7 @@ class ProgressiveFamily(Family):
         frozen: maps the index of a stack to `frozen` (nothing trains) or `qlora` (only adapters train); overrides the
             trunk strategy for these stacks.
         seed: the run's seed.
-        tokens_in: returns the number of tokens in the run's first steps, for the log.
+        tokens_in: returns the number of tokens that the run has consumed after a given number of steps, for the log.
         statistics_interval: number of steps between two records of the statistics; None for no record.
         """
         self.config = config
@@ -119,9 +119,8 @@ class ProgressiveFamily(Family):
 
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
-        """Maps the global name of each parameter whose optimizer state is carried over to its number of updates in
-        earlier phases.
-        """
+        """Number of updates in earlier phases of each parameter that keeps its optimizer state, by global name."""
+
         self.parameters: dict[str, int] = {}
         """Maps `trainable` and `frozen` to the number of such parameters of the whole model."""
 
@@ -151,7 +150,7 @@ class ProgressiveFamily(Family):
         return family
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the rack (the list of stacks), what the phase trains, and all settings, as JSON values."""
+        """Returns the rack (the list of stacks), the trained part, the mask token and all settings, as JSON values."""
         return {
             "rack": self.rack.as_json(),
             "trains": self.trains,
@@ -160,7 +159,7 @@ class ProgressiveFamily(Family):
         }
 
     def extension(self) -> ProgressiveExtension:
-        """Returns the extension of the model by progressive training."""
+        """Returns the parts that progressive training adds to the model."""
         return ProgressiveExtension(self.plan, self.config)
 
     def cost(self, model: ModelConfig) -> ModelCost:

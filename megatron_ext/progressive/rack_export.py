@@ -34,7 +34,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 
 
 def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:
-    """Returns messages about stacks whose exported weights differ from the stored or the computed weights."""
+    """Returns messages about stacks whose exported weights differ from those stored or used in computation."""
     messages = []
     for stack, layers in rack.layers():
         precision = plan[layers.start].precision

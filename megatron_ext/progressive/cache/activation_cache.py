@@ -273,7 +273,7 @@ class ActivationCache(FrozenForward):
 
 
 def _with(batch: Batch, hidden_states: torch.Tensor | None) -> Batch:
-    """Returns the micro-batch with the trunk's output added, on the pipeline stage that starts from it."""
+    """Returns the micro-batch with the trunk's output added; unchanged without one, as on other pipeline stages."""
     if hidden_states is None:
         return batch
     return {**batch, HIDDEN_STATES: hidden_states.to(batch["tokens"].device, non_blocking=True)}

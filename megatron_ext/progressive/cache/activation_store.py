@@ -7,10 +7,11 @@ On disk, every process appends to two files of its own, whose name `writer` is u
 processes in the directory:
 
     {writer}.data     the tensors, one after the other
-    {writer}.index    a record of 32 bytes per tensor: key, place, checksum of the tensor, checksum of the record
+    {writer}.index    32 bytes per tensor: key, index in the data file, checksum of the tensor, checksum of the record
 
-A record is written after its tensor. Therefore, even if a process is killed, every complete record belongs to a
-complete tensor; an incomplete last record is skipped. Every read compares the tensor with its checksum.
+Each 32 bytes are a record, which is written after its tensor. Therefore, even if a process is killed, every complete
+record belongs to a complete tensor; an incomplete last record is skipped. Every read compares the tensor with its
+checksum.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ import torch
 _log = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQII")
-"""The fields of a record: key, place, checksum of the tensor, checksum of these three fields."""
+"""The fields of a record: key, index of the tensor, checksum of the tensor, checksum of these three fields."""
 
 
 class Store(Protocol):

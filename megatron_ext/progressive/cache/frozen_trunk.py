@@ -25,7 +25,7 @@ _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
 
 def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the name and the value of each trunk tensor on this rank; the names contain whole-model layer numbers.
+    """Yields the name and the value of each trunk tensor on this rank; layers are numbered over the whole model.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -54,9 +54,9 @@ def check_frozen(chunks: Iterable[GPTModel], layers: int) -> None:
     for name, tensor in trunk_tensors(chunks, layers):
         if tensor.requires_grad:
             tied = name == "embedding.word_embeddings.weight"
-            hint = "; pass --untie-embeddings-and-output-weights and freeze the embedding" if tied else ""
+            hint = "--untie-embeddings-and-output-weights" if tied else "--no-cache-activations"
             raise ValueError(
-                f"trunk parameter {name} is trainable, but --cache-activations requires a frozen trunk{hint}"
+                f"trunk parameter {name} is trainable, but --cache-activations requires a frozen trunk; pass {hint}"
             )
 
 

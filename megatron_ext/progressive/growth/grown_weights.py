@@ -73,7 +73,7 @@ def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int])
     """Loads the weights that a model and the checkpoint of its trunk have in common; collective.
 
     Args:
-        chunks: this rank's model chunks, unwrapped, without packed weights.
+        chunks: this rank's model chunks, unwrapped, before any weights are packed into four bits.
         folder: the checkpoint's directory.
         sources: maps the number of each trunk layer in the model to its number in the checkpoint.
 
@@ -96,11 +96,11 @@ def start_new_layers(
     """Sets the initial weights of the newest stack's layers, which must already be initialized randomly; collective.
 
     Args:
-        chunks: this rank's model chunks, unwrapped, without packed weights.
+        chunks: this rank's model chunks, unwrapped, before any weights are packed into four bits.
         folder: directory of the trunk's checkpoint, already verified.
         rack: the stacks of the model.
         trunk: the stacks of the checkpoint.
-        trunk_settings: the settings of the checkpoint's layers, by number; they name the adapters.
+        trunk_settings: the settings of the checkpoint's layers, by layer number, from which their adapters follow.
         how: the initialization; see the top of this file.
     """
     new = rack.layers_of(rack.newest.index)
@@ -148,9 +148,7 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
 
 
 def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
-    """Returns a function that maps global names to names in the checkpoint; names of new layers are mapped to missing
-    names.
-    """
+    """Returns a function that maps global names to names in the checkpoint; for new layers, to names that it lacks."""
     return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 

@@ -58,7 +58,7 @@ class Rack:
         return Rack(stacks=(stack, *self.stacks) if mode == "prepend" else (*self.stacks, stack))
 
     def first(self, num_stacks: int) -> "Rack":
-        """Returns the rack without the stacks that were created after the first `num_stacks`."""
+        """Returns the rack of only the `num_stacks` stacks that were created first."""
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:

@@ -88,7 +88,7 @@ def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
         raise ValueError(
             f"--training-objective {ours}: the stacks in {folder} were trained with {objective}, so "
             f"that a token attends to {'only earlier tokens' if objective == 'clm' else 'all tokens'}; "
-            "pass that objective"
+            f"pass --training-objective {objective}"
         )
 
 
@@ -144,7 +144,8 @@ def check_history(save: Path, phases: list[Phase]) -> History:
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
                 f"--target-stacks {len(planned)}: no stack can be added in {save}, because the joint "
-                f"phase of its {len(there)} stacks is finished; pass --joint-steps only when adding the last stack"
+                f"phase of its {len(there)} stacks is finished; pass another --save, and --joint-steps only with the "
+                "last stack"
             )
         if place >= len(names) or phase.name != names[place]:
             raise ValueError(

@@ -131,7 +131,7 @@ def finished_checkpoint(save: Path, name: str) -> Path:
 
 def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> list[Found]:
     """Returns the defaults that come from the run in `save`: the config groups `model`, without `num_layers`, and
-    `tokenizer`; with `--use-checkpoint-args` also the shape that replaces given flags.
+    `tokenizer`. With `--use-checkpoint-args`, also the model's shape, which overrides the user's flags.
 
     Args:
         save: the training run's directory.

@@ -9,7 +9,8 @@ The trunk is all stacks except the newest. The trained parts of a phase depend o
     joint phase     everything, in all stacks
 
 The weights of a stack of precision qlora (NF4; not the trunk strategy of this name) or nvfp4 are packed into four bits
-while they are not trained, and have the run's precision while they are. Source: docs/design/progressive_growth.md.
+while they are not trained, and have the run's precision while they are trained.
+Source: docs/design/progressive_growth.md.
 """
 
 from dataclasses import replace
@@ -120,7 +121,7 @@ def stack_descriptions(
         rack: the stacks of the model.
         plan: the settings of the model's layers, by number.
         cached_layers: see `stack_treatments`.
-        run_precision: the precision of stacks that have the run's precision.
+        run_precision: the run's precision, which stacks without a precision of their own have.
     """
     words = {
         "trained": "trained",

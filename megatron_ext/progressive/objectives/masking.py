@@ -40,7 +40,7 @@ class TimeStepMasking:
         """Args:
         config: contains the time steps and the mask fractions.
         seed: seed of the masks.
-        fixed: whether masks do not depend on epoch and stack, as the activation cache requires.
+        fixed: whether a sample has the same masks in every epoch and for every stack, as the activation cache requires.
         """
         self.config = config.progressive_config() if isinstance(config, StackWiseConfig) else config
         self.seed = seed

@@ -27,7 +27,7 @@ from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 ACCURACY = "masked/token_accuracy"
-"""Name of an evaluation result: the fraction of the counted tokens that the model predicts correctly."""
+"""Name of an evaluation result: the share of correct predictions among the tokens that count in the loss."""
 
 MASK_TOKENS = ("<|mask|>", "[MASK]", "<mask>")
 """Names by which the mask token of a vocabulary is recognised."""

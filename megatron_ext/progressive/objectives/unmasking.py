@@ -40,7 +40,7 @@ class DiffusionSampling:
     """Number of tokens to generate after each prompt."""
 
     steps: int = 32
-    """Number of forward passes; the number of new tokens is the upper limit."""
+    """Number of forward passes; at most one per new token is made."""
 
     temperature: float = 1.0
     """Number by which the logits are divided; 0 chooses the most likely token."""
@@ -60,7 +60,7 @@ class DiffusionSampling:
 
 
 def objective_of(families: Iterable[Family]) -> StackObjective | None:
-    """Returns the objective of progressive training among the model families; None if there is none."""
+    """Returns the training objective of the model family that has one; None if no family has one."""
     found = (getattr(family, "objective", None) for family in families)
     return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
@@ -86,7 +86,7 @@ def generate_by_unmasking(
         For each prompt, the new tokens before the first stop token; the same on every rank.
 
     Raises:
-        ValueError: the model was not trained on masked tokens, or a prompt exceeds its positions or its window.
+        ValueError: the model was not trained on masked tokens, or it has too few positions for prompt and new tokens.
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:

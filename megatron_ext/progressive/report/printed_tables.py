@@ -1,4 +1,4 @@
-"""Prints a table of the comparison in lines of at most 100 columns, unless a single column needs more.
+"""Prints a table of the comparison in lines of at most 100 characters, unless a single column needs more.
 
 Columns with the same value in all rows are printed once above the table. If the other columns do not fit, they are
 distributed over several tables, each of which begins with the columns that identify a row. No value is shortened.
@@ -23,7 +23,7 @@ def print_table(table: Table, width: int = 100) -> None:
 
     Args:
         table: the table.
-        width: largest number of columns of a line.
+        width: largest number of characters in a line.
     """
     columns = {name: [_text(row[i]) for row in table.rows] for i, name in enumerate(table.columns)}
     equal = _equal_columns(columns)

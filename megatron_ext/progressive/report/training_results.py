@@ -126,7 +126,7 @@ def _by_step(curve: Curve, last: int) -> dict[int, float]:
 
 
 def _every_step(logged: Mapping[int, float], phases: Sequence[Finished]) -> dict[int, float]:
-    """Returns, for every step of phases with logged values, the value that was logged for the step's interval.
+    """Maps every step to the value that was logged for its log interval; omits phases without logged values.
 
     If a plateau has ended a phase within a log interval, the phase's last steps get the last logged value.
     """

@@ -156,7 +156,7 @@ class Growth:
         self.frozen = dict(frozen or {})
         self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
-        """Maps the name of each phase that this process has run to the losses of its steps."""
+        """Losses of the steps of each phase that this process has run, by name of the phase."""
 
         self.config = config
         self.phases = phases
@@ -261,7 +261,7 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints the numbers of trained and frozen parameters; each stack's precision, training and bytes."""
+        """Prints the numbers of trained and frozen parameters, and each stack's precision, treatment and bytes."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         precision = _RUN_PRECISION[self.config.training.precision]

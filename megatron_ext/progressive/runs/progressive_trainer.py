@@ -82,7 +82,7 @@ class ProgressiveTrainer:
         """Args:
         config: the configuration; it may be changed until training begins.
         save: directory of the checkpoints; None for a temporary directory, which is removed when the process ends.
-        logging: the logging flags; None for their defaults, without throughput.
+        logging: the logging flags; None for their defaults, but without --log-throughput.
 
         Raises:
             ValueError: the configuration is invalid; see `StackWiseConfig.validate`.

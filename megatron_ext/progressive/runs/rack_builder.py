@@ -75,8 +75,7 @@ class ProgressiveRackBuilder:
         self.default_precision = _word("default_precision", default_precision, PRECISIONS)
         self.rack = Rack()
         self.frozen: dict[int, str] = {}
-        """Maps the index of each stack to `frozen` or `qlora`, if `freeze_trunk` or `freeze_all_but_qlora` has frozen
-        it."""
+        """Maps indices of frozen stacks to `frozen` (by `freeze_trunk`) or `qlora` (by `freeze_all_but_qlora`)."""
 
         self.trained: Trunk | None = None
         """The checkpoint of the trained stacks; None before training."""
