@@ -27,19 +27,18 @@ class _Attach(torch.autograd.Function):
 
 
 class LayerLosses:
-    """Attaches losses to layer outputs and records the losses' values. The state is in class attributes, once per
-    process.
+    """Attaches losses to layer outputs and records the losses' values.
 
-    Layers deep in the model can thus record values without a reference to the training step, as with the engine's own
-    trackers.
+    All state is in class attributes, so there is one per process, and layers deep in the model can record values
+    without a reference to the training step. The engine's own trackers work in the same way.
     """
 
     scale: float = 1.0
     """Gradient that every attached loss gets: loss scale / number of micro-batches. The training step sets it."""
 
     loss_scale: float = 1.0
-    """Loss scale of --fp16, by which all gradients are too large until the update; otherwise 1. The training step
-    sets it.
+    """Loss scale of --fp16. All gradients contain it as a factor until the optimizer divides it out. 1 without --fp16.
+    The training step sets it.
     """
 
     evaluating: bool = False

@@ -10,9 +10,9 @@ A model family declares its `AuxiliaryStream`s. Streams are transported in two w
   without interleaving; the interleaved schedule would refuse a wider tensor. A stream with `written=True`, which
   layers may overwrite, is sent with its value after the stage's last layer.
 
-Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism, these are the local part of the
-sequence; a stream with `full_sequence=True` always has all rows. In a model with k residual streams (AltUp), the
-hidden states have k s rows, but auxiliary streams have s rows.
+Shapes: `s` is the number of tokens of a sequence on this rank. Under sequence parallelism, this is the local part of
+the sequence; a stream with `full_sequence=True` always has all rows. In a model with several residual streams (AltUp),
+the hidden states have s rows for each residual stream, but auxiliary streams have only s rows.
 """
 
 from dataclasses import dataclass
@@ -94,9 +94,10 @@ class AuxiliaryInputs:
         return self._split(self._travelling, joined)
 
     def with_written(self, hidden_states: torch.Tensor, layer_inputs: "LayerInputs") -> torch.Tensor:
-        """Appends the streams that layers have written to the last layer's output, as further rows.
+        """Returns the last layer's output, followed by the streams that layers have written, as further rows.
 
-        The layers of a stage can return only one tensor, in particular under activation recomputation.
+        They form one tensor because the layers of a stage can return only one, in particular under activation
+        recomputation.
         """
         values = {stream.name: layer_inputs.read(stream.name) for stream in self._written}
         return self._join(self._written, hidden_states, values)

@@ -59,8 +59,8 @@ def build_model(
         seed: the initial weights depend only on this seed and the parameters' names.
         precision: precision of parameters and activations.
         extensions: the additions of the model families.
-        fuses_norms: with Transformer Engine, whether the next linear layer computes a norm if no family reads the
-            norm's output; names of parameters do not change.
+        fuses_norms: whether Transformer Engine's linear layers compute the norms before them, unless a norm's output is
+            needed elsewhere. The parameters' names do not change.
 
     Returns:
         The chunks in the order of their virtual pipeline stages.

@@ -11,7 +11,7 @@ The parts of a stage's forward pass:
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
 Under context parallelism `s` is the number of this rank's tokens of each sequence.
-With AltUp's k residual streams the hidden states between layers are [k s, b, h].
+With AltUp the hidden states between layers have s rows for each residual stream.
 Without streams the forward pass equals megatron-core's to the bit.
 """
 
@@ -131,8 +131,8 @@ class GPTModel(EngineGPTModel):
 
     @property
     def cache_limit(self) -> int | None:
-        """Number of tokens beyond which a KV cache is of no use, because all hidden states change; None without such
-        a limit.
+        """Number of tokens beyond which a KV cache is invalid, because `longrope` then rotates all positions with other
+        frequencies; None without such a limit.
         """
         rotary = self._rotary
         if not isinstance(rotary, RotaryByLength) or rotary.model.rope_scaling_type != "longrope":
@@ -213,8 +213,9 @@ class GPTModel(EngineGPTModel):
     def _attention_of_documents(
         self, bounds: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Returns a mask, for megatron-core's own attention (whose scores are [s, s] anyway), and further arguments
-        of the engine.
+        """Returns a mask and further arguments of the engine's `forward`, one of which keeps documents apart.
+
+        The mask is for megatron-core's own attention, whose scores are [s, s] anyway; otherwise it is None.
         """
         attention = self.decoder.layers[0].self_attention
         if isinstance(attention.core_attention, SDPAttention):

@@ -125,12 +125,12 @@ def _sizes(shape: LayerShape) -> dict[str, int]:
 
 
 def key_value_settings(model: ModelConfig, number: int, layers: Sequence[int]) -> KeyValueSettings | None:
-    """Returns the settings of an attention that the engine lacks; None if the engine's own attention suffices.
+    """Returns the settings of a layer's `ExtendedSelfAttention`; None if the engine's own attention suffices.
 
     Args:
         model: configuration of the base model.
         number: the layer's number, counted from 0 over the whole model.
-        layers: numbers of the layers of its pipeline stage.
+        layers: numbers of the layers of the same pipeline stage.
     """
     shapes = model.layers
     shape = shapes[number]
@@ -215,8 +215,8 @@ def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
 
 
 def _of_heads(linear: type | ModuleSpec, queries: int, shape: LayerShape) -> type | ModuleSpec:
-    """Returns the query-key-value projection with rows for the layer's heads only; the engine's own has rows for keys
-    and values in every layer.
+    """Returns the query-key-value projection without rows for keys or values that the layer does not compute; the
+    engine's own always has both.
     """
     if shape.key_value_heads == 2 * shape.num_query_groups:
         return linear

@@ -29,7 +29,7 @@ class StageInfo:
     """Whether the chunk holds the final norm and the output layer."""
 
     owns_replicas: bool
-    """Whether this chunk counts, saves and logs the parameters that all chunks replicate; True for the first chunk."""
+    """Whether this chunk counts, saves and logs the parameters of which all chunks have a copy; True for the first."""
 
 
 class StageModule(torch.nn.Module):

@@ -1,3 +1,3 @@
-"""Self-attention with two features that megatron-core lacks: a bounded KV cache, and keys and values of other
-layers.
+"""Self-attention with two features that megatron-core lacks: a KV cache no longer than the sliding window, and keys and
+values that several layers share.
 """

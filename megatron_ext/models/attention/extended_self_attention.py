@@ -12,8 +12,8 @@ For each key/value group, the projection `linear_qkv` computes the query heads, 
 
 A layer that supplies keys and values to later layers writes them to an auxiliary stream, after their norms and before
 rotation. The stream passes through activation recomputation and to later pipeline stages; its layout is
-[s, b, 2 g d], a key and a value for each group. With a KV cache, the first layer of a stage that has the stream keeps
-a cache, and the others read it.
+[s, b, 2 g d], a key and a value for each group. With a KV cache, the first of a stage's layers that use the stream
+keeps the cache, and the others read it.
 """
 
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ class ParallelLayout:
     precision: Precision = "fp32"
 
     work: StepWork | None = None
-    """Which parts of the base model a step runs and trains; None if everything trains."""
+    """The parts of the base model that a step runs and trains; None if everything trains."""
 
     @property
     def tokens(self) -> int:
@@ -162,7 +162,7 @@ class FamilyActivations:
     """
 
     head: float = 0.0
-    """Bytes that the loss adds to the head's activations on the last stage."""
+    """Bytes that the family's own output loss adds to the head's activations on the last stage."""
 
     transient: float = 0.0
     """Bytes that the forward or backward pass of one layer allocates in addition to `mlp_backward_bytes`, while the
@@ -196,8 +196,8 @@ def stage_temporary_bytes(
 def _kept_and_recomputed(
     layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]
 ) -> tuple[float, float]:
-    """Returns the bytes that a stage's layers keep until their backward pass, and the bytes recomputed at one
-    time.
+    """Returns the bytes that a stage's layers keep until their backward pass, and the largest number of bytes that
+    recomputation restores at a time.
     """
     model, parallel = layout.model, layout.parallel
     numbers, in_flight = layout.stage_layers(stage), _chunks_in_flight(layout, stage)
@@ -232,7 +232,7 @@ def _kept_and_recomputed(
 
 
 def _loss_bytes(layout: ParallelLayout, stage: int, families: Sequence[FamilyActivations]) -> float:
-    """Returns the bytes that the output loss holds on a stage in a training step; 0 if the stage computes none."""
+    """Returns the bytes that the output loss holds on a stage in a training step; 0 if the stage computes no loss."""
     is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
     if not is_last or (layout.work is not None and not layout.work.head_forwards):
         return 0.0
@@ -240,7 +240,7 @@ def _loss_bytes(layout: ParallelLayout, stage: int, families: Sequence[FamilyAct
 
 
 def _evaluation_bytes(layout: ParallelLayout, stage: int) -> float:
-    """Returns the bytes that an evaluation holds on a stage for the loss, even if a training step computes none."""
+    """Returns the bytes that an evaluation holds on a stage for the loss, even if a training step computes no loss."""
     is_last = stage == layout.parallel.pipeline_model_parallel_size - 1
     return head_activation_bytes(layout) if is_last else 0.0
 
@@ -256,9 +256,9 @@ def layer_activation_bytes(layout: ParallelLayout, use: Use = Use.TRAINED, layer
     its tokens). With a sliding window shorter than the sequence, attention keeps concatenated keys and values, and
     its output twice; with grouped queries, it also keeps the keys and values of each block of queries, once for every
     query head (as on a GPU). A layer that uses another layer's keys and values saves only its queries and rotated
-    keys. Unfused core attention adds its scores (n s): in fp32, a second time in bf16 and fp16 runs, and twice with
-    dropout. A frozen layer does not keep the inputs of its matrices: the outputs of the norms (2h), and fc2's input
-    (f).
+    keys. Unfused core attention adds its n s scores: in fp32, in bf16 and fp16 runs also in that precision, and with
+    dropout also the mask and the result of the dropout. A frozen layer does not keep the inputs of its matrices: the
+    outputs of the norms (2h), and fc2's input (f).
 
     Args:
         layout: the run's settings.

@@ -41,7 +41,12 @@ def layer_flops(model: ModelConfig) -> float:
 
 
 def layer_activations(model: ModelConfig, hidden_bytes: float) -> float:
-    """Returns the bytes that one layer keeps in addition; `hidden_bytes` is the size of one residual stream."""
+    """Returns the bytes that AltUp and Laurel add to those that one layer keeps for the backward pass.
+
+    Args:
+        model: configuration of the base model.
+        hidden_bytes: size of one residual stream.
+    """
     streams, rank = model.altup_streams, model.laurel_rank
     kept = 0.0 if streams is None else 2.0 * streams + 3.0
     kept += 0.0 if rank is None else 2.0 + rank / model.hidden_size

@@ -10,11 +10,11 @@ Bytes per parameter, with D data-parallel ranks:
 --grad-reduce-in-bf16 halves the bytes of gradients in bf16; --accumulate-allreduce-grads-in-fp32 doubles them in
 fp16.
 
-For parameters that a model family's own optimizer trains, the family specifies the state; their gradients count as
-temporary tensors. Frozen parameters have no gradients and no optimizer state; they count in the run's precision, or
-in the precision in which a model family stores them. For activations, see `activation_memory`. Temporary tensors
-belong to the loss, to the backward pass of a layer, and to model families. Fragmentation of the allocator and
-communication buffers are not included; leave a margin for them.
+If a model family's own optimizer trains parameters, the family gives the bytes of their optimizer state, and their
+gradients count as temporary tensors. Frozen parameters have no gradients and no optimizer state; they count in the
+run's precision, or in the precision in which a model family stores them. For activations, see `activation_memory`.
+Temporary tensors belong to the loss, to the backward pass of a layer, and to model families. Fragmentation of the
+allocator and communication buffers are not included; leave a margin for them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -112,7 +112,7 @@ def estimate_memory(
 
 
 def _stage_sum(layout: ParallelLayout, stage: int, of_families: Iterable[tuple[float, ...]]) -> float:
-    """Sums a tuple's entries over a stage's layers; a model family's tuple may be empty."""
+    """Returns the sum over all families and a stage's layers; a family's tuple has one entry per layer, or is empty."""
     numbers = layout.stage_layers(stage)
     return sum(of_layers[number] for of_layers in of_families if of_layers for number in numbers)
 

@@ -114,7 +114,7 @@ def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
-    """Returns the FLOPs per token of a training step from which MFU is computed; recomputation is not counted."""
+    """Returns a training step's FLOPs per token as MFU counts them, without recomputation."""
     return sum(cost.training_flops_per_token for cost in costs)
 
 
@@ -158,7 +158,7 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one layer; the mean over the layers."""
+    """Returns a layer's forward FLOPs per token, averaged over the layers."""
     return linear_flops_per_token(model) + layer_flops(model) + core_attention_flops_per_token(model)
 
 
@@ -170,12 +170,12 @@ def core_attention_flops_per_token(model: ModelConfig, layer: int | None = None)
 
 
 def attended_keys(model: ModelConfig, layer: int) -> int:
-    """Returns the number of keys that a layer's attention counts per token: the sequence, or the window if shorter."""
+    """Returns the number of keys per token in a layer's FLOPs: the sequence length, or the window if it is shorter."""
     return min(model.seq_length, model.layers[layer].window or model.seq_length)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one MLP; the mean over the layers."""
+    """Returns an MLP's forward FLOPs per token, averaged over the layers."""
     return linear_flops_per_token(model, "fc1", "fc2")
 
 

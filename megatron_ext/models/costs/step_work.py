@@ -21,8 +21,8 @@ from enum import IntEnum
 
 
 class Use(IntEnum):
-    """The computation of a step for a layer, or for the head (final norm and output layer), in increasing order of
-    work.
+    """A step's use of a layer, or of the head (final norm and output layer), in increasing order of work; see the table
+    at the top of this file.
     """
 
     SKIPPED = 0
@@ -47,10 +47,10 @@ class StepWork:
     """The parts of the model that one training step runs and trains."""
 
     layers: tuple[Use, ...]
-    """How a step uses each layer of the base model (skipped, run, or trained), in order."""
+    """A step's use of each layer of the base model, from the first to the last."""
 
     head: Use = Use.TRAINED
-    """How a step uses the final norm and the output layer: skipped, run, or trained."""
+    """A step's use of the final norm and the output layer."""
 
     trains_embedding: bool = True
     """Whether the word and position embeddings are trained."""

@@ -59,7 +59,7 @@ def _above(gate: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor:
 
 
 def _moments(gate: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and standard deviation [s, b, 1] in fp32 of gates [s, b, f/t] on every rank."""
+    """Returns mean and standard deviation [s, b, 1], in fp32, of a token's gates; each rank has [s, b, f/t] of them."""
     variance, mean = torch.var_mean(gate.float(), dim=-1, keepdim=True, correction=0)
     if group.size() > 1:
         own = torch.stack((mean, variance))

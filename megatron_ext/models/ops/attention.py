@@ -200,7 +200,7 @@ class SDPAttention(torch.nn.Module):
         causal: bool,
         dropout: float,
     ) -> torch.Tensor:
-        """Returns the attention of this rank's queries to the keys of their documents, on all ranks."""
+        """Returns the attention of this rank's queries to the keys, from all ranks, of the same document."""
         firsts, chunks = [0], [query]
         if self.context_group is not None:
             chunks = list(query.chunk(2, dim=2))
@@ -269,8 +269,8 @@ class SDPAttention(torch.nn.Module):
         return kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
 
     def _window_mask(self, queries: int, keys: int) -> torch.Tensor:
-        """Returns a mask [s_q, s_k], True if a key is not before the window; `attention_mask` excludes keys that are
-        too late.
+        """Returns a mask [s_q, s_k], False for keys before the query's window. Keys after the query remain True;
+        `attention_mask` excludes them.
         """
         assert self.window is not None
         positions = torch.arange(keys - queries, keys)

@@ -1,4 +1,4 @@
-"""Adds the bias to the output of an attention or MLP module; later operations do not change the result."""
+"""Adds the bias to the output of an attention or MLP module, in a tensor that later operations do not overwrite."""
 
 import torch
 

@@ -9,7 +9,7 @@ import torch
 
 
 def plain_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a view of a contiguous tensor with the standard strides of its shape, and gives its gradient the same.
+    """Returns a view of a contiguous tensor with the standard strides of its shape; its gradient gets them, too.
 
     Args:
         tensor: of any shape; if it is not contiguous, it is returned as it is.

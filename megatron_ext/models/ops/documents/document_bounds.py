@@ -39,8 +39,8 @@ def packed_documents(bounds: torch.Tensor, length: int) -> PackedSeqParams:
     """Returns the bounds in the form in which megatron-core passes them from the model to every layer's core
     attention.
 
-    The engine takes the length of its rotary table from the two maxima, and does not change tensors in the format
-    `sbhd`, [s, b, n, d].
+    The engine takes the length of its rotary table from `max_seqlen_q` and `max_seqlen_kv`. It leaves tensors in the
+    format `sbhd`, [s, b, n, d], unchanged.
 
     Args:
         bounds: [D + 1].

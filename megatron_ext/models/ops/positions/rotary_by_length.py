@@ -1,6 +1,6 @@
 """megatron-core's rotary embedding with frequencies that depend on the length of the sequence (`rope_scaling`).
 
-In a pass without a KV cache, all positions have the frequencies of the whole sequence. In generation, the positions
+In a pass without a KV cache, all positions have the frequencies for the sequence's length. In generation, the positions
 of the first pass have the frequencies for the length of that pass, and each later position p has the frequencies for
 length p + 1. This equals transformers, which caches keys after their rotation. If sequences hold several documents,
 a document's positions have the frequencies for the document's own length, as if the document were alone.
