@@ -52,8 +52,8 @@ class AddedParts:
         name = str(base["architectures"][0]).removesuffix("ForCausalLM")
         if name not in self.bases:
             raise ValueError(
-                f"--architecture {base['architectures'][0]}: a model with PLE or NPT layers requires a base that is "
-                f"exported as one of {', '.join(self.bases)}"
+                f"PLE or NPT layers cannot be added to a base that is exported as {base['architectures'][0]}; "
+                f"--architecture must be one of {', '.join(f'{known}ForCausalLM' for known in self.bases)}"
             )
         classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
         return {

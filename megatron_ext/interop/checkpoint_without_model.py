@@ -23,7 +23,7 @@ from megatron_ext.training.checkpoint.saving import tensor_writer
 
 
 class StoredState(Protocol):
-    """Unsharded tensors by global name, with shapes and dtypes; every access reads a new tensor."""
+    """Unsharded tensors by global name, with shapes and dtypes; every access returns a new tensor."""
 
     def __getitem__(self, name: str) -> torch.Tensor: ...
 
@@ -83,7 +83,7 @@ def write_checkpoint(
 
 
 def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
-    """Returns the `_extra_state` object that mcore expects for every linear layer; it holds data only with FP8."""
+    """Returns the `_extra_state` that megatron-core expects for every linear layer; it holds data only with FP8."""
     layers = [
         name.removesuffix("weight")
         for name in names

@@ -101,8 +101,8 @@ def export_hf(
     chosen = choose_architecture(model, architecture, per_layer)
     if chosen in PER_LAYER.values() and added is not None:
         raise ValueError(
-            f"added model families cannot be exported with this base model, which only {chosen} can "
-            "express; export it without them, or with that architecture's own --per-layer-preset"
+            f"a model exported as {chosen} cannot have added parts, other than per-layer embedding trained with the "
+            "architecture's own --per-layer-preset; use --base-only to export the base without them"
         )
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
     found = _entries_of(model, vocab_size, state, chosen, added, per_layer)
@@ -126,7 +126,9 @@ def export_hf(
             )
         if added is not None:
             added.write_code(folder)
-            messages.append("has code of its own; load it with trust_remote_code=True (see docs/interop.md)")
+            messages.append(
+                "the directory contains the model's code; load it with trust_remote_code=True (see docs/interop.md)"
+            )
         write_safetensors(folder, tensors, max_shard_size)
     return [f"{config['architectures'][0]}, {written_as}", *messages]
 

@@ -78,7 +78,7 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def whole_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """Returns all tensors of a model except those of adapters; otherwise the same as `base_state`."""
+    """Like `base_state`, but includes the tensors that model families have added, except those of adapters."""
     return {
         shard.key: _whole(tensor, shard)
         for tensor, shard in _stored(chunks)

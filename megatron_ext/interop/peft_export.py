@@ -134,7 +134,8 @@ def write_adapters(
 ) -> list[str]:
     """Writes each adapter of a model to a directory named after the adapter; returns a message per adapter.
 
-    The caller has checked that an architecture can express the model, which for a Gemma takes its per-layer embedding.
+    The caller must have checked that an architecture can express the model. For a Gemma, this check needs the per-layer
+    embedding, which is not an argument here.
     """
     names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
     for name in names:

@@ -54,9 +54,9 @@ _QUANTIZED = {
 
 
 def what_is_there(folder: Path) -> str | None:
-    """Returns text for the user: the unsupported file in a directory with advice, or the place of the model.
+    """Returns text for the user: which unsupported file the directory holds and what to do, or where the model is.
 
-    Returns None if nothing is found.
+    Returns None if no such file or model is found.
     """
     if any((folder / name).is_file() for name in (TRACKER, CHECKSUMS, ".metadata")):
         return _checkpoint(folder)
@@ -78,8 +78,9 @@ def _checkpoint(folder: Path) -> str:
         found = find_checkpoint(str(folder))
     except ValueError as error:  # a checkpoint of another program, or an incomplete one
         return str(error)
-    what = "a checkpoint" if found is not None else "no complete checkpoint"
-    return f"it holds {what} of this package; load it with --load"
+    if found is None:
+        return "it holds no complete checkpoint of this package"
+    return "it holds a checkpoint of this package; load it with --load"
 
 
 def check_no_pointer(path: Path) -> None:
@@ -121,13 +122,13 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     for prefix in sorted(prefixes):
         if sum(prefix + name in found for name in needed) > len(needed) // 2:
             return (
-                f"all tensor names begin with {prefix}, so the language model is part of a larger "
+                f"all tensor names begin with '{prefix}', so the language model is part of a larger "
                 "model; save the language model alone with transformers, as a causal model"
             )
     bare = [name.removeprefix("model.") for name in needed]
     if sum(name in found for name in bare) > len(needed) // 2:
         return (
-            "the tensor names lack the prefix model., so the model was saved without its head; "
+            "the tensor names lack the prefix 'model.', so the model was saved without its head; "
             "load it as a causal model in transformers and save it with save_pretrained()"
         )
     return None

@@ -41,7 +41,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """Reads the config.json of a directory.
 
     Raises:
-        FileNotFoundError: there is no config.json; the message names the directory's content instead.
+        FileNotFoundError: there is no config.json; the message says what the directory holds, if that is known.
         ValueError: config.json is not a JSON object.
     """
     folder = Path(model_dir)

@@ -11,7 +11,8 @@
       layer_scalar (Gemma 4)                  [1]                model.layers.{i}.layer_scalar
       input_scale (Gemma 3n)                  [h]                model.layers.{i}.altup.correct_output_scale
 
-Hugging Face packs the tables of L layers into one tensor [V, L p], and the projections into one tensor [L p, h].
+Hugging Face stores the tables of L layers in one tensor [V, L p], and the projections in one tensor [L p, h]. Layer i
+has p columns or rows of it, from index i p on.
 V_p: rows of a checkpoint's table, V: rows of Hugging Face's table, p: per-layer hidden size, h: hidden size.
 """
 
@@ -39,7 +40,7 @@ _FIXED: dict[str, Any] = {
 
 
 def family_of(per_layer: PerLayer, vocab_size: int) -> dict[str, Any]:
-    """Returns the configuration of the model family that a checkpoint stores, for a tokenizer with `vocab_size`
+    """Returns the family's configuration in the form in which a checkpoint stores it, for a tokenizer with `vocab_size`
     ids.
     """
     own = {

@@ -12,8 +12,8 @@
     decoder.final_layernorm.weight                               model.norm.weight
     output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
 
-(1) This line holds for norms of inputs only. With sandwich norms, as in Gemma, there are three such norms in a layer;
-with norms of outputs only, as in OLMo 2, there are the first and the third:
+(1) This line is for models that normalize only inputs. Models with sandwich norms, such as Gemma, have the following
+three norms instead; models that normalize only outputs, such as OLMo 2, have the first and the third:
       post_attention_layernorm.weight                            post_attention_layernorm.weight
       pre_mlp_layernorm.weight                                   pre_feedforward_layernorm.weight
       post_mlp_layernorm.weight                                  post_feedforward_layernorm.weight
@@ -66,9 +66,9 @@ class Entry:
     """Name and shape of each Hugging Face tensor."""
 
     kind: Literal["same", "rows", "groups", "fused groups", "vocabulary", "slice"]
-    """How the tensor is built. same: from one equal part; rows: the parts are concatenated; groups: the rows of the
-    parts are interleaved by key/value group; fused groups: the same for q, k and v that are stored one after the
-    other in a single part; vocabulary: one part, padded with zero rows; slice: a slice of one part, padded with zero
+    """Construction of the tensor. same: one part, unchanged; rows: the parts, concatenated; groups: the parts for q, k
+    and v, their rows interleaved by key/value group; fused groups: the same, but from a single part that holds q, k and
+    v one after the other; vocabulary: one part, padded with zero rows; slice: a slice of one part, padded with zero
     rows.
     """
 
@@ -286,8 +286,8 @@ def _linear(
     has_bias: bool,
     groups: int = 0,
 ) -> list[Entry]:
-    """Returns the entries for weight and bias of a linear layer that fuses several; `outputs` has the name and size
-    of each.
+    """Returns the entries for weight and bias of a checkpoint's linear layer, which may combine several of Hugging
+    Face's; `outputs` has the name and the output size of each of those.
     """
     total = sum(rows for _, rows in outputs)
     weights = tuple((f"{part}.weight", (rows, width)) for part, rows in outputs)

@@ -111,7 +111,8 @@ WITHOUT_EFFECT_BEGINNINGS = (
 """Prefixes of further names that count as `WITHOUT_EFFECT`; names in `HARMLESS` take precedence."""
 
 ADVICE = {
-    "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores this value, but other programs use it",
+    "rotary_seq_len_interpolation_factor": "pretrain_gpt.py ignores this value, but other programs use it; so it is "
+    "unclear how the model was trained",
     "fp4_param": "weights in FP4 are not read; save them in bf16",
     "fp4_param_gather": "weights in FP4 are not read; save them in bf16",
 }
@@ -201,7 +202,7 @@ def _check_harmless(arguments: Mapping[str, Any], source: str) -> None:
     for name, values in HARMLESS.items():
         value = arguments.get(name)
         if value not in values and value is not None:
-            reason = ADVICE.get(name, "the model here cannot compute with it")
+            reason = ADVICE.get(name, "the models of this package do not support it")
             raise ValueError(f"{source}: {flag_name(name)} {_shown(value)}: cannot be imported; {reason}")
 
 
@@ -263,9 +264,7 @@ def _spelled(value: Any) -> str:
 
 
 def _divisor(given: _Arguments, vocab_size: int, rows: int) -> int:
-    """Returns the divisor to a multiple of which the vocabulary must be padded so that the embedding has `rows`
-    rows.
-    """
+    """Returns a value of --make-vocab-size-divisible-by with which the word embedding has `rows` rows."""
     # Megatron-LM pads to a multiple of this product, and trains the added rows like all others.
     product: int = given("make_vocab_size_divisible_by", 128) * given("tensor_model_parallel_size", 1)
     return product if -(-vocab_size // product) * product == rows else rows
@@ -334,5 +333,6 @@ def _check_expressible(model: ModelConfig) -> None:
         if field.name not in known and value != field.default:
             shown = "" if value is True else f" {value}"
             raise ValueError(
-                f"{flag_name(field.name)}{shown}: cannot be exported; Megatron-LM has no such model"
+                f"the model was built with {flag_name(field.name)}{shown} and cannot be exported; Megatron-LM has no "
+                "such model"
             )

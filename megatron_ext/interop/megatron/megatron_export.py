@@ -140,7 +140,7 @@ def _write(
 
 
 def _reader(tensors: list[Named], state: CheckpointState, dtype: torch.dtype | None) -> tensor_writer.Read:
-    """Returns a function that reads the next tensor to write, or the next layer of a tensor of all layers."""
+    """Returns a function that reads a tensor to write, or one layer of a tensor that holds all layers."""
     ours = {(tensor.theirs, tensor.layer): tensor.name for tensor in tensors}
 
     def read(name: str, offset: tuple[int, ...]) -> torch.Tensor:

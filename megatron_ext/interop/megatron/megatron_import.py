@@ -205,7 +205,7 @@ def _tokenizer_config(arguments: Mapping[str, Any], given: Mapping[str, Any], so
 
 
 def _null_end(arguments: Mapping[str, Any], source: str) -> int:
-    """Returns the id that ends a document: from Megatron-LM 0.18 on, the last of the ids that --vocab-size counts."""
+    """Returns the id that ends a document: the last of the --vocab-size ids, as in Megatron-LM from 0.18 on."""
     last = int(arguments["vocab_size"]) - 1
     end = arguments["null_tokenizer_eod_id"]
     if end not in (None, last):

@@ -5,10 +5,10 @@
     decoder.layers.{i}.input_layernorm.weight    decoder.layers.self_attention.linear_qkv.layer_norm_weight
     decoder.layers.{i}.pre_mlp_layernorm.weight  decoder.layers.mlp.linear_fc1.layer_norm_weight
 
-Megatron-LM stores a tensor of all layers together, unless layers differ. The names of norms depend on the modules:
-Transformer Engine's linear layers contain the norm before them, and otherwise the names are as here. Outside of the
-layers, names and shapes are equal. The order of rows is equal everywhere, because both programs use megatron-core's
-modules.
+Megatron-LM joins the same tensor of all L layers into one tensor, unless the layers differ. The names of norms depend
+on the modules: Transformer Engine's linear layers contain the norm before them, and otherwise the names are as here.
+Outside of the layers, names and shapes are equal. The order of rows is equal everywhere, because both programs use
+megatron-core's modules.
 """
 
 from collections.abc import Collection, Iterator

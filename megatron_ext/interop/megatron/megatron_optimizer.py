@@ -121,12 +121,13 @@ def read_optimizer(folder: Path, run_config: Mapping[str, Any]) -> OptimizerExpo
     }
     if settings.get("decoupled_lr") is not None:
         raise ValueError(
-            f"--decoupled-lr {settings['decoupled_lr']}: the optimizer's parameter groups cannot be "
-            "exported with it; export without --with-optimizer"
+            f"{folder}: was trained with --decoupled-lr {settings['decoupled_lr']}, with which the optimizer cannot be "
+            "exported; export without --with-optimizer"
         )
     if not all(name in settings for name in ADAM_ARGUMENTS):
         raise ValueError(
-            f"{folder}: lacks Adam's constants, because an earlier version imported the checkpoint; import it again"
+            f"{folder}: lacks Adam's constants, because an earlier version of this package imported the checkpoint; "
+            "import it again"
         )
     return OptimizerExport(
         progress=TrainingProgress(**state["progress"]),

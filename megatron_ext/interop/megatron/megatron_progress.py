@@ -43,7 +43,7 @@ def read_progress(common: Mapping[str, Any], arguments: Mapping[str, Any], sourc
 
     Args:
         common: content of `common.pt`.
-        arguments: the arguments in it, by name.
+        arguments: the training arguments in `common.pt`, by name.
         source: path of the file, for error messages.
 
     Raises:

@@ -31,7 +31,8 @@ class MegatronState(Mapping[str, torch.Tensor]):
         with_optimizer: whether to add Adam's moments and, for a model that is not in fp32, the main weights.
 
     Raises:
-        ValueError: the shape of a tensor differs from the arguments, or the optimizer's tensors cannot be read.
+        ValueError: a tensor does not have the shape that the arguments require, or the optimizer's tensors cannot be
+            read.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class MegatronState(Mapping[str, torch.Tensor]):
         return _MOMENTS if is_fp32 else (*_MOMENTS, "param")
 
     def _optimizer_kinds(self, tensors: list[Named]) -> dict[str, str]:
-        """Maps the prefix of each kind of optimizer tensor here to Megatron-LM's prefix."""
+        """Returns a map from this package's prefix to Megatron-LM's, for each kind of optimizer tensor."""
         names = self._files.tensors
         main = next((kind for kind in _MAIN if f"{PREFIX}{kind}.{tensors[0].theirs}" in names), None)
         kinds = {f"{PREFIX}{kind}.": f"{PREFIX}{kind}." for kind in _MOMENTS}

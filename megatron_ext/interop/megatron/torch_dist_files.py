@@ -1,4 +1,4 @@
-"""Reads tensors, or parts of them, from a checkpoint in torch's distributed format, in one process and without a group.
+"""Reads tensors, or parts of them, from a checkpoint in torch's distributed format, without a process group.
 
 `.metadata` lists the chunks of every tensor with their files. A chunk is read when a caller requests a region that
 overlaps it. No module that the files name is imported, and the chunks are loaded with `weights_only=True`.

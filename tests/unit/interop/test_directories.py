@@ -113,13 +113,13 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"no config.json in it; it holds adapter_config.json: a peft adapter, .*merge_and_unload": _adapter,
     r"neither .* in it; it holds adapter_config.json: a peft adapter": _adapter_with_config,
     r"no config.json in it; it is a cache of the Hugging Face hub; the model is in .*snapshots/a1b2": _cache,
-    r"all tensor names begin with language_model., so the language model is part of a larger model": _tensors(
+    r"all tensor names begin with 'language_model.', so the language model is part of a larger model": _tensors(
         lambda name: f"language_model.{name}"
     ),
-    r"all tensor names begin with model.language_model., so": _tensors(
+    r"all tensor names begin with 'model.language_model.', so": _tensors(
         lambda name: f"model.language_model.{name}"
     ),
-    r"the tensor names lack the prefix model., so the model was saved without its head": _base_model,
+    r"the tensor names lack the prefix 'model.', so the model was saved without its head": _base_model,
     r"quantized \(GPTQ or AWQ: tensors ....qweight\) and cannot be imported; save them dequantized": _tensors(
         lambda name: name.replace("q_proj.weight", "q_proj.qweight")
     ),

@@ -339,7 +339,7 @@ def test_windows_in_some_layers_of_a_llama_are_refused_by_name() -> None:
     [
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
-        ({"swiglu": False}, "--swiglu False"),
+        ({"swiglu": False}, "an MLP without a gate .* requires --swiglu or --geglu"),
         (
             {"qk_layernorm": True, "add_qkv_bias": True},
             "no Llama-like architecture can express this model's combination",

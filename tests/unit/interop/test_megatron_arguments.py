@@ -65,7 +65,9 @@ def test_an_argument_that_changes_the_model_is_refused_by_name(name: str) -> Non
 )
 def test_an_export_refuses_by_flag_what_megatron_lacks(changes: dict[str, Any], flag: str) -> None:
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, **changes)
-    with pytest.raises(ValueError, match=f"{flag}: cannot be exported; Megatron-LM has no such model"):
+    with pytest.raises(
+        ValueError, match=f"built with {flag} and cannot be exported; Megatron-LM has no such model"
+    ):
         tables.export_arguments(model, 97, 104)
 
 

@@ -101,6 +101,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     assert messages == [
         f"--adapter-dir {tmp_path}/taken: is not empty; give a directory that does not exist or is empty",
         "adapter other: no layer of the model has an adapter of this name",
-        "--swiglu False: cannot be exported; a Llama-like model requires True",
+        "the model was built with an MLP without a gate and cannot be exported; a Llama-like model requires "
+        "--swiglu or --geglu",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

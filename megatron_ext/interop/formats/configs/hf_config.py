@@ -73,7 +73,7 @@ ARCHITECTURES = {
 """The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
 PER_LAYER = {"gemma4": "Gemma4ForCausalLM", "gemma3n": "Gemma3nForCausalLM"}
-"""The architectures with per-layer embedding, by its preset."""
+"""Maps each --per-layer-preset that transformers can express to its architecture."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
@@ -240,7 +240,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     width = hidden // heads if size is None else size
     if width % 2 or width == 0:
         what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
-        raise ValueError(f"{source}: {what}: must be an even number")
+        raise ValueError(f"{source}: {what}: must be an even number of at least 2")
     if hidden % heads:  # transformers rounds the head size down, so the flag must state it explicitly
         size = width
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
@@ -274,16 +274,19 @@ def choose_architecture(
         per_layer: the model's per-layer embedding in the form of a Gemma model; None without one.
 
     Raises:
-        ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
+        ValueError: no architecture (or not the wanted one) can express the model; the message names the reason.
     """
-    obstacles = {
-        "--normalization": (model.normalization, "RMSNorm"),
-        "--position-embedding-type": (model.position_embedding_type, "rope"),
-        "--swiglu": (model.is_gated, True),
-    }
-    for flag, (ours, theirs) in obstacles.items():
-        if ours != theirs:
-            raise ValueError(f"{flag} {ours}: cannot be exported; a Llama-like model requires {theirs}")
+    positions = model.position_embedding_type
+    obstacles = (
+        (f"--normalization {model.normalization}", model.normalization == "RMSNorm", "RMSNorm"),
+        (f"--position-embedding-type {positions}", positions == "rope", "rope"),
+        ("an MLP without a gate", model.is_gated, "--swiglu or --geglu"),
+    )
+    for what, fits, wanted_instead in obstacles:
+        if not fits:
+            raise ValueError(
+                f"the model was built with {what} and cannot be exported; a Llama-like model requires {wanted_instead}"
+            )
     fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind, per_layer)]
     if wanted is not None and wanted not in ARCHITECTURES:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")

@@ -210,6 +210,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
+"""Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
+
 _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)},
     # The value "vision" affects image tokens only. transformers fails if rope_scaling is present, even as null.
@@ -223,15 +225,13 @@ _OWN_REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemma3n_text": {"altup_active_idx": (0,), "altup_correct_scale": (True,)},
     "phi3": {"resid_pdrop": (0,)},
 }
-"""Fields of only one model_type, for each the values that do not change the outputs."""
+"""For each model_type, maps the fields that no other model_type has to the values that do not change the outputs."""
 
 _OWN_WITHOUT_EFFECT = {
     "gemma3_text": {"rope_local_base_freq", "sliding_window_pattern"},
     "gemma3n_text": {"rope_local_base_freq"},
 }
-"""Fields that only one model_type has and that other modules check."""
-
-"""Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
+"""For each model_type, fields that no other model_type has and that other modules check."""
 
 
 def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:

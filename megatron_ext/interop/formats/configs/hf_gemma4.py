@@ -134,8 +134,9 @@ def _heads_of_full_layers(
 
 
 def plain_ropes(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], float]:
-    """Returns two items: the rotary parameters, with the type `proportional` replaced by the type with the same
-    scaling; and the proportion of rotated channels.
+    """Returns the rotary parameters without the type `proportional`, and the proportion of rotated channels.
+
+    `proportional` becomes `linear` if it has a scaling factor other than 1, otherwise `default`.
     """
     ropes = dict(config.get("rope_parameters") or ROPES)
     for name in ROPES:
@@ -184,8 +185,8 @@ def expresses_gemma4(model: ModelConfig, per_layer: PerLayer | None) -> bool:
 
 
 def _is_double_wide(layers: tuple[LayerShape, ...]) -> bool | None:
-    """Returns whether layers that use another layer's keys have MLPs of twice the width; None if widths differ
-    otherwise.
+    """Returns whether layers that use another layer's keys have MLPs of twice the width; None if the widths
+    differ in any other way.
     """
     own = {layer.ffn_hidden_size for layer in layers if layer.keys_of is None}
     others = {layer.ffn_hidden_size for layer in layers if layer.keys_of is not None}

@@ -55,7 +55,9 @@ MULTIPLIERS = tuple(_GRANITE.values())
 
 
 def piece_flags(config: Mapping[str, Any], kind: str, source: str) -> dict[str, Any]:
-    """Returns the fields of `ModelConfig` for these features, for a config.json that has passed `check_fields`.
+    """Returns the fields of `ModelConfig` for the features listed at the top of this file.
+
+    The config.json must have passed `check_fields`.
 
     Raises:
         ValueError: `no_rope_layers` is not a list with a 0 or 1 for every layer.

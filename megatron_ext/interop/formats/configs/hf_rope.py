@@ -88,7 +88,8 @@ def read_layered_rotary(
     unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ValueError(
-            f"{source}: rope_parameters.{unknown[0]}: must hold full_attention and sliding_attention only"
+            f"{source}: rope_parameters.{unknown[0]}: unknown; rope_parameters must hold full_attention and "
+            "sliding_attention only"
         )
     full = {**(ropes.get("full_attention") or {"rope_type": "default"}), **(config.get("rope_scaling") or {})}
     local = dict(ropes.get("sliding_attention") or {"rope_type": "default"})

@@ -8,7 +8,7 @@ Each kind of tokenizer is converted to:
     bytes                             byte-level BPE without merges
 
 transformers can convert SentencePiece models too, but it assumes one kind of model and produces different ids for
-the others. `tokenizer_readback` compares the result with the original.
+the others. `tokenizer_readback` compares the tokenizer converted here with the original.
 """
 
 import re
@@ -35,7 +35,7 @@ def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None
 
     Args:
         tokenizer: the tokenizer to convert.
-        source: the command-line flag that gave the tokenizer, and its path, for error messages.
+        source: the command-line flag and the path that name the tokenizer, for error messages.
 
     Raises:
         ValueError: `tokenizers` cannot express this kind of SentencePiece model, or its additional special tokens.

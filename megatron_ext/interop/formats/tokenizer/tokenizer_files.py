@@ -86,7 +86,7 @@ def imported_tokenizer(
         message = _lacking_tokens(folder, tokenizer.vocab_size)
     if tokenizer.vocab_size > vocab_size:
         message = (
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings; "
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model has only {vocab_size} embeddings; "
             "the embeddings of the remaining ids are zero"
         )
     elif tokenizer.vocab_size < vocab_size:
@@ -130,7 +130,7 @@ def _lacking_tokens(folder: Path, pieces: int) -> str | None:
 
 
 def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
-    """Copies the files of an imported tokenizer, and writes a tokenizer.json if transformers had to convert it.
+    """Copies the files of an imported tokenizer, and writes a tokenizer.json if transformers had to convert them.
 
     Args:
         tokenizer: result of `imported_tokenizer` for `source`.

@@ -78,7 +78,8 @@ def check_read_back(
         before = (folder / TOKENIZER_CONFIG).read_bytes()
         former = _set_class(folder)
         messages = [
-            f"tokenizer_class is {_GENERAL_CLASS}: with {former}, transformers gives other ids ({difference})"
+            f"tokenizer_class is set to {_GENERAL_CLASS}, because transformers gives other ids with {former} "
+            f"({difference})"
         ]
         left = _difference(transformers, folder, tokenizer, options)
         if left is not None and not as_imported:
