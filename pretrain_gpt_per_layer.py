@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
-from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig, inherited
 from megatron_ext.rehearsal.rehearse import run_or_rehearse
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults
 
-    return stored_defaults(given, ("model", "tokenizer", "per_layer", "adapters"))
+    stored = stored_defaults(given, ("model", "tokenizer", "per_layer", "adapters"))
+    return [inherited(found, given) for found in stored]
 
 
 def _families(config: PerLayerRunConfig, tokenizer: "Tokenizer") -> list["Family"]:

@@ -7,8 +7,9 @@ for a model with AltUp's residual streams: its input is the active stream times 
 all other streams. The tables may have fewer rows than the vocabulary; ids without a row use row 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -17,6 +18,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag_name,
 )
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.per_layer.ngrams import PRIME
 from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS, WITHOUT_VOCABULARY, Strategy
@@ -157,8 +159,7 @@ class PerLayerConfig:
             raise ValueError(f"--per-layer-offload {self.per_layer_offload}: requires --per-layer-sparse")
         if self.per_layer_offload_dir is not None and self.per_layer_offload != "disk":
             raise ValueError(
-                f"--per-layer-offload-dir {self.per_layer_offload_dir}: requires --per-layer-offload disk (got "
-                f"{self.per_layer_offload})"
+                f"--per-layer-offload-dir {self.per_layer_offload_dir}: requires --per-layer-offload disk"
             )
         self._check_hashes()
         if not self.use_per_layer_embedding:
@@ -345,3 +346,19 @@ class PerLayerRunConfig(RunConfig):
                 "--per-layer-sparse: the tables' learning rate times their weight decay must be below 1 "
                 f"(got {rate:g} times {decay:g}), because decay must not change a weight's sign"
             )
+
+
+def inherited(found: Found, given: Mapping[str, Any]) -> Found:
+    """Returns the values that a run with the flags `given` takes over from a checkpoint.
+
+    They do not include the place of the tables, which depends on the machine, nor the optimizer of rows if the run
+    trains whole tables.
+    """
+    omitted = {"per_layer_offload", "per_layer_offload_dir"}
+    if given.get("per_layer_sparse") is False:
+        omitted.add("per_layer_optimizer")
+    sections = {
+        group: {name: value for name, value in values.items() if group != "per_layer" or name not in omitted}
+        for group, values in found.sections.items()
+    }
+    return replace(found, sections=sections)

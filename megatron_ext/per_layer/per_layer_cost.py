@@ -101,8 +101,7 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     them during a step.
     """
     columns = settings.per_layer_hidden_size / layout.parallel.tensor_model_parallel_size
-    state = {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}
-    of_row = state[settings.per_layer_optimizer]
+    of_row = _state_bytes(settings, columns)
     ranks = layout.data_parallel_size * layout.parallel.context_parallel_size
     is_on_device = settings.per_layer_offload is None
     shards = ranks if layout.parallel.use_distributed_optimizer and is_on_device else 1
@@ -113,3 +112,20 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
     kept = of_row + (4 * columns if layout.is_half else 0)
     return is_on_device * rows * kept / shards, touched * in_step
+
+
+def off_device_bytes(
+    settings: PerLayerConfig, rows: int, layers: int, columns: int, element_bytes: int
+) -> float:
+    """Returns the bytes of a rank's tables [layers, rows, columns] and their optimizer state."""
+    of_row = element_bytes * columns
+    if settings.trains_rows:
+        of_row += _state_bytes(settings, columns) + 4 * columns * (element_bytes < 4)
+    return layers * rows * of_row
+
+
+def _state_bytes(settings: PerLayerConfig, columns: float) -> float:
+    """Returns the bytes of optimizer state for a row of a table."""
+    return {"adam": 8 * columns, "lazy_adam": 8 * columns, "rowwise_adagrad": 4.0, "sgd": 0.0}[
+        settings.per_layer_optimizer
+    ]

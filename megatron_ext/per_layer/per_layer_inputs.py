@@ -22,6 +22,7 @@ from megatron_ext.models.gpt_model import WORD_EMBEDDING
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.per_layer.combination import gather_parts, look_up, multiply, norm_across_shards, project
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_cost import off_device_bytes
 from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, initial_table_std
 from megatron_ext.per_layer.sparse.row_optimizer import RowOptimizer
 from megatron_ext.per_layer.sparse.table_memory import OffDevice, TableMemory
@@ -85,8 +86,9 @@ class PerLayerInputs(StageModule):
         tables: list[torch.Tensor | None] = [None] * layers
         if settings.per_layer_offload is not None:
             settings.check_directory()
-            self.memory = OffDevice(settings.per_layer_offload_dir, groups.dp_cp)
             shape = (rows, width // groups.tp.size())
+            needed = off_device_bytes(settings, rows, layers, shape[1], config.params_dtype.itemsize)
+            self.memory = OffDevice(settings.per_layer_offload_dir, groups.dp_cp, needed)
             tables = [*self.memory.zeros(layers, shape, config.params_dtype)]
         self.layers = torch.nn.ModuleList(
             PerLayerWeights(config, settings, groups, rows, table, initializes=self.memory.is_writer)

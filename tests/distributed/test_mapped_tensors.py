@@ -26,7 +26,7 @@ def _make(directory: str | None, number: int = 2) -> list[torch.Tensor]:
     initialize(ParallelConfig(), seed=1)
     assert dist.group.WORLD is not None
     return mapped_zeros(
-        number, SHAPE, torch.float32, directory=directory, group=dist.group.WORLD, what="--flag"
+        number, SHAPE, torch.float32, directory=directory, group=dist.group.WORLD, what="--flag", need="all"
     ).tensors
 
 
@@ -88,8 +88,8 @@ def _page_faults(reads: Callable[[list[torch.Tensor], torch.Tensor], None]) -> t
     """Waits for a disk while rows are looked up that the cache of files lacks; and whether they are right."""
     new_file, kept = mapped_tensors._new_file, []
 
-    def spied(directory: str | None, size: int, what: str) -> IO[bytes]:
-        file = new_file(directory, size, what)
+    def spied(directory: str | None, size: int, what: str, need: str) -> IO[bytes]:
+        file = new_file(directory, size, what, need)
         kept.append(os.dup(file.fileno()))
         return file
 

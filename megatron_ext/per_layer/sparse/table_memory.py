@@ -63,19 +63,24 @@ class OffDevice(TableMemory):
 
     is_on_device = False
 
-    def __init__(self, directory: str | None, group: dist.ProcessGroup) -> None:
+    def __init__(self, directory: str | None, group: dist.ProcessGroup, needed: float) -> None:
         """Args:
         directory: the directory of the files; None for host memory.
         group: the data-parallel ranks, which all hold the same tables.
+        needed: bytes of this rank's tables and their optimizer state, for error messages.
         """
         self.directory = directory
         self.group = group
+        self.needed = needed
         self._blocks_read = -1
 
     def zeros(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
         """See the base class. Collective over all ranks; raises `OSError` if there is not enough space."""
         what = "--per-layer-offload-dir" if self.directory is not None else "--per-layer-offload cpu"
-        made = mapped_zeros(number, shape, dtype, directory=self.directory, group=self.group, what=what)
+        need = f"the tables and their optimizer state take {self.needed / 2**20:,.0f} MiB on each rank"
+        made = mapped_zeros(
+            number, shape, dtype, directory=self.directory, group=self.group, what=what, need=need
+        )
         self.is_writer = made.is_writer
         return made.tensors
 

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def mapped_zeros(
     directory: str | None,
     group: dist.ProcessGroup,
     what: str,
+    need: str,
 ) -> MappedTensors:
     """Makes tensors that a group's ranks on the same host share. Collective: every rank must call it, with its own
     group.
@@ -63,6 +65,7 @@ def mapped_zeros(
         directory: directory of the file, on a disk; created if it does not exist. None keeps the tensors in memory.
         group: the ranks that hold the same values.
         what: the flag that requires the tensors, for error messages.
+        need: the space that the caller needs in all, in words, for error messages.
 
     Raises:
         OSError: there is not enough space, or the directory is not writable; raised on every rank.
@@ -80,7 +83,7 @@ def mapped_zeros(
     def make() -> tuple[int, int] | None:
         if not is_writer:
             return None
-        files.append(_new_file(directory, size, what))
+        files.append(_new_file(directory, size, what, need))
         return os.getpid(), files[0].fileno()
 
     offers = gather_or_raise(make)
@@ -133,13 +136,13 @@ def read_ahead(table: torch.Tensor, rows: torch.Tensor) -> None:
         os.close(process)
 
 
-def _new_file(directory: str | None, size: int, what: str) -> IO[bytes]:
+def _new_file(directory: str | None, size: int, what: str, need: str) -> IO[bytes]:
     """Returns a new file of zeros without a name, whose whole space is reserved."""
     if directory is None:
         free = psutil.virtual_memory().available
         if size > free:
             raise OSError(
-                f"{what}: no room for {_mib(size)} in the host's memory, of which {_mib(free)} are free"
+                f"{what}: no room for {_mib(size)} in the host's memory, of which {_mib(free)} are free; {need}"
             )
         file = open(os.memfd_create("mapped_tensors"), "r+b", buffering=0)  # noqa: SIM115
         os.truncate(file.fileno(), size)
@@ -154,10 +157,11 @@ def _new_file(directory: str | None, size: int, what: str) -> IO[bytes]:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
+        free = shutil.disk_usage(directory).free
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"{what} {directory}: no room for {_mib(size)} ({error.strerror}); give a directory with more space"
+            f"{what} {directory}: no room for {_mib(size)} ({error.strerror}), {_mib(free)} are free; {need}"
         ) from None
     return file
 

@@ -93,6 +93,31 @@ def test_a_model_trained_with_tables_on_disk_is_evaluated_and_generates_without_
     assert found[0] and found[0] == found[1]
 
 
+def test_a_resumed_run_may_keep_its_tables_elsewhere_or_train_them_whole(
+    data: str, resumed: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, flags in {
+        "device": [],
+        "cpu": ["--per-layer-offload", "cpu"],
+        "whole": ["--no-per-layer-sparse"],
+    }.items():
+        where = ["--data-path", data, "--load", str(resumed / "run"), "--save", str(tmp_path / name)]
+        where += [
+            "--train-iters",
+            "15",
+            "--override-opt-param-scheduler",
+            "--tensorboard-dir",
+            str(tmp_path / name),
+        ]
+        result = run(*where, *flags, processes=2)
+        assert result.returncode == 0, result.stderr
+        assert "after step 12" in result.stdout
+        found[name] = losses(tmp_path / name)
+    assert found["device"] == found["cpu"]
+    assert found["whole"] == pytest.approx(found["device"], rel=1e-5)
+
+
 WIDE = ["--per-layer-hidden-size", "1024"]  # tables and moments of 2 x 3 x 65 KiB x 4 on two ranks
 
 
@@ -102,7 +127,7 @@ def test_a_disk_without_room_ends_a_run_at_its_start_with_one_line(data: str, sm
     assert result.returncode == 2 and "step 1/" not in result.stdout
     (error,) = _errors(result.stdout + result.stderr)
     assert error.startswith(f"error: --per-layer-offload-dir {small_disk}: no room for")
-    assert "No space left on device" in error
+    assert "No space left on device" in error and "the tables and their optimizer state take" in error
     assert os.listdir(small_disk) == []
 
 

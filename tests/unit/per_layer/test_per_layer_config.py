@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.command_line.parse import Found, parse
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig, PerLayerRunConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig, PerLayerRunConfig, inherited
 from megatron_ext.testing.tiny_training import TINY
 
 
@@ -22,6 +22,16 @@ def test_defaults_are_those_of_document_003() -> None:
     assert (config.per_layer_combination_method, config.per_layer_gate_activation) == ("scaled_add", "silu")
     assert (config.per_layer_projection_dropout, config.per_layer_stats_interval) == (0.0, 100)
     assert config.per_layer_position == "before_layer"
+
+
+def test_a_run_does_not_inherit_the_place_of_the_tables_nor_an_optimizer_of_rows_without_rows() -> None:
+    stored = {"per_layer_sparse": True, "per_layer_optimizer": "sgd", "per_layer_hidden_size": 8}
+    found = Found(
+        "checkpoint x", {"model": {"seq_length": 4}, "per_layer": {**stored, "per_layer_offload": "cpu"}}
+    )
+    assert inherited(found, {}).sections == {"model": {"seq_length": 4}, "per_layer": stored}
+    of_whole = inherited(found, {"per_layer_sparse": False}).sections["per_layer"]
+    assert of_whole == {"per_layer_sparse": True, "per_layer_hidden_size": 8}
 
 
 def test_document_003s_flags_parse() -> None:
@@ -88,7 +98,7 @@ def test_the_gemma3n_preset_allows_fewer_rows_than_ids_and_requires_several_resi
         ),
         (
             {"per_layer_sparse": True, "per_layer_offload": "cpu", "per_layer_offload_dir": "/fast"},
-            "--per-layer-offload-dir /fast: requires --per-layer-offload disk (got cpu)",
+            "--per-layer-offload-dir /fast: requires --per-layer-offload disk",
         ),
         (
             {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
