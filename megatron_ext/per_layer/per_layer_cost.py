@@ -118,7 +118,7 @@ def off_device_bytes(
     settings: PerLayerConfig, rows: int, layers: int, columns: int, element_bytes: int
 ) -> float:
     """Returns the bytes of a rank's tables [layers, rows, columns] and their optimizer state."""
-    of_row = element_bytes * columns
+    of_row = float(element_bytes * columns)
     if settings.trains_rows:
         of_row += _state_bytes(settings, columns) + 4 * columns * (element_bytes < 4)
     return layers * rows * of_row

@@ -214,6 +214,10 @@ class PerLayerFamily(Family):
         """Returns the parameters and FLOPs that PLE adds to `model`."""
         return per_layer_cost(self._as_trained, model, self.rows)
 
+    def size_flags(self) -> str:
+        """Returns the flags that determine the size of a table."""
+        return f"--per-layer-vocab-size {self.rows}, --per-layer-hidden-size {self.settings.per_layer_hidden_size}"
+
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
         """Describes a step's work without the gradients of frozen tables; None if the tables are not frozen."""
         if not self.settings.freeze_per_layer_embedding:

@@ -60,7 +60,7 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
     Raises:
         ValueError: the estimate exceeds the memory.
     """
-    layout, _, stages = plan_memory(config, tokenizer, families, copies)
+    layout, cost, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
     # The stages that run on this machine are unknown here. For shared memory, assume the mean over all stages; for
@@ -85,6 +85,9 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
         flags = f"--seq-length {model.seq_length}, --micro-batch-size {layout.micro_batch_size}"
     else:
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
+        for family in families:
+            if family.name in cost.parts and cost.parts[family.name].parameters > cost.parts[BASE].parameters:
+                flags = family.size_flags() or flags
     raise ValueError(
         f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
         f"({binary_size(ranks * held)} of this for activations), but "

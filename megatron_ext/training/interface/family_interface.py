@@ -88,6 +88,10 @@ class Family:
         """Returns the parameters and FLOPs that the model family adds to `model`; None if it adds none."""
         return None
 
+    def size_flags(self) -> str:
+        """Returns the flags, with their values, that make the model family's part of a model large; "" if none does."""
+        return ""
+
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
         """Describes the parts of the model that a training step runs and trains; None if all parts.
 

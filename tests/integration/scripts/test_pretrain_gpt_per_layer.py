@@ -213,6 +213,14 @@ MISTAKES = {
         "--num-attention-heads 1: must be divisible by --tensor-model-parallel-size 2",
     ),
     "a directory that cannot be written": (["--save", "/proc/nowhere"], "--save /proc/nowhere"),
+    "tables beyond the memory": (
+        ["--per-layer-hidden-size", "1000000000"],
+        "--per-layer-hidden-size 1000000000: a step needs about",
+    ),
+    "layers beyond the memory": (
+        ["--hidden-size", "1000000"],
+        "--num-layers 2, --hidden-size 1000000: a step needs about",
+    ),
     "data of a larger vocabulary": (["--vocab-size", "32"], "but the tokenizer's vocabulary has only 33 ids"),
 }
 
