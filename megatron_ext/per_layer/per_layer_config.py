@@ -24,6 +24,8 @@ from megatron_ext.data.per_layer.ngrams import PRIME
 from megatron_ext.data.per_layer.strategies import NGRAM_TOKENS, WITHOUT_VOCABULARY, Strategy
 from megatron_ext.lora.adapter_config import AdapterConfig
 
+_MOST_HASHES = 64  # more rows per token than anyone has use for; a mistyped number would take minutes to hash
+
 _GEMMA = {
     "per_layer_combination_method": "scaled_add",
     "per_layer_gate_activation": "gelu_tanh",
@@ -179,6 +181,8 @@ class PerLayerConfig:
                     f"trigram_hash (got {strategy})"
                 )
             return
+        if self.per_layer_hashes > _MOST_HASHES:
+            raise ValueError(f"--per-layer-hashes {self.per_layer_hashes}: must be at most {_MOST_HASHES}")
         if rows is None:
             raise ValueError(
                 f"--per-layer-strategy {strategy}: requires --per-layer-vocab-size, the number of rows that n-grams "

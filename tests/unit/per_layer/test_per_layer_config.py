@@ -146,6 +146,7 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
             "--per-layer-vocab-size 2147483648: must be at most 2147483647 with",
         ),
         ({"per_layer_hashes": 0}, "--per-layer-hashes 0: must be at least 1"),
+        ({"per_layer_hashes": 65}, "--per-layer-hashes 65: must be at most 64"),
         (
             {"per_layer_vocab_file": "v.json"},
             "--per-layer-vocab-file v.json: --per-layer-strategy bigram_hash does not read such",
