@@ -88,13 +88,13 @@ def build_on_a_node_of_its_own(folder: str, prefix: str) -> str:
 
 def test_a_cache_that_nodes_do_not_share_is_named_on_every_rank(tmp_path: Path, prefixes: list[str]) -> None:
     for message in run_distributed(build_on_a_node_of_its_own, 2, str(tmp_path), prefixes[0]):
-        assert message.startswith(f"--data-cache-path {tmp_path}/node1/cache: rank 1 does not see ")
+        assert message.startswith(f"{tmp_path}/node1/cache: rank 1 does not see ")
         assert "storage that all nodes share" in message
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, prefixes: list[str]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=rf"^--data-cache-path {tmp_path}/file: .* give another directory$"):
+    with pytest.raises(OSError, match=rf"^{tmp_path}/file: .* give --data-cache-path another directory$"):
         build(f"{tmp_path}/file", prefixes[0])
 
 
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_index(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # as a full disk: writing beyond it fails
     try:
         with pytest.raises(
-            OSError, match=rf"^--data-cache-path {tmp_path}/cache: .* give another directory$"
+            OSError, match=rf"^{tmp_path}/cache: .* give --data-cache-path another directory$"
         ):
             build_all(data, (2000, 0, 0))
     finally:

@@ -133,7 +133,7 @@ def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> li
             if wrong.any():
                 at = int(np.argmax(wrong))
                 raise ValueError(
-                    f"{bin_path(index.prefix)}: per-layer id {position + at} is {ids[at]},"
+                    f"{bin_path(index.prefix)}: the per-layer id of token {position + at} is {ids[at]},"
                     f" but {strategy} gives {expected[at]}"
                 )
             position += len(expected)

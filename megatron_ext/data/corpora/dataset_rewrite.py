@@ -44,7 +44,8 @@ _ROUNDS = 6
 class DatasetWriter:
     """Writes a dataset of unknown size with bounded memory; both files appear at the end of the `with` block.
 
-    Temporary files hold the columns of the index until their lengths are known. After an error, all files are removed.
+    Temporary files hold the columns of the index until their lengths are known. After an error, the temporary files are
+    removed.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:

@@ -50,7 +50,7 @@ class Document:
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """How much text one output file holds."""
+    """Amount of text in one output file."""
 
     documents: int
     """Number of documents, repetitions included."""
@@ -102,8 +102,11 @@ def write_corpus(
     for document in documents:
         sides[_is_held_out(document.origin, held_out_fraction)].append(document.text)
     if not sides[0] or not sides[1]:
+        limits = f"--held-out-fraction {held_out_fraction}"
+        if max_bytes is not None:
+            limits = f"--max-bytes {max_bytes} and {limits}"
         raise ValueError(
-            f"--max-bytes {max_bytes} leaves {len(sides[0])} training and {len(sides[1])} held-out documents; "
+            f"{limits} leave {len(sides[0])} training and {len(sides[1])} held-out documents; "
             "both files need at least one"
         )
     with write_atomically(train) as train_path, write_atomically(held_out) as held_out_path:

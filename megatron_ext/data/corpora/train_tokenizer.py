@@ -124,7 +124,9 @@ def train_sentencepiece(
                 raise ValueError(
                     f"--vocab-size {vocab_size}: must be at most {largest[1]}, the number of pieces in this text"
                 ) from None
-            raise ValueError(f"--vocab-size {vocab_size}: SentencePiece cannot train it ({reason})") from None
+            raise ValueError(
+                f"--vocab-size {vocab_size}: SentencePiece cannot train the model ({reason})"
+            ) from None
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(output_dir, "tokenizer.model")))
     size: int = processor.get_piece_size()
     return size

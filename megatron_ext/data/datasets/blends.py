@@ -91,7 +91,7 @@ def check_repeats(blends: Blends) -> None:
 
 
 def check_splits(blends: Blends, seq_length: int) -> None:
-    """Refuses a required split that has no tokens or, in a blend without weights, too few tokens for one sample.
+    """Refuses a required split that has fewer than 2 tokens or, in a blend without weights, too few for one sample.
 
     With an empty split, mcore would loop forever.
 
@@ -126,10 +126,12 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
     if tokens < minimum:
         index = open_index(prefix)
         begin, end = (round(bound * index.num_sequences) for bound in bounds)
+        remedy = "give more data"
+        if bounds != (0.0, 1.0):
+            remedy = f"change --split (for example 90,10,0: no test data) or {remedy}"
         raise ValueError(
             f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} documents and {tokens} tokens,"
-            f" but at least {minimum} tokens are needed; change --split (for example 90,10,0: no test data)"
-            f" or give more data"
+            f" but at least {minimum} tokens are needed; {remedy}"
         )
 
 

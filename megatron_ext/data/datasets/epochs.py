@@ -46,8 +46,8 @@ def shuffled_epochs(data: DataConfig, seq_length: int, num_samples: int) -> list
         num_samples: samples that the whole run reads.
 
     Returns:
-        For each dataset, the number of epochs that are shuffled and whether the last epoch is shuffled separately. If
-        two runs of different lengths have equal results, they read the same samples in the same order until the
+        For each dataset, the number of its epochs, and whether the last epoch is shuffled separately from the others.
+        If two runs of different lengths have equal results, they read the same samples in the same order until the
         shorter one ends.
 
     Raises:

@@ -5,9 +5,9 @@ A sample holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [s] (`label
 data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the same document, sample and shuffle indices.
 Without aligned data a sample has no such field; the per-layer ids are then computed per batch as `table[tokens]`.
 
-With some faulty data mcore would hang or read garbage: a missing or truncated file, data from another tokenizer,
+After some errors mcore would hang or read garbage: a missing or truncated file, data from another tokenizer,
 per-layer data that does not match, a split without documents (mcore would loop for ever), a failure on rank 0 (the
-other ranks would wait at a barrier). These faults are checked beforehand, and every rank raises the same one-line
+other ranks would wait at a barrier). These errors are found beforehand, and every rank raises the same one-line
 error.
 
 The key of mcore's cache of sample indices also contains the identity of the `.idx`, so data that is remade under the

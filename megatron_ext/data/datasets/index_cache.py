@@ -88,8 +88,8 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
     if dist.is_initialized() and dist.get_rank() != 0:
         if missing:
             raise FileNotFoundError(
-                f"--data-cache-path {cache}: rank {dist.get_rank()} does not see {missing[0]}, which rank 0 has "
-                "written there; give a directory on storage that all nodes share"
+                f"{cache}: rank {dist.get_rank()} does not see {missing[0]}, which rank 0 has written there; "
+                "give --data-cache-path a directory on storage that all nodes share"
             )
         return engine()
     if not missing:
@@ -102,7 +102,7 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
     except OSError as error:
         reason = error.strerror or os.strerror(errno.ENOSPC)  # numpy's error for a short write has no errno
         raise OSError(
-            f"--data-cache-path {cache}: the sample index cannot be written there ({reason}); give another directory"
+            f"{cache}: the sample index cannot be written there ({reason}); give --data-cache-path another directory"
         ) from error
 
 

@@ -7,8 +7,8 @@ signals blocked and keep them blocked: none of these signals can ever end them, 
 
 Since SIGTERM is blocked, the parent cannot end a loader process with it either; a loader process that does not exit
 by itself gets SIGKILL. The operating system also sends SIGKILL when the parent dies, even if the parent was killed:
-no loader process is left behind. (To be exact, it does so when the thread that forked ends; a run forks from its main
-thread.)
+no loader process is left behind. (To be exact, it does so when the thread that made the fork ends; in a run, this is
+the main thread.)
 """
 
 import contextlib

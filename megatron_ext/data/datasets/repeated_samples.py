@@ -1,4 +1,4 @@
-"""Repeats the same samples in every epoch, in another order, so that activations cached for a sample are reused.
+"""Repeats the same samples in every epoch, each time in a new order, so that their cached activations are reused.
 
 mcore's dataset packs documents differently when it repeats them, so the same sequence never occurs twice. Here an
 epoch consists of the first n samples; after `repeats` epochs, the next n samples replace them. Blocks of samples are

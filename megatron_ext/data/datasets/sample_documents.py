@@ -23,7 +23,7 @@ class DocumentsConfig(GPTDatasetConfig):
     """mcore's configuration of its datasets; `document_settings` returns the fields that concern documents."""
 
     keeps_positions: bool = False
-    """Whether to replace the position ids that mcore restarts by 0, 1, 2, ... over the whole sample."""
+    """True if position ids count 0, 1, 2, ... over the whole sample instead of restarting at each document."""
 
 
 def document_settings(data: DataConfig) -> dict[str, Any]:

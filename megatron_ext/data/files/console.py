@@ -1,4 +1,4 @@
-"""Shows progress: a bar on a terminal, otherwise lines. Tools that read token ids show progress on standard error."""
+"""Shows the progress of tools that read token ids: a bar on a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time
@@ -29,7 +29,7 @@ def token_progress(description: str, total: int, *, shown: bool = True) -> Itera
     Args:
         description: what is being read, at the beginning of every line.
         total: number of tokens to read.
-        shown: whether this process shows anything; of several processes, one should.
+        shown: whether this process shows the progress; True in only one of several processes.
     """
     if not shown:
         yield lambda tokens: None
@@ -71,7 +71,8 @@ class ProgressLines:
     def advance(self, count: int) -> None:
         """Increases the count, and prints a line if `_LINE_SECONDS` have passed since the last line.
 
-        If a line has been printed before, the end is printed too, so that a finished run does not look interrupted.
+        Once a line has been printed, a last one follows when the count reaches the total, so that a finished run does
+        not look interrupted.
         """
         self._done += count
         now = time.monotonic()

@@ -138,7 +138,7 @@ def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
 
 
 def _hint(prefix: str) -> str:
-    """Returns advice for an error message on a prefix without a dataset; "" if there is none."""
+    """Returns a hint to append to the error message for a prefix that names no dataset; "" if there is none."""
     if prefix.endswith((".bin", ".idx")):
         return "; give the prefix without .bin and .idx"
     # Preprocessing appends `_KEY_document` or `_KEY_sentence` to --output-prefix, so search for such names.
@@ -166,7 +166,9 @@ def open_index(prefix: str) -> Index:
         )
     index = _map_arrays(prefix, dtype, sequences, documents)
     if documents < 1 or int(index.document_indices[-1]) != sequences:
-        raise ValueError(f"{idx} is corrupt: the last document must end at sequence {sequences}")
+        raise ValueError(
+            f"{idx} is corrupt: its last document does not end with the last of its {sequences} sequences"
+        )
     size, wanted = os.path.getsize(binary), index.num_tokens * dtype.itemsize
     if size != wanted:
         raise ValueError(
@@ -217,7 +219,8 @@ def check_contiguous(index: Index) -> None:
             at = int(np.argmax(wrong))
             raise ValueError(
                 f"{idx_path(index.prefix)}: sequence {begin + at} has length {lengths[at]} and pointer "
-                f"{index.pointers[begin + at]}: it does not start where the sequence before it ends"
+                f"{index.pointers[begin + at]}: its length is negative, or it does not start where the sequence "
+                "before it ends"
             )
         expected = int(ends[-1])
         index.release()

@@ -37,8 +37,9 @@ def manifest_path(prefix: str) -> str:
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same directory; renames it to `path` on success, removes it on any failure.
 
-    Creates the directory if it is missing. A killed process leaves only files that end in `.tmp`. Every writer locks
-    its temporary file while it lives, so the next writer of the same path can remove the files that nobody has locked.
+    Creates the directory if it is missing. A killed process leaves only files that end in `.tmp`. Every writer keeps
+    its temporary file locked while it writes; the next writer of the same path removes the temporary files that are
+    not locked.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,7 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
 
 def _remedy(made_with: Mapping[str, Any], tokenizer: Tokenizer | str | None) -> str:
     """Returns advice for a dataset that was made with another tokenizer."""
-    again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
+    again = "tokenize the text again with the tokenizer of this run (tools/preprocess_data.py)"
     flags = tokenizer_flags(str(made_with.get("class")))
     flags = flags and f"{flags} {made_with.get('flags', '')}".rstrip()
     # A run can choose another tokenizer with flags; a tool uses the checkpoint's tokenizer, given as a fingerprint.

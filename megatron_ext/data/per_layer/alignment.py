@@ -71,7 +71,8 @@ def _check_manifests(
     made_with = per_layer.get("strategy")
     if strategy is not None and made_with not in (None, strategy):
         raise ValueError(
-            f"--per-layer-strategy {strategy}: {per_layer_prefix} was made with {made_with}; give that strategy"
+            f"--per-layer-strategy {strategy}: {per_layer_prefix} was made with {made_with}; pass "
+            f"{made_with}, or per-layer data made with {strategy}"
         )
     entries = per_layer.get("vocab_size")
     if vocab_size is not None and entries is not None and entries > vocab_size:

@@ -1,19 +1,22 @@
 """N-grams of tokens as per-layer ids: numbers that tell n-grams apart, and hash functions from numbers to rows.
 
-The n-gram of a token t_0 is the token with those before it, t_1 the nearest. Its number packs them, 21 bits each:
+The n-gram of a token t_0 consists of t_0 and the tokens before it: t_1 is directly before t_0, and t_2 before t_1. Its
+number holds each of these tokens in 21 bits:
 
     number = d_0 + 2^21 d_1 + 2^42 d_2        d_i = t_i + 1, or 0 if there is no such token in the document
 
 `bigram_hash` takes two tokens (d_2 = 0), `trigram_hash` three. A document begins after an end-of-document token, so the
 number is a function of the tokens alone; no n-gram reaches across the beginning of a document or of a sample. The
-number fits into 63 bits. An aligned dataset holds numbers, which say nothing about the tables.
+number fits into 63 bits. An aligned dataset holds these numbers, which do not depend on the number or size of the
+tables.
 
-Each hash function reads the m nearest tokens, with m = 2 .. n, and there are k functions for each m:
+Each hash function reads the m nearest of an n-gram's n tokens. There are k functions for each m = 2 .. n:
 
     row = (c + sum over i < m of a_i d_i mod P) mod P mod rows        P = 2^31 - 1, a prime
 
-So two n-grams share the row of one function with a probability of about 1 / rows over the choice of c and a_i (Carter
-and Wegman, 1979), and all of their rows hardly ever. c and a_i come from SHA-256 of the function's name (`_constant`).
+For random c and a_i, one function gives two n-grams the same row with a probability of about 1 / rows (Carter and
+Wegman, 1979). That every function does so is very unlikely. c and a_i come from SHA-256 of the function's name
+(`_constant`).
 No product exceeds 62 bits and no value is negative, so every platform and library computes the same rows: the functions
 here take arrays of numpy and tensors of torch alike, and need neither.
 
@@ -31,14 +34,14 @@ Integers = Any
 """An int64 array of numpy, or tensor of torch."""
 
 LARGEST_VOCABULARY = (1 << 21) - 1
-"""Largest number of token ids whose n-grams have a number."""
+"""Largest vocabulary size with which every d_i of the formula above fits into 21 bits."""
 
 PRIME = (1 << 31) - 1
 _BITS = 21
 
 
 def check_vocabulary(strategy: Strategy, vocab_size: int) -> None:
-    """Raises `ValueError` if the n-grams of a vocabulary have no numbers."""
+    """Raises `ValueError` if a vocabulary is too large for the numbers of n-grams."""
     if vocab_size > LARGEST_VOCABULARY:
         raise ValueError(
             f"--per-layer-strategy {strategy}: supports at most {LARGEST_VOCABULARY:,} token ids, but the tokenizer "
@@ -51,10 +54,10 @@ class HashFunction:
     """Maps the numbers of n-grams to rows."""
 
     factors: tuple[int, ...]
-    """a_i, one for each token that is read, the nearest first."""
+    """The constants a_i of the formula above, one for each token that is read, the nearest token first."""
 
     offset: int
-    """c."""
+    """The constant c of the formula above."""
 
     def __call__(self, numbers: Integers, rows: int) -> Integers:
         """Returns the row, 0 .. rows - 1, of each number."""
@@ -65,7 +68,7 @@ class HashFunction:
 
 
 def hash_functions(strategy: Strategy, count: int) -> list[HashFunction]:
-    """Returns `count` functions of the nearest 2 tokens, then with `trigram_hash` as many of the nearest 3."""
+    """Returns `count` functions that read the nearest 2 tokens; with `trigram_hash`, then `count` that read 3."""
     return [
         HashFunction(
             tuple(_constant(f"{read} tokens, function {number}, factor {place}") for place in range(read)),
@@ -86,7 +89,7 @@ def ngram_numbers(tokens: Integers, starts: Any, strategy: Strategy) -> Integers
 
     Args:
         tokens: token ids [..., s], below `LARGEST_VOCABULARY`.
-        starts: [..., s], True where a document begins. Before the first token there are none.
+        starts: [..., s], True where a document begins. No n-gram reaches back before position 0.
         strategy: the strategy, which decides how many tokens an n-gram has.
     """
     digits = tokens + 1
@@ -100,7 +103,12 @@ def ngram_numbers(tokens: Integers, starts: Any, strategy: Strategy) -> Integers
 
 
 def starts_after(tokens: Integers, eod: int | None) -> Any:
-    """Returns [..., s], True for a token after an end-of-document token; None for a tokenizer without one."""
+    """Returns [..., s], True for each token directly after an end-of-document token.
+
+    Args:
+        tokens: token ids [..., s].
+        eod: id of the end-of-document token; None for a tokenizer without one.
+    """
     starts = tokens != tokens
     if eod is not None:
         starts[..., 1:] = tokens[..., :-1] == eod
@@ -113,6 +121,6 @@ def token_digits(numbers: Integers, place: int) -> Integers:
 
 
 def tokens_of_ngram(number: int) -> list[int]:
-    """Returns the token ids of the n-gram with a number, in the order of the text."""
+    """Returns the token ids of the n-gram that a number stands for, in the order of the text."""
     digits = [number >> (_BITS * place) & LARGEST_VOCABULARY for place in (2, 1, 0)]
     return [digit - 1 for digit in digits if digit]

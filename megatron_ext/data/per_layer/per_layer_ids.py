@@ -144,14 +144,19 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
 
 
 class _Ngrams:
-    """The numbers of n-grams in a stream of tokens that comes in chunks."""
+    """Computes the numbers of n-grams in consecutive chunks of tokens; n-grams may reach back into earlier chunks."""
 
     def __init__(self, strategy: Strategy, eod: int) -> None:
         self.strategy, self.eod = strategy, eod
         self._tokens, self._starts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
 
     def numbers(self, chunk: IntArray, begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the next tokens; `begins` is True where a document begins."""
+        """Returns the number of the n-gram that ends at each token of the next chunk.
+
+        Args:
+            chunk: token ids [n].
+            begins: [n], True where a document begins.
+        """
         kept = len(self._tokens)
         tokens = np.concatenate([self._tokens, chunk.astype(np.int64)])
         starts = np.concatenate([self._starts, begins]) | starts_after(tokens, self.eod)

@@ -135,7 +135,7 @@ def row_names(vocab_file: str, strategy: Strategy) -> dict[int, str]:
 def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file: str | None) -> TableArray:
     """Loads the table from which training computes per-layer ids, int32 [V].
 
-    The strategies of `WITHOUT_VOCABULARY` need no file; the table has the token ids.
+    For the strategies in `WITHOUT_VOCABULARY`, no file is read, and the table maps each token id to itself.
 
     For `attention_guidance` the table is not enough, since some ids depend on the position: a training run must read
     the aligned dataset instead, and `per_layer_ids.document_ids` computes the ids of a prompt.

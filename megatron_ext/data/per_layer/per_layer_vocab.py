@@ -100,11 +100,11 @@ class TokenForm:
     """The token's shape class, or else `<|endoftext|>`, `<|startoftext|>`, or `<|unk|>` (an id without text)."""
 
     is_syntax: bool
-    """Whether the form is a function word, a keyword, punctuation or a single digit."""
+    """True if the form is a function word, a keyword, punctuation or a single digit."""
 
 
 def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
-    """Returns the form of every token of the main tokenizer, [V]."""
+    """Returns the `TokenForm` of every token of the main tokenizer, [V]."""
     pieces = tokenizer.inv_vocab
     forms = []
     for token in range(tokenizer.vocab_size):
@@ -121,7 +121,7 @@ def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
 
 
 def form_of(text: str, *, starts_word: bool = False) -> TokenForm:
-    """Returns the form of a token's text.
+    """Returns the `TokenForm` of a token's text.
 
     Args:
         text: the decoded token.
@@ -178,7 +178,8 @@ def build_table(
     Args:
         strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.
         forms: [V] from `token_forms`.
-        vocabulary: maps text to id; the table of a strategy `WITHOUT_VOCABULARY` has the token ids instead.
+        vocabulary: maps text to id. Not used for a strategy in `WITHOUT_VOCABULARY`, whose table maps each token id to
+            itself.
         seed: decides which forms `random_subset` chooses.
     """
     if strategy in WITHOUT_VOCABULARY:

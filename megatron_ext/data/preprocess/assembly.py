@@ -1,9 +1,9 @@
 """Appends the shards of a preprocessing run, in order, to the files of its datasets.
 
-A shard (the tokenized documents of one chunk of the input) is appended as soon as it is complete, and then removed, so
-that the disk holds the tokens only once. After every append, `state.json` records the length of each file; a resumed
-run first truncates the files to these lengths. The columns of the index (lengths and document ends, see
-`indexed_files.py`) are on disk too, so memory does not grow with the dataset.
+A shard holds the tokenized documents of one chunk of the input. It is appended as soon as it and all shards before it
+are complete, and then removed, so that the disk holds the tokens only once. After every append, `state.json` records
+the length of each file; a resumed run first truncates the files to these lengths. The columns of the index (lengths and
+document ends, see `indexed_files.py`) are on disk too, so memory does not grow with the dataset.
 
 With P > 1 partitions document i goes to part i mod P, and the parts are joined at the end.
 """

@@ -149,7 +149,7 @@ def _join(encoded: list[Ids]) -> tuple[Ids, Ids]:
 
 
 def _framed(ids: Ids, lengths: Ids, before: list[int], after: list[int]) -> tuple[Ids, Ids]:
-    """Puts the same ids before and after each text."""
+    """Puts the ids `before` in front of each text, and the ids `after` behind it."""
     if after:
         ids = np.insert(ids, np.repeat(np.cumsum(lengths), len(after)), np.tile(after, len(lengths)))
         lengths = lengths + len(after)

@@ -1,8 +1,9 @@
 """Finds settings of a tokenizer.json that `gigatoken`, a fast tokenizer library, ignores.
 
-gigatoken refuses to load a file with most of the settings that it does not implement. A comparison with the library
-`tokenizers` showed that version 0.10.0 ignores the settings below. They change the ids of rare texts only, which a
-comparison on sampled text could miss, so this module looks for the settings in the file itself.
+If a file has a setting that gigatoken does not implement, gigatoken in most cases refuses to load the file. But a
+comparison with the library `tokenizers` showed that gigatoken 0.10.0 ignores the settings below. They change the ids of
+rare texts only, which a comparison on sampled text could miss, so this module looks for the settings in the file
+itself.
 """
 
 import json

@@ -175,7 +175,7 @@ class Preprocessor:
                     )
 
     def _plan(self) -> dict[str, Any]:
-        """Returns everything that the result depends on; `--resume` compares it with the plan of the killed run."""
+        """Returns the inputs and settings that determine the datasets; `--resume` requires those of the killed run."""
         inputs = asdict(self.inputs)
         inputs.pop("input")
         files = []

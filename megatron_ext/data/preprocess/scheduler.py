@@ -80,10 +80,10 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
 
 
 class LongLines:
-    """Writes the shards of a stream's lines that are too long for memory.
+    """Writes a shard for each line of a stream that is too long for memory.
 
     Such a line is rejected, so the parent process writes its shard instead of sending the line to a worker. With
-    `--on-error quarantine` it also copies the line to the quarantine file.
+    `--on-error quarantine` the shard also holds the line itself.
     """
 
     def __init__(self, options: ShardOptions) -> None:
@@ -92,7 +92,7 @@ class LongLines:
         self.next_index = 0
 
     def write(self, data: bytes) -> None:
-        """Writes a piece of the long line that becomes chunk number `next_index`."""
+        """Copies a piece of a long line, which will be chunk number `next_index`, to its shard's quarantine file."""
         if self._writer is None:
             self._writer = ShardWriter(self._options, self.next_index)
         self._writer.keep_raw(data)

@@ -22,7 +22,7 @@ Splitter = Callable[[str], list[str]]
 
 @dataclass(frozen=True)
 class Splitting:
-    """How to split documents into sentences.
+    """Settings for splitting documents into sentences.
 
     Attributes:
         language: name of the Punkt model, such as "english".
@@ -35,7 +35,7 @@ class Splitting:
 
 @functools.cache
 def splitter_of(splitting: Splitting | None) -> Splitter:
-    """Returns a function that splits a text into its sentences; without `splitting`, the text is one sequence.
+    """Returns a function that splits a text into its sentences; without `splitting`, it returns the whole text.
 
     Raises:
         ValueError: nltk is not installed, or there is no model for the language.

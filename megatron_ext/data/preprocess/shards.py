@@ -59,16 +59,16 @@ class ShardOptions:
     """Id of the token that begins every document; None without `--prepend-bos`."""
 
     on_error: OnError
-    """What to do with a line that is not a document."""
+    """Action for a line that is not a document."""
 
     skip_empty: bool
-    """Whether to leave out documents whose texts are empty under every key."""
+    """True to leave out documents whose texts are empty under every key."""
 
     max_line_bytes: int
     """Limit on the length of a line; longer lines are rejected."""
 
     splitting: Splitting | None = None
-    """How to split documents into sentences; None makes each document one sequence."""
+    """Settings for splitting documents into sentences; None makes each document one sequence."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class ShardInfo:
         lines: number of lines read.
         blank: number of lines with nothing but white space.
         rejected: number of lines that are not documents.
-        text_bytes: number of bytes read, after unpacking.
+        text_bytes: number of bytes read, after decompression.
         input_bytes: number of bytes read from disk.
         files: maps the suffix of each file of the shard to its size and CRC-32.
     """
@@ -188,7 +188,8 @@ class ShardWriter:
         lengths = _joined([lengths for _, lengths in encoded])
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
             raise ValueError(
-                f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size} ids"
+                f"the tokenizer gave ids from {int(ids.min())} to {int(ids.max())}, but its vocabulary has only "
+                f"{self._options.vocab_size} ids"
             )
         filled = lengths > 0
         counts = np.bincount(document_of[filled], minlength=len(texts))

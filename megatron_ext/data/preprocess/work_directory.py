@@ -42,7 +42,7 @@ class WorkDirectory:
 
     Args:
         output_prefix: `--output-prefix`; missing directories are created.
-        plan: what the run's result depends on; a resumed run must have the same plan.
+        plan: the inputs and settings that determine the datasets; a resumed run must have the same plan.
         resume: continue a killed run, if there is one.
 
     Attributes:
@@ -115,7 +115,7 @@ class WorkDirectory:
 
     @property
     def is_publishing(self) -> bool:
-        """Whether the datasets are complete and only their renames remain."""
+        """True if the datasets are complete and only their renames remain."""
         return (self.path / PUBLISH).is_file()
 
     def prepare(self, moves: list[tuple[Path, str]], stale: list[str]) -> None:

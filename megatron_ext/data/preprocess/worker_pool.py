@@ -1,12 +1,12 @@
-"""Worker processes for a stream of tasks; if a worker dies, the parent raises an error at once that names the task.
+"""Worker processes for a stream of tasks; if a worker dies, the parent immediately raises an error naming its task.
 
 `multiprocessing.Pool` waits forever for a killed worker. `concurrent.futures.ProcessPoolExecutor` does not report the
 task of a killed worker, lets running tasks end before it stops, and leaves workers behind if the parent is killed.
 Here every worker has its own pipe and one task at a time: the parent sees the pipe close when the worker dies, and
 the worker sees it close when the parent dies.
 
-Workers are forked if this process has a single thread: they start at once with all that is loaded (Python, numpy, the
-tokenizer), which would otherwise cost each of them a third of a second. Threads do not survive a fork, so a process
+Workers are forked if this process has a single thread. They then start with Python, numpy and the tokenizer already
+loaded; loading these would take each worker a third of a second. Threads do not survive a fork, so a process
 with several threads spawns its workers, which load everything themselves.
 """
 

@@ -103,7 +103,7 @@ def _record_batches(file: Any, first: int) -> Iterator[Any]:
 def read_rows(
     path: str, file_format: str, part: int, keys: tuple[str, ...]
 ) -> Iterator[tuple[int, list[list[bytes | None]]]]:
-    """Yields the rows of a row group or record batch, some at a time: (size in bytes, a list of values per column).
+    """Yields the rows of a row group or record batch in pieces: (size in bytes, one list of values for each column).
 
     Values are bytes, or None for null. They are not decoded here because a column may hold invalid UTF-8, for which
     only the affected row must be rejected.

@@ -1,8 +1,8 @@
-"""Unpacks .gz, .zst, .bz2 and .xz files piece by piece; a file that ends too early is an error.
+"""Decompresses .gz, .zst, .bz2 and .xz files as streams; a truncated file is an error.
 
-A file may hold several packed pieces one after the other (gzip members, zstd frames, bzip2 and xz streams); they are
-read as one text. For zstd, bzip2 and xz, the libraries' own file readers are not used: they accept a truncated file as
-complete, or ignore what follows the first piece.
+A file may hold several compressed pieces one after the other (gzip members, zstd frames, bzip2 and xz streams); they
+are read as one text. For zstd, bzip2 and xz, the libraries' own file readers are not used: they accept a truncated file
+as complete, or ignore what follows the first piece.
 """
 
 import bz2
@@ -25,7 +25,7 @@ _PACKED_BYTES = 16 << 10
 
 
 def open_packed(file: BinaryIO, path: str, compression: Compression) -> Callable[[int], bytes]:
-    """Returns a function `read(n)` that reads about `n` unpacked bytes of a file.
+    """Returns a function `read(n)` that returns about `n` decompressed bytes of a file.
 
     Raises (from `read`):
         ValueError: the data is in another format, is truncated, or needs more memory than allowed.
@@ -63,7 +63,7 @@ def _open_pieces(
     errors: tuple[type[Exception], ...],
     padding: bytes = b"",
 ) -> Callable[[int], bytes]:
-    """Returns a function that unpacks consecutive pieces and reads them as one text.
+    """Returns a function that decompresses consecutive pieces and reads them as one text.
 
     `new_piece` makes an object with `decompress`, `eof` and `unused_data`; the bytes `padding` may occur between
     pieces.
@@ -97,17 +97,15 @@ def _open_pieces(
 
 
 def _reason(kind: str, error: Exception) -> str:
-    """Turns the error of an unpacking library into a message for the user."""
+    """Turns the error of a compression library into a message for the user."""
     text = str(error)
     if "too much memory" in text:
         return (
             f"its zstd window is above the limit of {MAX_ZSTD_WINDOW >> 30} GiB of memory; "
-            f"pack it again with a smaller one (zstd --long=31 or less)"
+            f"compress it again with a smaller one (zstd --long=31 or less)"
         )
     if "allocation" in text.lower():
-        return (
-            f"not enough memory to unpack it; its zstd window is up to {MAX_ZSTD_WINDOW >> 30} GiB ({text})"
-        )
+        return f"not enough memory to decompress it; its zstd window is up to {MAX_ZSTD_WINDOW >> 30} GiB ({text})"
     if "ictionary" in text:
-        return f"is packed with a zstd dictionary, which is not supported; pack it again without one ({text})"
+        return f"is compressed with a zstd dictionary, which is not supported; compress it again without one ({text})"
     return f"is not {kind} data ({text})"

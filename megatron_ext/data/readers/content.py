@@ -1,7 +1,7 @@
 """Refuses a file whose first bytes show that it is not UTF-8 text, and says what to do.
 
-Without this check, every line of the file would be rejected as malformed, or (ASCII in UTF-16) read as text full of
-zero bytes.
+Without this check, the file's lines would be rejected as malformed or, if the file is ASCII text in UTF-16, read as
+text full of zero bytes.
 """
 
 from collections.abc import Callable

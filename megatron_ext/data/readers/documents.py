@@ -29,7 +29,7 @@ class Reject:
 
     Attributes:
         line: number of the line (or row) within the chunk, counted from 0.
-        offset: position of its first byte in the unpacked source; None for a row.
+        offset: position of its first byte in the source, after decompression; None for a row.
         reason: why it is not a document, in words for the user.
         raw: the line as it was read, for the quarantine file; None if `on_long_line` received it in pieces.
     """
@@ -106,7 +106,9 @@ def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
             if batch.rejects:
                 reject = batch.rejects[0]
                 place = (
-                    f"row {reject.line + 1} of {chunk}" if reject.offset is None else f"byte {reject.offset}"
+                    f"row {(chunk.first_line or 0) + reject.line + 1}"
+                    if reject.offset is None
+                    else f"byte {reject.offset}"
                 )
                 raise ValueError(f"{chunk.source.path}: {place}: {reject.reason}")
             for texts in zip(*batch.texts, strict=True):

@@ -40,8 +40,8 @@ class TextSource:
     Attributes:
         path: the path as the user wrote it or as a pattern matched it; "-" for standard input.
         format: what the file holds.
-        compression: how the file is packed; None if it is not.
-        is_stream: whether it can only be read from start to end (a packed file, standard input, a pipe).
+        compression: how the file is compressed; None if it is not.
+        is_stream: whether it can only be read from start to end (a compressed file, standard input, a pipe).
     """
 
     path: str
@@ -51,7 +51,7 @@ class TextSource:
 
     @property
     def has_columns(self) -> bool:
-        """Whether the file has columns, with one document per row."""
+        """True if the file has columns, with one document per row."""
         return self.format in columns.UNITS
 
     def size(self) -> int | None:
@@ -68,11 +68,12 @@ class Chunk:
     Attributes:
         source_index: number of the source, counted in input order.
         source: the source itself.
-        start, end: range of bytes in the unpacked content; for columns, the number of the row group or record batch,
-            and that number plus one.
+        start, end: range of bytes in the content after decompression; for columns, the number of the row group or
+            record batch, and that number plus one.
         input_bytes: number of bytes on disk that the chunk takes up, for the progress display.
         data: the content of the chunk if the source is a stream; otherwise None.
-        first_line: number of lines (rows) before the chunk; None if the source would have to be read again to know.
+        first_line: number of lines (rows) before the chunk; None if counting them would require
+            reading the source again.
         long_line: whether the chunk is a single line over the limit, whose content is not kept here.
     """
 
@@ -86,8 +87,9 @@ class Chunk:
     long_line: bool = False
 
     def __str__(self) -> str:
-        unit = columns.UNITS.get(self.source.format, "bytes")
-        return f"{self.source.path}, {unit} {self.start} to {self.end}"
+        if self.source.has_columns:
+            return f"{self.source.path}, {columns.UNITS[self.source.format]} {self.start}"
+        return f"{self.source.path}, bytes {self.start} to {self.end}"
 
 
 def expand_inputs(config: InputConfig) -> list[TextSource]:
@@ -207,7 +209,10 @@ def _column_chunks(index: int, source: TextSource) -> Iterator[Chunk]:
 
 
 def open_stream(source: TextSource) -> tuple[BinaryIO, Callable[[int], bytes]]:
-    """Opens a source; returns the file on disk, whose position shows the progress, and a reader of unpacked bytes."""
+    """Opens a source; returns its file, whose position shows the progress, and a function `read(n)` for its content.
+
+    The content is decompressed.
+    """
     if source.path == STDIN:
         return sys.stdin.buffer, sys.stdin.buffer.read
     file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it

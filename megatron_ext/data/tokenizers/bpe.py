@@ -22,7 +22,7 @@ EOD_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[
 
 
 class LibraryTokenizer(Tokenizer):
-    """Gives a `tokenizers.Tokenizer` the interface of our `Tokenizer`.
+    """Wraps a tokenizer of the library `tokenizers`, so that it has the interface of our `Tokenizer`.
 
     Args:
         backend: the `tokenizers.Tokenizer`; its padding and truncation are switched off.
@@ -78,8 +78,9 @@ class LibraryTokenizer(Tokenizer):
         return dict(self.backend.get_vocab())
 
     def _further_probes(self) -> list[object]:
-        """Returns the added tokens that are recognized in certain places only, because `PROBE_TEXTS` might not reveal
-        such a rule.
+        """Returns the added tokens that match only under a rule (such as whole words only), with their rules.
+
+        The ids of `PROBE_TEXTS` might not reveal these rules.
         """
         normalizes = self.backend.normalizer is not None
         return [
@@ -89,7 +90,10 @@ class LibraryTokenizer(Tokenizer):
         ]
 
     def gigatoken_source(self) -> str:
-        """Returns this tokenizer as the text of a tokenizer.json, without special tokens if it does not read them."""
+        """Returns the text of a tokenizer.json for this tokenizer.
+
+        It lists special tokens only if they are recognized in texts.
+        """
         text: str = self.backend.to_str()
         if self.reads_special_tokens:
             return text

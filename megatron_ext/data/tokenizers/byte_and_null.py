@@ -49,14 +49,19 @@ class NullTokenizer(Tokenizer):
         """Returns the numbers that a text consists of.
 
         Raises:
-            ValueError: a word is not a number in `[0, vocab_size)`.
+            ValueError: a word is not the decimal number of one of the tokenizer's ids.
         """
         try:
             ids = [int(word) for word in text.split()]
         except ValueError:
-            raise ValueError("NullTokenizer: the text is not a list of numbers") from None
+            raise ValueError(
+                "NullTokenizer: a text must consist of decimal numbers separated by white space"
+            ) from None
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"NullTokenizer: a number lies outside [0, {self.vocab_size})")
+            raise ValueError(
+                f"NullTokenizer: a text has the numbers {min(ids)} to {max(ids)}, but only ids from 0 to "
+                f"{self.vocab_size - 1} are allowed"
+            )
         return ids
 
     def detokenize(self, ids: list[int]) -> str:

@@ -1,8 +1,9 @@
 """`SentencePieceTokenizer` and `Llama2Tokenizer`, which read a SentencePiece model file.
 
 Both encode as mcore's class does: they add no token before or after the text. `LegacySentencePieceTokenizer` and
-`LegacyLlama2Tokenizer` encode as Megatron-LM did with `--legacy-tokenizer`. A model is taken to expect `<s>` before a
-text (`adds_bos`) if it is Llama 2's, or if a tokenizer_config.json beside the model file sets `add_bos_token`.
+`LegacyLlama2Tokenizer` encode as Megatron-LM did with `--legacy-tokenizer`. Whether a model expects `<s>` before a
+text (`adds_bos`) is read from `add_bos_token` in a tokenizer_config.json beside the model file; without such an entry,
+only Llama 2's model expects it.
 """
 
 import re
@@ -22,7 +23,8 @@ class SentencePieceTokenizer(Tokenizer):
         tokenizer_model: the .model file; its end-of-sentence piece ends a document.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, is not a SentencePiece model, or cannot end a document.
+        FileNotFoundError, ValueError: the file is missing, is not a SentencePiece model, or has no piece that can end a
+            document.
     """
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -125,7 +127,7 @@ class LegacyLlama2Tokenizer(Llama2Tokenizer):
 class LegacySentencePieceTokenizer(SentencePieceTokenizer):
     """A SentencePiece model as Megatron-LM used it with `--legacy-tokenizer`.
 
-    It has further special tokens, with ids after those of the model if the model lacks them; `<EOD>` ends a document.
+    It has further special tokens; those that the model lacks get the ids after the model's. `<EOD>` ends a document.
     The name of a special token within a text becomes the token's id.
     """
 

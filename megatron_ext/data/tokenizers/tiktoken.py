@@ -29,7 +29,7 @@ PATTERN_V1 = (
     r"[^\r\n\p{L}\p{N}]?+\p{L}+"
     r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-"""mcore's pattern `v1`: words are not split by case, and line ends follow punctuation only."""
+"""mcore's pattern `v1`: words are not split by case, and only line ends are kept with the punctuation before them."""
 
 
 class TikTokenizer(Tokenizer):
@@ -39,11 +39,11 @@ class TikTokenizer(Tokenizer):
         tokenizer_model: the JSON rank file.
         vocab_size: number of ids, special tokens included; tokens whose rank does not fit are dropped. None: all ids of
             the file, but at most 131,072.
-        pattern: how to split a text, `PATTERN_V1` or `PATTERN`.
+        pattern: pattern that splits a text into words: "v1" (`PATTERN_V1`) or "v2" (`PATTERN`).
         num_special_tokens: number of special tokens, which have the first ids.
         special_tokens: names of the first special tokens; the others are called `<SPECIAL_i>`. None: mcore's names.
-        legacy: whether the name of a special token within a text is encoded as ordinary text; only three tokens then
-            have names.
+        legacy: whether the name of a special token within a text is encoded as ordinary text; `special_tokens` None
+            then gives names to three tokens only.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or malformed, has fewer ranks than `vocab_size` needs, or a

@@ -39,7 +39,7 @@ class Tokenizer(ABC):
             not add them.
         reserved_ids: number of ids at the end of the vocabulary that no text produces; see `reserve`.
         files: the files that the tokenizer was read from, for messages.
-        flags: the given flags, other than type and files, that change the ids of a text, for messages.
+        flags: the given flags that change the ids of a text, without those for type and files; for messages.
     """
 
     vocab_size: int
@@ -82,7 +82,7 @@ class Tokenizer(ABC):
         return {token_id: token for token, token_id in self.vocab.items()}
 
     def begin(self, ids: list[int]) -> list[int]:
-        """Returns the ids of the beginning of a text; puts `bos` first if `adds_bos` is set and `ids` lacks it."""
+        """Returns `ids`, the beginning of a text, preceded by `bos` if `adds_bos` is set and they lack it."""
         if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
             return list(ids)
         return [self.bos, *ids]
@@ -112,7 +112,7 @@ class Tokenizer(ABC):
         return [self.tokenize(text) for text in texts]
 
     def gigatoken_source(self) -> str | bytes | None:
-        """Returns a tokenizer.json from which the library `gigatoken` can load this tokenizer, or None."""
+        """Returns a tokenizer.json from which the library `gigatoken` can load this tokenizer; None without one."""
         return None
 
     @cached_property
@@ -131,7 +131,7 @@ class Tokenizer(ABC):
     _takes_any_text = True
 
     def _further_probes(self) -> list[object]:
-        """Returns what the fingerprint must cover in addition to the vocabulary and the ids of `PROBE_TEXTS`."""
+        """Returns further properties that the fingerprint must cover, as JSON values."""
         return []
 
     def fingerprint(self) -> str:

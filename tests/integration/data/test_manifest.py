@@ -72,7 +72,7 @@ def test_tokenizers_are_told_apart_by_class_size_and_files(prefix: Any) -> None:
 def test_a_run_is_told_the_flags_of_the_datasets_tokenizer(prefix: Any) -> None:
     made_with = {"class": "HuggingFaceTokenizer", "vocab_size": 9, "eod": 0, "fingerprint": "made"}
     write_manifest(prefix, tool="t", tokenizer=made_with, inputs=[])
-    again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
+    again = "tokenize the text again with the tokenizer of this run (tools/preprocess_data.py)"
     with pytest.raises(ValueError, match="was made with the tokenizer") as error:
         check_dataset(prefix, ByteLevelTokenizer())
     flags = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ..."

@@ -130,7 +130,7 @@ def test_a_wrong_per_layer_id_is_found_even_with_a_right_checksum(
     Path(f"{tmp_path}/pl.json").write_text(json.dumps(manifest))
     code, out = verify(capsys, f"{tmp_path}/pl")
     assert code == 1
-    assert "per-layer id 9 is" in out
+    assert "the per-layer id of token 9 is" in out
 
 
 def test_per_layer_data_of_remade_main_data_is_found(

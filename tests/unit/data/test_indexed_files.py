@@ -101,7 +101,7 @@ def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path: Path) 
         (b"MMIDIDY" + good_idx[7:], "not an indexed dataset"),
         (good_idx[:9] + b"\2" + good_idx[10:], "version 2"),
         (good_idx[:17] + b"\x63" + good_idx[18:], "code 99"),
-        (good_idx[:-8] + b"\1" + good_idx[-7:], "last document must end"),
+        (good_idx[:-8] + b"\1" + good_idx[-7:], "last document does not end with"),
     ):
         index.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):

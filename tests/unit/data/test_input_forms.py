@@ -57,12 +57,12 @@ def test_zstd_with_a_long_window_is_read_behind_a_skippable_frame_too(
 def test_zstd_that_cannot_be_unpacked_says_why(tmp_path: Path) -> None:
     too_large = b"\x28\xb5\x2f\xfd\x00\xf8\x01\x00\x00"  # a window of 41 bits
     path = write(tmp_path / "a.jsonl.zst", too_large)
-    with pytest.raises(ValueError, match=r"window is above the limit of 2 GiB of memory; pack it again"):
+    with pytest.raises(ValueError, match=r"window is above the limit of 2 GiB of memory; compress it again"):
         read_all(InputConfig(input=(path,)))
     samples = [json_lines(f"document number {i}").encode() for i in range(2000)]
     dictionary = zstandard.train_dictionary(4096, samples)
     write(tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor(dict_data=dictionary).compress(samples[0]))
-    with pytest.raises(ValueError, match=r"a.jsonl.zst: is packed with a zstd dictionary"):
+    with pytest.raises(ValueError, match=r"a.jsonl.zst: is compressed with a zstd dictionary"):
         read_all(InputConfig(input=(path,)))
 
 
