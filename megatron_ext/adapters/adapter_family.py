@@ -47,13 +47,13 @@ class AdapterExtension(Extension):
         self.settings = settings
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the four linear modules of a layer."""
+        """Returns the four linear modules of a layer, with their adapters."""
         return linear_modules(self.settings)
 
 
 class AdapterFamily(Family):
-    """LoRA adapters for a frozen model. Must come after the run's other families, because it also freezes the modules
-    of families that the loaded model already has.
+    """LoRA adapters for a frozen model. Must be last in the run's list of families, because it also freezes the modules
+    of those families that the loaded model already has.
     """
 
     name = "lora"
@@ -95,7 +95,7 @@ class AdapterFamily(Family):
         return replace(work, head=Use.GRADIENT, trains_embedding=False)
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations:
-        """Returns what the adapters add to the activations of a step."""
+        """Returns the activation memory that the adapters add to a step, in bytes."""
         return adapted_activations(self._plan(layout.model), layout)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
@@ -115,7 +115,7 @@ class AdapterFamily(Family):
                     yield f"decoder.layers.{place}.{slot}."
 
     def check_plain(self, *, as_adapters: bool) -> None:
-        """Does nothing: adapters can be merged, and can be written as adapters."""
+        """Accepts both exports: adapters can be merged, and can be written as adapters."""
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
         """Adds every adapter to its base weight."""

@@ -25,7 +25,7 @@ from megatron_ext.training.pretrain import MakeFamilies, pretrain
 from megatron_ext.training.run_options import RunOptions
 
 _UNSHOWN = {"npt": "NPT"}
-"""Model families for which adapters have been trained in tiny models only."""
+"""Model families over which adapters have been tested with tiny models only, each with the name to print."""
 
 
 def train_adapters(
@@ -89,8 +89,8 @@ def _families(
     """Returns the families set by flags and the families of the frozen model; only the former may train."""
     if "progressive" in stored:
         raise ValueError(
-            f"--lora-rank {settings.lora_rank}: not supported for the model in --load, a rack whose "
-            "stacks have their own adapters; export it with --merge-adapters, and import the result"
+            f"--lora-rank {settings.lora_rank}: not supported for the model in --load, a rack (a "
+            "grown model) whose stacks have their own adapters; export it with --merge-adapters, and import the result"
         )
     families = make_families(config, tokenizer)
     made = {family.name for family in families} | {AdapterFamily.name}
@@ -103,8 +103,8 @@ def _families(
 def _print_start(
     settings: AdapterConfig, base: BaseCheckpoint | None, stored: Mapping[str, Any], chunks: list[GPTModel]
 ) -> None:
-    """Prints the adapters, the frozen model and the parameter counts; warns about a family that has been tried in
-    tiny models only. Collective.
+    """Prints the adapters, the frozen model and the parameter counts; warns about a family over which adapters
+    have been tested with tiny models only. Collective.
     """
     counts = count_parameters(chunks)
     over = "a model without values" if base is None else base.folder
@@ -114,6 +114,5 @@ def _print_start(
     )
     for name in stored.keys() & _UNSHOWN.keys():
         print_on_first_rank(
-            f"warning: adapters over {_UNSHOWN[name]} layers have been trained in tiny models only, "
-            "never in a real one"
+            f"warning: adapters over {_UNSHOWN[name]} layers have been tested with tiny models only"
         )
