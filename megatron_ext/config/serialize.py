@@ -40,7 +40,7 @@ def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -
     for key in values:
         if key not in known:
             raise ValueError(
-                f"section {name} of the configuration has the unknown key {key}{did_you_mean(key, known)}"
+                f"section {name} of the stored configuration has the unknown key {key}{did_you_mean(key, known)}"
             )
     return group_type(**{key: _frozen(value) for key, value in values.items()})
 
@@ -52,7 +52,9 @@ def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
         ValueError: the configuration lacks the group, or the group has an unknown key or an invalid value.
     """
     if name not in stored:
-        raise ValueError(f"the configuration has no section {name}; its sections are {', '.join(stored)}")
+        raise ValueError(
+            f"the stored configuration has no section {name}; its sections are {', '.join(stored)}"
+        )
     return group_from_dict(group_type, stored[name], name)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """How a field appears on the command line, where its name and type do not determine this."""
+    """Settings of a field's flag that do not follow from the field's name and type."""
 
     aliases: tuple[str, ...] = ()
     """Further flags that set the field, spelled with dashes (`--learning-rate`)."""

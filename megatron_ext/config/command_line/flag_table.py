@@ -43,10 +43,10 @@ class Flag:
     """Flags that set a boolean to false; empty for other types and for a `Switch`."""
 
     takes_many: bool
-    """Whether the field holds several values."""
+    """True if the field holds several values."""
 
     is_repeated: bool
-    """Whether the flag is repeated for each value of a field that holds several."""
+    """True if the flag is repeated for each value of a field that holds several."""
 
     kind: type
     """Type of one value: bool, int, float or str."""
@@ -55,7 +55,7 @@ class Flag:
     """Allowed values; empty if any value is allowed."""
 
     is_required: bool
-    """Whether the user must give the flag, because the field has no default."""
+    """True if the user must give the flag, because the field has no default."""
 
     default: object
     """Default of the field, or None."""

@@ -51,8 +51,8 @@ def format_help(
         prog: name of the program.
         description: description of the program.
         example: an example command, or "".
-        supplied: maps a field without a default, which the program fills in, to the text to show as its default. All
-            other fields without a default are listed as required.
+        supplied: maps each field that has no default but that the program fills in, to the text to show as its
+            default. All other fields without a default are listed as required.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)
     documented = {name: field_docs(group) for name, group in groups.items()}

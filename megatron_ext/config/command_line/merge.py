@@ -29,13 +29,13 @@ T = TypeVar("T", bound="DataclassInstance")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the value of a field comes from."""
+    """The source of a field's value."""
 
     text: str
     """Description of the source, as `--show-config` prints it."""
 
     is_yaml: bool = False
-    """Whether the source is the YAML file of --config."""
+    """True if the source is the YAML file of --config."""
 
 
 FLAG = Source("flag")
@@ -49,7 +49,10 @@ Sources = Mapping[str, Source]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Values that a program finds, such as in a checkpoint, for fields that the user has not set."""
+    """Values that a program finds, for example in a checkpoint.
+
+    They apply to fields that the user has not set; with `wins`, to all fields.
+    """
 
     source: str
     """Description of the source, for `--show-config` and error messages."""
@@ -58,7 +61,7 @@ class Found:
     """Values by group name and field name, as Python or JSON values; None leaves the field unset."""
 
     wins: bool = False
-    """Whether the values replace those that the user has set; None then resets the field to its default."""
+    """True if the values replace those that the user has set; None then resets the field to its default."""
 
     def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
         """Returns the values by field name, each converted to the field's type.

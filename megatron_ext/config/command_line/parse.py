@@ -7,7 +7,7 @@ returns the configuration:
     config.model.num_layers
 
 A script may add values that depend on the given flags (from a mode or a checkpoint); `merge` defines the precedence.
-Nothing here imports torch, so that `--help` and errors in flags appear at once.
+Nothing here imports torch, so that `--help` and errors in flags appear immediately.
 """
 
 import dataclasses

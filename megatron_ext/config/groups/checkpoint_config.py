@@ -1,4 +1,4 @@
-"""Where checkpoints are saved and loaded, how often they are saved, and what they hold."""
+"""Settings of checkpoints: where they are saved and loaded, how often they are saved, and what they hold."""
 
 from dataclasses import dataclass
 from typing import Annotated

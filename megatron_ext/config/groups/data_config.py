@@ -1,4 +1,4 @@
-"""Which indexed datasets a run reads, and how their documents become training samples.
+"""The indexed datasets that a run reads, and how their documents become training samples.
 
 Datasets are named by Megatron's prefixes: the path without `.bin` or `.idx`, such as `corpus_text_document`.
 `megatron_ext.data` checks that the files exist and match each other.

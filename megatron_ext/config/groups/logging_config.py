@@ -1,4 +1,4 @@
-"""What a run prints, and what it writes to TensorBoard and W&B.
+"""The values that a run prints, and those that it writes to TensorBoard and W&B.
 
 Flags for the statistics of a single model family are in that family's config group.
 """

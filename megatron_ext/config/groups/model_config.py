@@ -206,8 +206,8 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
     """With --fp8-recipe delayed: number of past steps whose largest absolute values determine the scale."""
 
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """With --fp8-recipe delayed: take the scale from the newest of these values (most_recent) or the largest
-    (max).
+    """With --fp8-recipe delayed: compute the scale from the newest (most_recent) or the largest (max) of the values
+    that --fp8-amax-history-len counts.
     """
 
     def __post_init__(self) -> None:
@@ -320,24 +320,24 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     @property
     def has_own_attention(self) -> bool:
-        """Whether any layer needs keys and values that the engine's attention cannot compute."""
+        """True if any layer needs keys and values that megatron-core's attention cannot compute."""
         return self.num_kv_shared_layers > 0 or self.attention_k_eq_v or self.v_layernorm
 
     @property
     def has_two_rotaries(self) -> bool:
-        """Whether layers with a window have a rotary embedding that differs from all other layers'."""
+        """True if layers with a window have a rotary embedding that differs from all other layers'."""
         is_partial = self.window_size is not None and self.rotary_proportion != 1.0
         return is_partial or self.rotary_base_local is not None or self.kv_channels_full is not None
 
     @property
     def without_rotary(self) -> tuple[bool, ...]:
-        """For each layer, whether --no-rope-freq removes its rotary positions."""
+        """For each layer, True if --no-rope-freq removes its rotary positions."""
         return layers_without_rotary(self.no_rope_freq, self.num_layers)
 
     @property
     def changes_outputs(self) -> str | None:
-        """The given flag that changes the outputs of attention and MLP before they are added; None if there is
-        none.
+        """The first given flag that changes the outputs of attention and MLP before these are added to the residual
+        stream; None if there is none.
         """
         flags = {
             "--sandwich-norm": self.sandwich_norm,
@@ -350,27 +350,27 @@ class ModelConfig(PositionFields, LayerFields, Gemma3nFields):
 
     @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalized."""
+        """True if queries and keys are normalized."""
         return self.qk_layernorm or self.qk_projection_norm
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether the query/key/value projection has a bias."""
+        """True if the query/key/value projection has a bias."""
         return self.add_qkv_bias or not self.disable_bias_linear
 
     @property
     def has_attention_output_bias(self) -> bool:
-        """Whether the attention's output projection has a bias."""
+        """True if the attention's output projection has a bias."""
         return self.add_attention_output_bias or not self.disable_bias_linear
 
     @property
     def has_mlp_bias(self) -> bool:
-        """Whether the MLP's projections have biases."""
+        """True if the MLP's projections have biases."""
         return self.add_mlp_bias or not self.disable_bias_linear
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP has a gate."""
+        """True if the MLP has a gate."""
         return self.swiglu or self.geglu
 
     @property

@@ -31,7 +31,9 @@ class OptimizerSettings:
     """Peak learning rate of the word embedding and the output layer. Default: --lr."""
 
     decoupled_min_lr: float | None = None
-    """With --decoupled-lr: learning rate of these layers at the end of the decay. Default: --min-lr."""
+    """With --decoupled-lr: learning rate of the word embedding and the output layer at the end of the decay. Default:
+    --min-lr.
+    """
 
     lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warm-up. inverse-square-root is 1 / sqrt(steps), scaled to the peak at the end of
@@ -75,7 +77,7 @@ class OptimizerSettings:
     """Weight decay at the end, with --weight-decay-incr-style linear or cosine."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay changes from --start-weight-decay to --end-weight-decay."""
+    """Shape of the change of the weight decay from --start-weight-decay to --end-weight-decay."""
 
     adam_beta1: float = 0.9
     """Decay rate of Adam's running mean of gradients."""

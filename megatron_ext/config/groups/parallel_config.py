@@ -67,7 +67,7 @@ class ParallelConfig:
     """With the interleaved schedule: overlap the communication between pipeline stages with computation."""
 
     accumulate_allreduce_grads_in_fp32: bool = False
-    """With --fp16: sum gradients over micro-batches and processes in fp32 (without --fp16, the default)."""
+    """With --fp16: sum gradients over micro-batches and processes in fp32. Without --fp16, this is the default."""
 
     grad_reduce_in_bf16: bool = False
     """With --bf16: sum gradients over micro-batches and processes in bfloat16 instead of fp32."""

@@ -41,5 +41,5 @@ class RehearsalConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether the run is rehearsed."""
+        """True if the run is rehearsed."""
         return self.rehearse is not None

@@ -1,4 +1,4 @@
-"""Which tokenizer a run uses; `megatron_ext.data.tokenizers` builds it."""
+"""The tokenizer of a run; `megatron_ext.data.tokenizers` builds it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,7 +113,9 @@ class TokenizerConfig:
                 f" (got {self.tokenizer_type}, whose special tokens are those of its files)"
             )
         if len(set(self.tokenizer_special_tokens or ())) != len(self.tokenizer_special_tokens or ()):
-            raise ValueError("--tokenizer-special-tokens: names a token twice")
+            raise ValueError(
+                f"--tokenizer-special-tokens {' '.join(self.tokenizer_special_tokens or ())}: names a token twice"
+            )
 
     def further_flags(self) -> str:
         """Returns the given flags, other than type and files, that change the ids of a text; "" if all have their

@@ -141,7 +141,7 @@ class TrainingConfig:
         last = read_schedule(self.step_batch_size_schedule)[-1][1]
         if self.global_batch_size not in (None, last):
             raise ValueError(
-                f"{given}: --global-batch-size {self.global_batch_size} must be its last size, {last}"
+                f"{given}: --global-batch-size {self.global_batch_size} must equal the schedule's last size, {last}"
             )
         for name in ("rampup_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) is not None:
@@ -207,7 +207,7 @@ class TrainingConfig:
 
     @property
     def has_constant_batch_size(self) -> bool:
-        """Whether all steps have the same number of sequences."""
+        """True if all steps have the same number of sequences."""
         return self.rampup_batch_size is None and self.step_batch_size_schedule is None
 
     def batch_sizes(self, global_batch_size: int) -> BatchSizes:

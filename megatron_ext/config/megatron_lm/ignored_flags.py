@@ -46,7 +46,7 @@ def _many(reason: str, *harmless: str) -> Ignored:
 
 _KERNELS = Ignored("it chooses between kernels that compute the same")
 _TRAFFIC = Ignored("it changes how processes exchange data, not what they compute")
-_MEMORY = Ignored("it saves memory that the same computation uses here")
+_MEMORY = Ignored("it saves memory without changing the computation; here this memory is not saved")
 _FILES = Ignored("it changes how checkpoint files are written and read, not what they hold")
 _INDEX = Ignored("it changes how fast a dataset is opened")
 _SIGNALS = Ignored("on SIGTERM, SIGINT and SIGUSR1 a run saves and exits anyway")
@@ -102,7 +102,7 @@ IGNORED = {
     "--fp8-margin": _one(_ALREADY, "0"),
     "--reuse-grad-buf-for-mxfp8-param-ag": _MEMORY,
     # Optimizer
-    "--optimizer": _one("Adam with decoupled weight decay is the optimizer, as there", "adam"),
+    "--optimizer": _one("Adam with decoupled weight decay is the optimizer, as in Megatron-LM", "adam"),
     "--use-precision-aware-optimizer": Ignored("the optimizer's state is in fp32"),
     "--exp-avg-dtype": _one(_ALREADY, "fp32"),
     "--exp-avg-sq-dtype": _one(_ALREADY, "fp32"),
@@ -174,9 +174,10 @@ IGNORED = {
     "--dataloader-type": _one(
         _ALREADY,
         "single",
-        otherwise="samples are shuffled by --seed; cyclic would shuffle them again, by the number of model copies",
+        otherwise="samples are shuffled by --seed; cyclic would shuffle them again, in an order that depends on the "
+        "number of model copies",
     ),
-    "--no-create-attention-mask-in-dataloader": Ignored("no mask of attention is made"),
+    "--no-create-attention-mask-in-dataloader": Ignored("no attention mask is built"),
     "--no-mmap-bin-files": _INDEX,
     "--dataloader-defer-npy-index-mmap": _INDEX,
     "--dataloader-fast-cache-load": _INDEX,

@@ -38,7 +38,7 @@ KEPT = {
         "auto is Transformer Engine if it is installed and there is a GPU",
     ),
 }
-"""Defaults that are spelled differently but are kept: maps a field to Megatron-LM's default and the reason."""
+"""Fields that keep their default here with --defaults megatron. Maps each to Megatron-LM's default and the reason."""
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@
 
 _MOE = "not supported: there is no mixture of experts"
 _VISION = "not supported: the models read text"
-_RETRIEVAL = "not supported: the models are decoder-only and read no other text"
+_RETRIEVAL = "not supported: the models are decoder-only and retrieve no documents"
 _ATTENTION = "not supported: attention is softmax attention over all earlier tokens"
 _RL = "not supported: there is no reinforcement learning"
 _HYBRID = "not supported: every layer is a transformer layer"
@@ -28,6 +28,7 @@ _FAULTS = "not supported: no faults are injected"
 _MEMORY = "not supported: use --rehearse, which lists what holds memory, or --log-memory"
 _RECORD = "not supported: --use-pytorch-profiler records the names of all operations"
 _GTP = "not supported: use --tensor-model-parallel-size"
+_WHITE_SPACE = "not supported: white space is handled as the SentencePiece model file specifies"
 
 REFUSED = {
     # Model
@@ -63,7 +64,7 @@ REFUSED = {
     "--attention-output-gate": _ATTENTION,
     "--experimental-attention-variant": _ATTENTION,
     "--fp32-residual-connection": "not supported: with --bf16 the residual stream is in bfloat16",
-    "--apply-residual-connection-post-layernorm": "not supported: the residual stream passes by the norms",
+    "--apply-residual-connection-post-layernorm": "not supported: the norms are not part of the residual stream",
     "--embedding-init-method-std": "use --init-method-std, which applies to the embedding too",
     "--init-method-xavier-uniform": "use --init-method-std",
     "--no-initialization": "leave it out: with --load, the checkpoint's values replace the initial ones",
@@ -153,9 +154,8 @@ REFUSED = {
     "--tokenizer-metadata": "use --tokenizer-type and --tokenizer-model",
     "--metadata-path": "use --tokenizer-type and --tokenizer-model",
     "--tokenizer-sentencepiece-legacy": "not supported: see --legacy-tokenizer",
-    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": "not supported: the file's own rule for white space holds",
-    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": "not supported: the file's own rule for white space "
-    "holds",
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": _WHITE_SPACE,
+    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": _WHITE_SPACE,
     "--null-tokenizer-eod-id": "not supported: the end of a document is id --vocab-size",
     "--null-tokenizer-pad-id": "not supported: no token of a dataset is padding",
     "--tokenizer-prompt-format": _VISION,
@@ -194,8 +194,8 @@ REFUSED = {
     "--yaml-cfg": "use --config with this project's keys, which are the flags with underscores",
     "--decrease-batch-size-if-needed": "not supported: --global-batch-size must fit the number of model copies",
     "--full-validation": "use tools/evaluate.py",
-    "--multiple-validation-sets": "use tools/evaluate.py for each",
-    "--validation-set-names": "use tools/evaluate.py for each",
+    "--multiple-validation-sets": "use tools/evaluate.py once for each validation set",
+    "--validation-set-names": "use tools/evaluate.py once for each validation set",
     "--start-eval-at-iter": "use --eval-interval",
     "--eval-global-batch-size": "not supported: an evaluation uses --global-batch-size",
     "--eval-micro-batch-size": "not supported: an evaluation uses --micro-batch-size",

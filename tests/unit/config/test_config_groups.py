@@ -170,7 +170,7 @@ BAD = [
     (
         ModelConfig,
         {"use_rope_scaling": True, "rope_scaling_type": "dynamic", "rope_attention_factor": 2.0},
-        ["--rope-attention-factor 2.0: has no effect", "--rope-scaling-type dynamic"],
+        ["--rope-attention-factor 2.0: has no effect", "--rope-scaling-type (got dynamic)"],
     ),
     (
         ModelConfig,
@@ -295,7 +295,10 @@ BAD = [
     (
         TrainingConfig,
         {"step_batch_size_schedule": ("0:2", "9:4"), "global_batch_size": 8},
-        ["--step-batch-size-schedule 0:2 9:4", "--global-batch-size 8 must be its last size, 4"],
+        [
+            "--step-batch-size-schedule 0:2 9:4",
+            "--global-batch-size 8 must equal the schedule's last size, 4",
+        ],
     ),
     (
         TrainingConfig,

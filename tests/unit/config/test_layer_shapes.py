@@ -77,7 +77,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 REFUSED_WITH_WINDOWS: list[tuple[dict[str, Any], str]] = [
     ({"num_query_groups_full": 3}, "--num-query-groups-full 3: must divide --num-attention-heads 4"),
     ({"kv_channels_full": 7}, "--kv-channels-full 7: .* must be even"),
-    ({"num_kv_shared_layers": 4}, "layer 2 is without a sliding window, but none of the first 2 layers is"),
+    (
+        {"num_kv_shared_layers": 4},
+        "layer 2 (counted from 0) has no sliding window, but none of the first 2 layers is",
+    ),
 ]
 
 

@@ -286,7 +286,9 @@ def test_configs_survive_json_and_the_printed_yaml(tmp_path: Path) -> None:
 
 def test_a_configuration_from_elsewhere_is_checked() -> None:
     values = group_to_dict(parsed("").model) | {"num_layerz": 3}
-    with pytest.raises(ValueError, match="section model of the configuration has the unknown key num_layerz"):
+    with pytest.raises(
+        ValueError, match="section model of the stored configuration has the unknown key num_layerz"
+    ):
         group_from_dict(ModelConfig, values, "model")
     with pytest.raises(ValueError, match="no section optimizer"):
         group_in(OptimizerSettings, {"model": {}}, "optimizer")

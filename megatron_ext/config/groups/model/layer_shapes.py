@@ -37,13 +37,13 @@ class LayerFields:
     """
 
     attention_k_eq_v: bool = False
-    """In layers without a sliding window, also use the keys as values, taken before the norm and rotation of keys."""
+    """In layers without a sliding window, use the keys, before their norm and rotation, also as values."""
 
     v_layernorm: bool = False
     """Divide the values of each attention head by their root mean square."""
 
     layer_scalar: bool = False
-    """Multiply the output of every layer by a number that is 1 or imported, and that is never trained, as in Gemma 4.
+    """Multiply the output of every layer by a number that is never trained, as in Gemma 4: 1, or the imported number.
     --per-layer-preset gemma4 implies this flag.
     """
 
@@ -75,7 +75,7 @@ class LayerShape:
     """Number of key/value heads."""
 
     values_are_keys: bool = False
-    """Whether the keys are also used as values."""
+    """True if the keys are also used as values."""
 
     sparsity: float = 0.0
     """Fraction of the MLP's gates that are set to zero."""
@@ -134,7 +134,7 @@ def _shape(model: "ModelConfig", window: int | None, ffn_hidden_size: int, sourc
 
 
 def ffn_widths(text: str | None, num_layers: int) -> tuple[int, ...] | None:
-    """Returns the width of every layer's MLP for a value of --ffn-hidden-sizes; None for None.
+    """Returns the width of every layer's MLP for a value of --ffn-hidden-sizes; None if the flag is not given.
 
     Raises:
         ValueError: the value is not a list of one width per layer.
@@ -188,7 +188,11 @@ def _check_rotation(model: "ModelConfig") -> None:
             f"--rotary-proportion {proportion}: cannot be given together with --use-rope-scaling"
         )
     if proportion != 1.0 and not rotated_pairs(channels or model.resolved_kv_channels, proportion):
-        raise ValueError(f"--rotary-proportion {proportion}: rotates no channels of a head")
+        width = channels or model.resolved_kv_channels
+        raise ValueError(
+            f"--rotary-proportion {proportion}: rotates no channels of a head; must be at least 2 / {width}, "
+            f"which rotates 2 of its {width} channels"
+        )
     if channels is not None and model.position_embedding_type == "rope":
         rotated = int(channels * model.rotary_percent)
         if rotated % 2 or not rotated:
@@ -200,7 +204,7 @@ def _check_rotation(model: "ModelConfig") -> None:
 
 
 def rotated_pairs(channels: int, proportion: float) -> int:
-    """Returns the number of pairs of channels that are rotated, as transformers rounds it."""
+    """Returns the number of pairs of channels that are rotated, rounded as in the library transformers."""
     return int(proportion * channels // 2)
 
 
@@ -210,10 +214,11 @@ def _check_sharing(model: "ModelConfig") -> None:
         raise ValueError(f"--num-kv-shared-layers {num_shared}: must lie in [0, {layers - 1}]")
     for number in range(layers - num_shared, layers):
         if model.layers[number].keys_of is None:
-            kind = "without" if model.layers[number].window is None else "with"
+            kind = "no" if model.layers[number].window is None else "a"
             raise ValueError(
-                f"--num-kv-shared-layers {num_shared}: layer {number} is {kind} a sliding window, but "
-                f"none of the first {layers - num_shared} layers is, so no layer can supply its keys and values"
+                f"--num-kv-shared-layers {num_shared}: layer {number} (counted from 0) has {kind} sliding window, "
+                f"but none of the first {layers - num_shared} layers is of this kind, so no layer can supply its keys "
+                "and values"
             )
 
 

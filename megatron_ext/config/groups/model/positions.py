@@ -45,7 +45,7 @@ ROPE_SCALING = (
     "rope_short_factors",
     "rope_long_factors",
 )
-"""The fields of --use-rope-scaling."""
+"""The fields that have an effect only with --use-rope-scaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +204,13 @@ def _check_scaling_type(model: "ModelConfig") -> None:
     kind = model.rope_scaling_type
     chosen = f"--rope-scaling-type {kind}"
     for name in (name for name in ROPE_SCALING[1:] if name not in _FIELDS_OF_TYPE[kind]):
-        require_default(model, name, f"another type than {chosen}")
+        require_default(model, name, f"another --rope-scaling-type (got {kind})")
     if model.attention_backend != "sdpa":
         raise ValueError(f"{chosen}: requires --attention-backend sdpa (got {model.attention_backend})")
     if kind == "yarn" and model.rotary_base <= 1:
         raise ValueError(f"--rotary-base {model.rotary_base}: must be above 1 with {chosen}")
     if kind in ("dynamic", "longrope"):
-        require_default(model, "rotary_proportion", f"another type than {chosen}")
+        require_default(model, "rotary_proportion", f"another --rope-scaling-type (got {kind})")
     if kind == "dynamic" and model.window_size is not None:
         raise ValueError(f"{chosen}: cannot be given together with --window-size {model.window_size}")
     if kind == "dynamic" and int(model.resolved_kv_channels * model.rotary_percent) == 2:
@@ -231,4 +231,4 @@ def _check_longrope(model: "ModelConfig") -> None:
                 f"(got {len(factors)}{f', the smallest {min(factors)}' if factors else ''})"
             )
     for name in ("rotary_base_local", "kv_channels_full"):
-        require_default(model, name, "another type than --rope-scaling-type longrope")
+        require_default(model, name, "another --rope-scaling-type (got longrope)")
