@@ -220,7 +220,7 @@ def _missing(key: str) -> str:
 
 def _checked_text(value: object, key: str) -> Text:
     if isinstance(value, list):
-        return [_checked_string(sentence, key, "a list with ", "of strings") for sentence in value]
+        return [_checked_string(sentence, key, "a list with ", "only strings") for sentence in value]
     return _checked_string(value, key, "", "a string")
 
 

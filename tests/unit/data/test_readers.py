@@ -120,7 +120,7 @@ def test_a_line_over_the_limit_is_passed_over_without_holding_it(
         (b'{"other": "a"}', 'missing key "text"'),
         (b'{"text": null}', 'key "text" holds null, not a string'),
         (b'{"text": 3}', 'key "text" holds a number, not a string'),
-        (b'{"text": ["a", 3]}', 'key "text" holds a list with a number, not of strings'),
+        (b'{"text": ["a", 3]}', 'key "text" holds a list with a number, not only strings'),
         (b'["text"]', "expected a JSON object, found a list"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 10 of the line"),
         (b'{"text": "\\ud800"}', "unpaired surrogate"),
