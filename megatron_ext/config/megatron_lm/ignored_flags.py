@@ -96,7 +96,7 @@ IGNORED = {
     "--te-rng-tracker": _KERNELS,
     # FP8
     "--fp8-param-gather": Ignored(
-        "weights are gathered in bf16 and cast for each product: more memory and traffic"
+        "weights are gathered in bf16 and cast to FP8 for each matrix product, with more memory and traffic"
     ),
     "--fp8-interval": _one(_UNUSED.reason),
     "--fp8-margin": _one(_ALREADY, "0"),
@@ -233,10 +233,10 @@ IGNORED = {
     "--no-manual-gc-eval": Ignored("--manual-gc collects at --manual-gc-interval only"),
     "--disable-manual-gc-eval": Ignored("--manual-gc collects at --manual-gc-interval only"),
     "--check-for-nan-in-loss-and-grad": Ignored(
-        "a step that is not finite is skipped, see --max-consecutive-nan-steps"
+        "a step whose loss or gradient is not finite is skipped, see --max-consecutive-nan-steps"
     ),
     "--no-check-for-nan-in-loss-and-grad": Ignored(
-        "a step that is not finite is skipped, see --max-consecutive-nan-steps"
+        "a step whose loss or gradient is not finite is skipped, see --max-consecutive-nan-steps"
     ),
     "--rerun-mode": _one(_ALREADY, "disabled"),
     "--exit-signal": _one(_SIGNALS.reason, "SIGTERM", "SIGINT", "SIGUSR1"),

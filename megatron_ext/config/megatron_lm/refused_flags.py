@@ -18,7 +18,9 @@ _OFFLOAD = "not supported: use --use-distributed-optimizer or --recompute-granul
 _RESTART = "not supported: let torchrun or the scheduler restart the job, see docs/many_hosts.md"
 _TORCHRUN = "this is an option of torchrun: put it before the script"
 _GENERATE = "use tools/generate.py"
-_NAN = "not supported: a step that is not finite is skipped, see --max-consecutive-nan-steps"
+_NAN = (
+    "not supported: a step whose loss or gradient is not finite is skipped, see --max-consecutive-nan-steps"
+)
 _ADAM = "not supported: Adam with decoupled weight decay is the only optimizer"
 _DECAY = "not supported: norms and biases have no weight decay, all other weights have it"
 _BLEND = "use --data-path, or a YAML file with --config"
@@ -43,7 +45,7 @@ REFUSED = {
     "--bert-no-binary-head": _RETRIEVAL,
     "--num-classes": _VISION,
     "--num-channels": _VISION,
-    "--rotary-interleaved": "not supported: the two halves of a head are rotated, as in GPT-NeoX and Llama",
+    "--rotary-interleaved": "not supported: rotary pairs join the two halves of a head, as in GPT-NeoX and Llama",
     "--rotary-scaling-factor": "use --rope-scaling-factor with --use-rope-scaling",
     "--mscale": "use --rope-attention-factor with --use-rope-scaling --rope-scaling-type yarn",
     "--mscale-all-dim": "use --rope-attention-factor with --use-rope-scaling --rope-scaling-type yarn",
@@ -64,7 +66,7 @@ REFUSED = {
     "--attention-output-gate": _ATTENTION,
     "--experimental-attention-variant": _ATTENTION,
     "--fp32-residual-connection": "not supported: with --bf16 the residual stream is in bfloat16",
-    "--apply-residual-connection-post-layernorm": "not supported: the norms are not part of the residual stream",
+    "--apply-residual-connection-post-layernorm": "not supported: the residual connection starts before the norm",
     "--embedding-init-method-std": "use --init-method-std, which applies to the embedding too",
     "--init-method-xavier-uniform": "use --init-method-std",
     "--no-initialization": "leave it out: with --load, the checkpoint's values replace the initial ones",
@@ -72,7 +74,7 @@ REFUSED = {
     "--output-logit-dtype": "not supported: logits have the type of the computation, the loss is in fp32",
     "--fp16-lm-cross-entropy": "leave it out: the loss is computed in fp32",
     "--disable-bf16-reduced-precision-matmul": "not supported: torch decides how products in bfloat16 are summed",
-    "--deterministic-mode": "not supported: kernels are torch's and megatron-core's",
+    "--deterministic-mode": "not supported: the kernels of torch and megatron-core are used as they are",
     "--is-hybrid-model": _HYBRID,
     "--linear-attention-freq": _ATTENTION,
     "--padded-vocab-size": "use --make-vocab-size-divisible-by",
@@ -156,7 +158,7 @@ REFUSED = {
     "--tokenizer-sentencepiece-legacy": "not supported: see --legacy-tokenizer",
     "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": _WHITE_SPACE,
     "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": _WHITE_SPACE,
-    "--null-tokenizer-eod-id": "not supported: the end of a document is id --vocab-size",
+    "--null-tokenizer-eod-id": "not supported: the id of the end-of-document token is the value of --vocab-size",
     "--null-tokenizer-pad-id": "not supported: no token of a dataset is padding",
     "--tokenizer-prompt-format": _VISION,
     "--image-tag-type": _VISION,
@@ -171,7 +173,7 @@ REFUSED = {
     "--use-mp-args-from-checkpoint-args": "give the parallel layout with flags; a checkpoint loads at every layout",
     "--no-use-tokenizer-model-from-checkpoint-args": "give --tokenizer-model, which overrides the checkpoint's",
     "--disable-use-tokenizer-model-from-checkpoint-args": "give --tokenizer-model, which overrides the checkpoint's",
-    "--load-main-params-from-ckpt": "leave it out: without the optimizer's state, it begins from the loaded weights",
+    "--load-main-params-from-ckpt": "leave it out: without loaded state, the optimizer starts from the loaded weights",
     "--override-ckpt-iteration": "use --ckpt-step to load an earlier step, or --finetune to begin at step 0",
     "--replication": "not supported: --save must be a directory that all hosts see",
     "--replication-factor": "not supported: --save must be a directory that all hosts see",
