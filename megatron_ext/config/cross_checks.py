@@ -118,7 +118,9 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     chunk = virtual_layers if virtual_layers is not None else layers
     recomputed = parallel.recompute_num_layers
     if recomputed is not None and recomputed > chunk:
-        raise ValueError(f"--recompute-num-layers {recomputed}: a pipeline stage has only {chunk} layers")
+        raise ValueError(
+            f"--recompute-num-layers {recomputed}: must be at most {chunk}, the number of layers in a pipeline stage"
+        )
 
 
 def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -150,8 +152,8 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and length // size % tensor:
         raise ValueError(
             f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it "
-            "must be divisible "
-            f"by {size * tensor}, their product with --tensor-model-parallel-size {tensor}"
+            f"must be divisible by {size * tensor}, the product of --context-parallel-size and "
+            f"--tensor-model-parallel-size {tensor}"
         )
 
 
@@ -178,7 +180,7 @@ def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingC
         )
     for name, size in sizes:
         if size % unit:
-            raise ValueError(f"{flag}: {name}, {size} on each rank, must be a multiple of {unit}")
+            raise ValueError(f"{flag}: {name} must be a multiple of {unit} on each rank (got {size})")
 
 
 def _check_resets(model: ModelConfig, data: DataConfig) -> None:

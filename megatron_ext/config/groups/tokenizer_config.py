@@ -109,7 +109,7 @@ class TokenizerConfig:
                 raise ValueError(f"--tokenizer-type {self.tokenizer_type}: requires {flag_name(name)}")
         if self.tokenizer_special_tokens and self.tokenizer_type not in _TAKES_SPECIAL_TOKENS:
             raise ValueError(
-                f"--tokenizer-special-tokens: requires --tokenizer-type {', '.join(_TAKES_SPECIAL_TOKENS)}"
+                f"--tokenizer-special-tokens: requires --tokenizer-type {' or '.join(_TAKES_SPECIAL_TOKENS)}"
                 f" (got {self.tokenizer_type}, whose special tokens are those of its files)"
             )
         if len(set(self.tokenizer_special_tokens or ())) != len(self.tokenizer_special_tokens or ()):

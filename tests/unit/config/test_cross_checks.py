@@ -100,7 +100,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
         {PP: 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
-        "--recompute-num-layers 3: a pipeline stage has only 2 layers",
+        "--recompute-num-layers 3: must be at most 2, the number of layers in a pipeline stage",
     ),
     (
         1,
@@ -155,19 +155,19 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {**FP8, "ffn_hidden_size": 104},
-        "--fp8-format e4m3: --ffn-hidden-size, 104 on each rank, must be a multiple of 16",
+        "--fp8-format e4m3: --ffn-hidden-size must be a multiple of 16 on each rank (got 104)",
     ),
     (
         2,
         {**FP8, TP: 2, "ffn_hidden_size": 80},
-        "--ffn-hidden-size, 40 on each rank, must be a multiple of 16",
+        "--ffn-hidden-size must be a multiple of 16 on each rank (got 40)",
     ),
     (
         2,
         {**FP8, TP: 2, "sequence_parallel": True, "seq_length": 16},
-        "--micro-batch-size x --seq-length, 8 on each rank, must be a multiple of 16",
+        "--micro-batch-size x --seq-length must be a multiple of 16 on each rank (got 8)",
     ),
-    (1, {**FP8, "fp8_recipe": "mxfp8", "seq_length": 16}, "16 on each rank, must be a multiple of 32"),
+    (1, {**FP8, "fp8_recipe": "mxfp8", "seq_length": 16}, "must be a multiple of 32 on each rank (got 16)"),
 ]
 
 

@@ -64,7 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_query_groups_full": 1}, "--num-query-groups-full 1: has no effect"),
     ({"num_kv_shared_layers": 6}, r"--num-kv-shared-layers 6: must lie in \[0, 5\]"),
     ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers -1"),
-    ({"v_layernorm": True, "attention_backend": "local"}, "require --attention-backend sdpa"),
+    ({"v_layernorm": True, "attention_backend": "local"}, "--v-layernorm: requires --attention-backend sdpa"),
     ({"rotary_proportion": 0.5, "rotary_percent": 0.5}, "--rotary-proportion 0.5: cannot be given together"),
     (
         {"rotary_proportion": 0.5, "use_rope_scaling": True},

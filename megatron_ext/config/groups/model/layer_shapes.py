@@ -164,10 +164,9 @@ def check_layers(model: "ModelConfig") -> None:
         for name in ("kv_channels_full", "num_query_groups_full"):
             require_default(model, name, "--window-size")
     if model.has_own_attention and model.attention_backend != "sdpa":
-        raise ValueError(
-            "--num-kv-shared-layers, --attention-k-eq-v, --v-layernorm: require --attention-backend sdpa (got "
-            f"{model.attention_backend})"
-        )
+        names = ("num_kv_shared_layers", "attention_k_eq_v", "v_layernorm")
+        given = ", ".join(flag_name(name) for name in names if getattr(model, name))
+        raise ValueError(f"{given}: requires --attention-backend sdpa (got {model.attention_backend})")
     _check_sharing(model)
     groups = model.num_query_groups_full
     if groups is not None and model.num_attention_heads % groups:
