@@ -74,7 +74,8 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
         actual = sha256_of(path)
         if actual != manifest["checksums"][name]:
             raise ValueError(
-                f"{path}: checksum {actual}, but the manifest records {manifest['checksums'][name]}"
+                f"{path}: its checksum is {actual}, but the manifest records {manifest['checksums'][name]}; the file "
+                "has changed or is damaged"
             )
     fingerprint = (manifest.get("tokenizer") or {}).get("fingerprint", "unknown")
     return f"manifest: counts and checksums agree; tokenizer {fingerprint}"

@@ -158,7 +158,9 @@ def _pair(
     flag, prefixes, weights = main
     paired, own_weights = parse_blend(per_layer)
     if len(paired) != len(prefixes):
-        raise ValueError(f"--per-layer-data-path has {len(paired)} prefixes, but {flag} has {len(prefixes)}")
+        raise ValueError(
+            f"--per-layer-data-path has {len(paired)} prefixes, but {flag} has {len(prefixes)}; give one for each"
+        )
     if own_weights is not None and own_weights != weights:
         raise ValueError(
             f"--per-layer-data-path has the weights {own_weights}, but {flag} has {weights}; they must be equal"

@@ -31,7 +31,10 @@ def epoch_samples(data: DataConfig, seq_length: int) -> int:
         raise ValueError("--num-epochs: --mock-data has no epochs; give --train-iters or --train-samples")
     samples = sum(max(0, tokens - 1) // seq_length for tokens in _training_blend(data)[0])
     if samples == 0:
-        raise ValueError(f"--num-epochs: the training data has less than one sequence of {seq_length} tokens")
+        raise ValueError(
+            f"--num-epochs: the training data has less than one sequence of {seq_length} tokens; lower --seq-length "
+            "or give more data"
+        )
     return samples
 
 

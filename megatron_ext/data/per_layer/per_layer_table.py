@@ -156,7 +156,8 @@ def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file
         raise FileNotFoundError(f"per-layer table not found: {path}; {remedy}")
     if stored.tokenizer != tokenizer.fingerprint():
         raise ValueError(
-            f"{path} is for the tokenizer {stored.tokenizer}, but this run uses {tokenizer.fingerprint()}; {remedy}"
+            f"{path} is for the tokenizer with the fingerprint {stored.tokenizer}, but this run's has "
+            f"{tokenizer.fingerprint()}; {remedy}"
         )
     if stored.vocabulary != sha256_of(vocab_file):
         raise ValueError(f"{path} was made from another version of {vocab_file}; {remedy}")

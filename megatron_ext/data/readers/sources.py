@@ -123,7 +123,7 @@ def _source(path: str, config: InputConfig) -> TextSource:
             f"--input {path}: is a directory; to read its files, pass a pattern such as {path}/*.jsonl"
         )
     if not os.access(path, os.R_OK):
-        raise PermissionError(f"--input {path}: this process may not read the file")
+        raise PermissionError(f"--input {path}: no permission to read the file")
     name, suffix = os.path.splitext(path)
     compression = SUFFIXES.get(suffix.lower())
     if compression is not None:
