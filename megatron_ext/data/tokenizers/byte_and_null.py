@@ -59,8 +59,8 @@ class NullTokenizer(Tokenizer):
             ) from None
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(
-                f"NullTokenizer: a text has the numbers {min(ids)} to {max(ids)}, but only ids from 0 to "
-                f"{self.vocab_size - 1} are allowed"
+                f"NullTokenizer: the numbers of a text must lie between 0 and {self.vocab_size - 1} "
+                f"(smallest {min(ids)}, largest {max(ids)})"
             )
         return ids
 

@@ -114,7 +114,7 @@ def test_bytes_and_numbers_give_mcores_ids() -> None:
         theirs = mcore.NullTokenizer(51)
     assert ours.tokenize("3 49 0") == theirs.text_to_ids("3 49 0")
     assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod)
-    with pytest.raises(ValueError, match="only ids from 0 to 50"):
+    with pytest.raises(ValueError, match="must lie between 0 and 50"):
         ours.tokenize("51")
 
 
