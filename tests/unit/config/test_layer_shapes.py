@@ -79,7 +79,7 @@ REFUSED_WITH_WINDOWS: list[tuple[dict[str, Any], str]] = [
     ({"kv_channels_full": 7}, "--kv-channels-full 7: .* must be even"),
     (
         {"num_kv_shared_layers": 4},
-        "layer 2 (counted from 0) has no sliding window, but none of the first 2 layers is",
+        r"layer 2 \(counted from 0\) has no sliding window, but none of the first 2 layers is",
     ),
 ]
 
