@@ -3,14 +3,14 @@
     y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
 
 A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), where `input` is the input size of the
-whole layer in any parallel layout; B is zero. There is no dropout. The factors are split over tensor-parallel ranks
-as follows:
+whole layer, whatever the parallel layout; B is zero. There is no dropout. The factors are split over tensor-parallel
+ranks as follows:
 
-    column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first and
-                         then enters megatron-core's copy to the tensor-parallel region (backward: all-reduce), or under
-                         sequence parallelism a gather (backward: reduce-scatter). Therefore the gradient that reaches
-                         A is already summed over the ranks. If x were copied instead, as in the base layer, each rank
-                         would hold only its share of A's gradient.
+    column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first.
+                         Then megatron-core copies it to the tensor-parallel region (backward: all-reduce) or, under
+                         sequence parallelism, gathers it (backward: reduce-scatter). Therefore the gradient that
+                         reaches A is already summed over the ranks. If x were copied instead, as in the base layer,
+                         each rank would hold only its share of A's gradient.
     row-parallel W       A is split over the input like W; the ranks' products with A are summed, and under sequence
                          parallelism also scattered. B is replicated on every rank.
 
@@ -67,7 +67,7 @@ class LoRAAdapter(MegatronModule):
         self.tp_group = tp_group
         self.is_gated = is_gated
         self.split_dims = {"A": 1} if splits_input else {"B": 0}
-        """Maps the factor that is split over the ranks to the dimension that is split; the other is replicated."""
+        """Maps the split factor's name to the dimension that is split over ranks; the other factor is replicated."""
         self._add_factor("A", [shape.rank, input_size])
         self.A.init_uniform = input_size**-0.5
         self._add_factor("B", [output_size, shape.rank])

@@ -1,7 +1,7 @@
 """Counts the parameters and FLOPs of LoRA adapters, and the computation and memory of a step with frozen layers.
 
     LoRA adapters of total rank r                  r (input + output)     parameters, for each of a layer's four linears
-                                                   2 r (input + output)   FLOPs
+                                                   2 r (input + output)   forward FLOPs per token, for each of them
 
 The computation of a training step in a layer depends on the parts that train:
 
@@ -12,8 +12,9 @@ The computation of a training step in a layer depends on the parts that train:
     only adapters train                       forward, input gradients, the adapters' gradients; in the lowest such
                                               layer, above a frozen embedding, no input gradients of qkv
 
-Values per token that a layer saves for the backward pass beyond a base layer's, with h divided under sequence
-parallelism, n d and f divided by t:
+A layer saves the following numbers of values per token for the backward pass, in addition to those of a base layer. h
+is the hidden size (divided by the tensor-parallel size t under sequence parallelism). n d is the width of all query
+heads, f the MLP's width (both divided by t).
 
     trained adapters on frozen weights    2 h + f         inputs of the four linears (a frozen layer saves none)
                                           r per linear    products of these inputs with A
@@ -58,7 +59,7 @@ def adapter_parameters(plan: SettingsByLayer, model: ModelConfig) -> int:
 def adapted_work(
     plan: SettingsByLayer, model: ModelConfig, *, trains_embedding: bool, cached_layers: int = 0
 ) -> StepWork:
-    """Describes the parts of the model that a training step runs and trains; the head is trained.
+    """Describes the parts of the model that a training step runs and trains. The head (output layer) always trains.
 
     Args:
         plan: trained parts, adapters and precision of each layer, by layer number.
@@ -94,7 +95,7 @@ def adapted_activations(plan: SettingsByLayer, layout: ParallelLayout) -> Family
 
     Args:
         plan: trained parts, adapters and precision of each layer, by layer number.
-        layout: the run's settings, with the work of a step.
+        layout: the run's sizes and parallel layout; its `work` says which layers a step runs and trains.
     """
     count = layout.model.num_layers
     none = (0.0,) * count
@@ -115,8 +116,9 @@ def _stored_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) 
 
 
 def _layer_bytes(settings: LayerSettings, layout: ParallelLayout, number: int) -> float:
-    """Returns the bytes that a layer saves in addition to the base layer's; for `Use.PARTIAL`, all bytes that it
-    saves.
+    """Returns the bytes of activations that a layer saves in addition to those of a base layer.
+
+    For `Use.PARTIAL`, returns the bytes of all activations that the layer saves.
     """
     adapters, use = bool(settings.trained_adapters), layout.use(number)
     products = (

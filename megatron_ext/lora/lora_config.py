@@ -79,10 +79,10 @@ class LoRAConfig:
     """Add a second, smaller adapter to a stack when it becomes part of the trunk."""
 
     progressive_qlora_rank: int = 8
-    """Rank of the second adapter."""
+    """Rank of the adapters that --progressive-qlora adds."""
 
     progressive_qlora_alpha: float = 16
-    """Alpha of the second adapter."""
+    """Alpha of the adapters that --progressive-qlora adds."""
 
     def __post_init__(self) -> None:
         check_choices(self)

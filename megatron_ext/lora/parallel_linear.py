@@ -1,7 +1,7 @@
 """The engine's column- and row-parallel linear layers, extended by LoRA adapters and a selectable precision.
 
 The names of weights do not change: the weight of `linear_qkv` stays `linear_qkv.weight` in every checkpoint, and its
-adapters are `linear_qkv.adapters.{name}.A` and `.B`. Without adapters and in the run's precision the forward pass
+adapters are `linear_qkv.adapters.{name}.A` and `.B`. Without adapters, and in the run's precision, the forward pass
 equals the engine's to the bit. These layers replace the engine's own even if the run uses Transformer Engine.
 """
 
@@ -51,7 +51,7 @@ class LayerSettings:
             )
 
     def changes_linears(self, params_dtype: torch.dtype) -> bool:
-        """Returns whether a layer with these settings needs the modules of this file, in a run with this dtype."""
+        """Returns whether a layer with these settings needs this file's linear modules in a run with `params_dtype`."""
         is_other = compute_dtype(self.precision, params_dtype) is not params_dtype
         return bool(self.adapters) or is_other or is_packed(self.precision)
 
@@ -159,7 +159,10 @@ class AdaptedLinear(torch.nn.Module):
     def forward(
         self, input_: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the layer's output, with adapters, and the engine's bias; shapes as in `adapter.add_adapters`."""
+        """Returns the layer's output, adapters included, and the bias if the engine's layer returns it separately.
+
+        Shapes are as in `adapter.add_adapters`.
+        """
         output, bias = super().forward(input_, *args, **kwargs)
         if len(self.adapters):
             adapters = [adapter for adapter in self.adapters.values() if isinstance(adapter, LoRAAdapter)]

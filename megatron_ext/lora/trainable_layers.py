@@ -1,4 +1,4 @@
-"""Freezes, stores, merges and measures the layers of a model that has `AdaptedLinear`s.
+"""Freezes layers, converts their weights to other precisions, and merges adapters, in a model with `AdaptedLinear`s.
 
 An `AdaptedLinear` is a linear layer with LoRA adapters and a precision. A plan (`SettingsByLayer`) specifies both for
 every layer. The plan is used twice: to build the model (`parallel_linear.linear_modules`), and in `prepare_layers`,
@@ -53,7 +53,7 @@ def adapted_linears(chunks: list[GPTModel]) -> Iterator[tuple[int, str, AdaptedL
 
 @torch.no_grad()
 def merge_adapters(chunks: list[GPTModel]) -> None:
-    """Adds every adapter to its base weight and removes it; the model computes the same function, up to rounding.
+    """Adds every adapter to its base weight and removes the adapter; up to rounding, the model's function is unchanged.
 
     Packed weights become plain ones. The model must not have an optimizer, which would keep the removed parameters.
 
