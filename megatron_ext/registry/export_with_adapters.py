@@ -41,7 +41,7 @@ def export_plain(
 ) -> list[str]:
     """Exports a checkpoint's model with its adapters merged, or its base model and each adapter separately.
 
-    For the other arguments, see `export_hf`.
+    Arguments that are not described here are those of `export_hf`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
@@ -68,10 +68,11 @@ def export_plain(
     if architecture is None and imported is not None:
         architecture, _ = read_architecture(imported.config, "imported config.json")
     per_layer = gemma_per_layer(model, _besides_adapters(stored["families"]), architecture)
-    if choose_architecture(model, architecture, per_layer) in FUSED and adapter_dir is not None:
+    chosen = choose_architecture(model, architecture, per_layer)
+    if chosen in FUSED and adapter_dir is not None:
         raise ValueError(
-            f"--adapter-dir {adapter_dir}: requires an architecture with separate projections (got "
-            f"{architecture}); use --architecture LlamaForCausalLM, or --merge-adapters"
+            f"--adapter-dir {adapter_dir}: requires an architecture whose query, key, value, gate and up weights are "
+            f"separate projections (got {chosen}); use --architecture LlamaForCausalLM, or --merge-adapters"
         )
     exported = {FAMILY} if per_layer is not None else set()
     _check_families(stored["families"], load, exported, as_adapters=adapter_dir is not None)
@@ -131,7 +132,7 @@ def _check_families(families: dict[str, Any], load: str, exported: set[str], *, 
     Args:
         families: the section `families` of the run's configuration.
         load: value of `--load`, for error messages.
-        exported: names of the families that the architecture can express.
+        exported: names of the families that the Hugging Face architecture itself has (PLE in a Gemma model).
         as_adapters: whether the adapters are written separately instead of being merged.
     """
     if not families.keys() - exported:

@@ -1,4 +1,4 @@
-"""Exports a model with PLE or NPT layers, and imports such a directory again; see `family_parts`."""
+"""Exports models with PLE or NPT layers to Hugging Face directories, and imports these again; see `family_parts`."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,8 +38,8 @@ def export_with_code(
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
         model_dir: output directory.
-        per_layer_vocab_file: per-layer vocabulary whose directory contains the table of per-layer ids, for a
-            checkpoint without a table.
+        per_layer_vocab_file: file of a per-layer vocabulary. The table of per-layer ids is read from its directory,
+            instead of from the checkpoint.
         npt_weights: file of NP weights, to add to a base model's checkpoint or to use instead of the checkpoint's
             own.
         options: see `interop.export_checkpoint`.
@@ -70,14 +70,16 @@ def _parts(
         stored = families[PerLayerFamily.name]
         if stored["settings"]["per_layer_preset"] == "gemma3n":
             raise ValueError(
-                f"--load {load}: a model with --per-layer-preset gemma3n can only be exported as Gemma3nForCausalLM, "
-                "which does not have all parts of this model"
+                f"--load {load}: cannot be exported: --per-layer-preset gemma3n requires Gemma3nForCausalLM, which "
+                "lacks some parts of this model"
             )
         families[PerLayerFamily.name] = _with_table(stored, load, vocab_file, tokenizer_config)
         if stored["settings"]["per_layer_strategy"] == "attention_guidance":
             eod = build_tokenizer(tokenizer_config).eod
     elif vocab_file is not None:
-        raise ValueError(f"--per-layer-vocab-file {vocab_file}: {load} has no per-layer embedding")
+        raise ValueError(
+            f"--per-layer-vocab-file {vocab_file}: the model of --load {load} has no per-layer embedding; omit the flag"
+        )
     tensors: dict[str, torch.Tensor] = {}
     if npt_weights is not None:
         settings, tensors = _np_weights(npt_weights, families.get(NPTFamily.name), model)
@@ -88,7 +90,7 @@ def _parts(
 def _with_table(
     stored: dict[str, Any], load: str, vocab_file: str | None, tokenizer_config: TokenizerConfig
 ) -> dict[str, Any]:
-    """Returns PLE's configuration with a table of per-layer ids, if the strategy needs one."""
+    """Returns PLE's configuration, to which a table of per-layer ids is added if the strategy needs one."""
     family = PerLayerFamily.from_configuration(stored)
     if not family.settings.needs_table or (family.table is not None and vocab_file is None):
         return stored
@@ -127,7 +129,7 @@ def _np_weights(
 def read_families(
     config: dict[str, Any], files: SafetensorsFiles, model: ModelConfig, tokenizer: Tokenizer
 ) -> Families:
-    """Returns the families of an exported model; an argument of `interop.import_checkpoint`.
+    """Returns the model families of an exported directory; `interop.import_checkpoint` calls this function.
 
     Args:
         config: content of config.json.

@@ -10,8 +10,9 @@
     decoder.layers.{i}.feed_forward.{target}.{factor}              model.layers.{i}.np.{target}.{factor}
     run_config.json: the table of per-layer ids        [V]         model.per_layer_ids
 
-`slot` is the position of the block. Sections of config.json have the names of the families' flags;
-`modeling_megatron_ext` reads them.
+`slot` is the value of --per-layer-position. Vp is the number of rows of the table, p their width, h the hidden size, V
+the vocabulary size. In config.json each model family has a section, whose fields are named like the family's flags;
+`modeling_megatron_ext` reads these sections.
 """
 
 from collections.abc import Mapping
@@ -94,7 +95,7 @@ def families_in(config: dict[str, Any], ids: torch.Tensor | None) -> dict[str, A
         ids: the directory's table of per-layer ids [V], or None.
 
     Raises:
-        ValueError: a section has unknown or missing fields, or values that do not belong together.
+        ValueError: a section has unknown or missing fields, or contradictory values.
     """
     found: dict[str, Any] = {}
     section = config.get("per_layer_embedding")

@@ -17,13 +17,16 @@ is the word embedding that enters the first layer, `id` the token's per-layer id
     x <- x + RMSNorm( W_out( act(W_gate x) * c ) )   then x <- x * layer_scalar, if the layer has one
 
 `npt`: in some layers, the attention output `a` is not an input of the MLP; it changes the MLP's weights, for each
-token. `y` is the output of a weight matrix for the input `x`, `n` the normed input of the layer, r the rank, k the
-number of components.
+token. Here h is the residual stream that enters the layer, n = norm(h), `weight` the weight of this norm, `y` the
+output of a weight matrix W for the input `x`, r the rank, k the number of components.
 
     low_rank         y = W x + scale * (x A * tanh(a A)) B
-    outer_product    y = W x + scale / sqrt(k r) * sum over k of (v_a . x) * z B       v_a = z A / sqrt(r) + c_a
+    outer_product    y = W x + scale / sqrt(k r) * sum over k of (v_a . x) * z W_b_up
+                     z = a W_down / rms(a W_down),     v_a = (z W_a_up / sqrt(r) + c_a) / sqrt(size of x)
+                     `down` divides v_a by rms(W_a_up x) instead of sqrt(size of x);
+                     with np_normalize false, z is a W_down, and `down` divides by sqrt(size of x), too
     key_value        input of gate and up:  rho n + weight * (a A B) / rms(h + a),  rho = rms(h) / rms(h + a);
-                     down              y = W x + a A B
+                     down              y = W x + a A B           (both for scale = 1)
     output = h + MLP(n), or h + a + MLP(n) with np_residual "keep"
 """
 
@@ -102,8 +105,8 @@ class PerLayerEmbedding(nn.Module):
 
         Args:
             hidden_states: [b, s, h].
-            inputs: the word embedding [b, s, h], the per-layer ids [b, s], or [b, s, j] for j rows per token, or None,
-                and the norm weight of P [p].
+            inputs: three items. The word embedding [b, s, h]; the per-layer ids [b, s] ([b, s, j] for j rows per
+                token), or None; the weight [p] of the norm in P.
         """
         combined = F.dropout(self.combine(*inputs), self.dropout, self.training)
         gated = self.activation(self.gate(hidden_states)) * combined
@@ -145,8 +148,11 @@ class Factors(nn.Module):
         raise NotImplementedError
 
     def delta(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """Returns the change of the weight matrix's output that the update causes, given its input and the attention
-        output.
+        """Returns the change that the update causes in the output of the weight matrix.
+
+        Args:
+            x: the input of the weight matrix.
+            attention: the attention output.
         """
         raise NotImplementedError
 
@@ -337,7 +343,7 @@ class ExtendedModel(nn.Module):
         )
 
     def ids_of(self, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
-        """Returns the per-layer ids [b, s] of tokens [b, s]."""
+        """Returns the per-layer ids of tokens [b, s]: [b, s], or [b, s, j] with hashed n-grams."""
         settings = self.config.per_layer_embedding
         if "ngrams" in settings:
             return self.ngram_rows(tokens, mask, cache)
@@ -345,10 +351,10 @@ class ExtendedModel(nn.Module):
         return ids if settings.get("marks") is None else self.marked(ids, tokens, mask, positions, cache)
 
     def ngram_rows(self, tokens: torch.Tensor, mask: Any, cache: Any = None) -> torch.Tensor:
-        """Returns the rows [b, s, j] that j functions hash the n-gram ending at each of the tokens [b, s] to.
+        """Returns the table rows [b, s, j] of tokens [b, s]: j hash functions of the n-gram that ends at each token.
 
-        An n-gram reaches neither across the end of a document nor into what the mask leaves out. A cache keeps the last
-        tokens of the pass that filled it.
+        An n-gram contains no tokens of an earlier document and no tokens that the mask excludes. A cache also stores
+        the last tokens of each pass, with which the n-grams of the next pass begin.
         """
         settings = self.config.per_layer_embedding
         functions, end = settings["ngrams"]["functions"], settings["ngrams"]["end_token"]
@@ -361,7 +367,7 @@ class ExtendedModel(nn.Module):
             kept_at, kept = getattr(cache, "last_digits", (0, digits[:, :0]))
             if kept_at != past:
                 raise ValueError(
-                    "hashed n-grams: the cache does not keep the last tokens; pass per_layer_ids"
+                    "hashed n-grams: past_key_values does not contain the preceding tokens; pass per_layer_ids"
                 )
             digits = torch.cat([kept, digits], dim=1)
         if cache is not None:
@@ -381,8 +387,9 @@ class ExtendedModel(nn.Module):
     def marked(
         self, ids: torch.Tensor, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any
     ) -> torch.Tensor:
-        """Replaces the ids that depend on the position in a document: of its first token, every tenth token, and its
-        end token.
+        """Replaces the ids of those tokens whose id depends on their place in a document.
+
+        These are the first token, every tenth token and the end token of each document.
         """
         marks, length = self.config.per_layer_embedding["marks"], tokens.size(1)
         is_token = torch.ones_like(tokens, dtype=torch.bool)
@@ -407,7 +414,7 @@ class ExtendedModel(nn.Module):
 
 
 class ExtendedForCausalLM(nn.Module):
-    """Mixin for the same model with its head."""
+    """Mixin that builds a model with head around an `ExtendedModel`; list it before the class of transformers."""
 
     model_class: Any
     config: Any
@@ -421,7 +428,10 @@ class ExtendedForCausalLM(nn.Module):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Adds the rows of hashed n-grams, from all tokens: a search with beams reorders what the cache holds."""
+        """Adds the rows of hashed n-grams, computed from `input_ids`.
+
+        The tokens in the cache are not used, because beam search reorders the sequences.
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -441,7 +451,7 @@ class ExtendedForCausalLM(nn.Module):
 
 @functools.cache
 def _classes(name: str, kind: str) -> dict[str, Any]:
-    """Returns the configuration and the model that extend one architecture of transformers, by their names."""
+    """Returns three classes by name that extend one architecture: configuration, model, and model with head."""
     modeling, configuration = (
         importlib.import_module(f"transformers.models.{kind}.{what}_{kind}")
         for what in ("modeling", "configuration")
