@@ -37,7 +37,7 @@ def require_matplotlib(what: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(f"{what}: requires matplotlib; install the extra `plots`") from None
+        raise ValueError(f"{what}: requires matplotlib; pip install 'megatron-ext[plots]'") from None
 
 
 def curves_chart(
@@ -283,7 +283,10 @@ def _norm(values: npt.NDArray[np.float64]) -> Any:
 
 
 def _shades(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Scales a column linearly from 0 (its smallest value) to 1 (its largest); all 0 if all values are equal."""
+    """Scales a column from 0 (its smallest value) to 1 (its largest); returns zeros if all values are equal.
+
+    The scale is logarithmic under the same condition as that of a chart.
+    """
     scaled = np.log(column) if _spans_orders(column) else column
     finite = scaled[np.isfinite(scaled)]
     if not len(finite) or finite.max() == finite.min():

@@ -2,8 +2,8 @@
 
 Two kinds of tags have a special meaning:
 
-name/layer_N          a value that exists once per layer: the value `name` of layer N
-curriculum/stage      index of the curriculum stage that a step belongs to
+    name/layer_N          the value `name` of layer N
+    curriculum/stage      index of the curriculum stage to which a step belongs
 """
 
 import itertools

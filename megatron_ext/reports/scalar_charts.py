@@ -37,7 +37,7 @@ class ScalarChart:
 def chart_of(tag: str, charts: Iterable[ScalarChart]) -> ScalarChart:
     """Returns the chart that shows a tag: a declared chart, or a new one if the tag is not declared.
 
-    A new chart shows the same value of all layers, or of training, validation and test.
+    A new chart also shows the tags of the same value for other layers, or for training, validation and test.
     """
     declared = next((chart for chart in charts if re.fullmatch(chart.tags, tag)), None)
     if declared is not None:

@@ -57,9 +57,10 @@ def training_charts(
 def constant_values(
     curves: dict[str, Curve], wanted: Callable[[str], bool] = lambda tag: True
 ) -> dict[str, float]:
-    """Returns the wanted tags with the same value at every one of several steps; `training_charts` leaves them out.
+    """Returns the wanted tags whose value is the same at all of at least two steps, with this value.
 
-    Values of layers are not included, because their heat map shows all layers together.
+    `training_charts` leaves these tags out. Values of layers are not included, because their heat map shows all layers
+    together.
     """
     return {
         tag: values[0]
