@@ -81,7 +81,10 @@ def step_of(name: str) -> int | None:
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Returns the directories of all checkpoints in `root`, by step, including incomplete and foreign checkpoints."""
+    """Returns the directories of all checkpoints in `root`, by step.
+
+    Incomplete checkpoints and those of other programs are included.
+    """
     found = {step_of(name): root / name for name in kinds.entries(root)}
     return {
         step: path for step, path in sorted(found.items(), key=lambda item: item[0] or 0) if step is not None
@@ -361,8 +364,9 @@ def verify_checkpoint(
 def share(names: Iterable[str], part: int, parts: int) -> list[str]:
     """Returns the files that one of `parts` ranks compares with the manifest.
 
-    A rank takes the files that the rank of the same number has written. At the same parallel layout, it reads tensors
-    from these files afterwards, and then finds them in the system's cache. All other files are divided evenly.
+    A rank takes the files that the rank with its number wrote when the checkpoint was saved. At the same parallel
+    layout, it reads tensors from these files afterwards, which are then in the system's cache. All other files are
+    divided evenly.
     """
     writers = {name: _writer(name) for name in sorted(names)}
     rest = [name for name, writer in writers.items() if writer is None or writer >= parts]

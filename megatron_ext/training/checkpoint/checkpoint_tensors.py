@@ -146,7 +146,7 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def without_reader_warnings() -> Iterator[None]:
-    """Returns a context without torch's warnings about the way in which megatron-core calls torch's loader."""
+    """Context manager that suppresses torch's warnings about the way in which megatron-core calls torch's loader."""
     with warnings.catch_warnings():
         # Up to 0.17, megatron-core calls the loader by a deprecated name; from 0.18 on, with the old order of
         # arguments.

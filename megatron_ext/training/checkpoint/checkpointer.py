@@ -260,9 +260,12 @@ class Checkpointer:
     def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
         if (theirs and theirs["sha256"]) != (ours and ours["sha256"]):
-            there, here = (named["path"] if named else "no base checkpoint" for named in (theirs, ours))
+            there, here = (
+                f"the base checkpoint {named['path']}" if named else "no base checkpoint"
+                for named in (theirs, ours)
+            )
             raise ValueError(
-                f"{folder}: this checkpoint was trained on {there}, but this run uses {here}; "
+                f"{folder}: this checkpoint was trained with {there}, but this run uses {here}; "
                 "resume with the same base checkpoint"
             )
 

@@ -77,14 +77,14 @@ def megatron_problem(folder: Path, root: str) -> str | None:
     names = set(entries(folder))
     if names & _LEGACY_PARTS or any(name.startswith("mp_rank_") for name in names):
         return (
-            "a checkpoint of Megatron-LM in the format torch, which is not read; load it there with "
-            f"--load {root} --ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY, and import the result"
+            "a checkpoint of Megatron-LM in the format torch, which cannot be imported; convert it with Megatron-LM's "
+            f"flags --load {root} --ckpt-convert-format torch_dist --ckpt-convert-save NEW_DIRECTORY, and import the "
+            "result"
         )
     if ".metadata" in names and not names & {"common.pt", "metadata.json"}:
         return (
-            "a checkpoint of Megatron-LM in the format torch_dcp or fsdp_dtensor, which is not read; "
-            "load it with the "
-            "program that wrote it, and save it with --ckpt-format torch_dist"
+            "a checkpoint of Megatron-LM in the format torch_dcp or fsdp_dtensor, which cannot be imported; load it "
+            "with the program that wrote it, save it there with --ckpt-format torch_dist, and import the result"
         )
     return None
 

@@ -168,7 +168,10 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields each parameter with its complete state: the optimizer's own tensors, or copies if it is distributed."""
+    """Yields each parameter with its complete state: the optimizer's own tensors if they are complete.
+
+    With the distributed optimizer, the tensors are gathered copies or, for loading, empty tensors to fill.
+    """
     if isinstance(part, OwnOptimizer):
         yield from _to_fill(part) if is_loading else part.whole()
         return

@@ -42,15 +42,15 @@ def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
         check_unused(
             Path(config.save),
             f"to continue it pass --load {config.save}{' without --finetune' if config.finetune else ''}; to start "
-            "another run pass an empty --save, or --overwrite-checkpoints to replace it",
+            "another run pass another directory as --save, or --overwrite-checkpoints to replace it",
         )
         return
     later = later_steps(config, step)
     if later and _is_chosen(config):
         raise ValueError(
             f"--save {config.save}: contains {later}, which are later than the loaded step {step}; "
-            f"to continue from the newest pass only --load {config.save}; otherwise pass another --save, or "
-            "--overwrite-checkpoints to replace them"
+            f"to continue from the newest pass --load {config.save} without --ckpt-step; to continue from step {step} "
+            "pass another directory as --save, or --overwrite-checkpoints to replace the later checkpoints"
         )
 
 
@@ -92,7 +92,7 @@ def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
         names = [name for name in kinds.entries(Path(config.load)) if not name.startswith(".")]
         there = f"contains no checkpoint, only {_listed(names)}" if names else "no checkpoint found"
         raise ValueError(
-            f"--load {config.load}: {there}; omit --load to start from scratch, or pass the directory of --save"
+            f"--load {config.load}: {there}; omit --load to start from scratch, or make it equal to --save"
         )
     return folder
 
@@ -118,21 +118,24 @@ def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Foun
 
 
 def check_checkpoint_args(given: Mapping[str, Any], *sources: str) -> None:
-    """Raises `ValueError` if `--use-checkpoint-args` is given, but none of the fields that can name a checkpoint.
+    """Raises `ValueError` if `--use-checkpoint-args` is given without any of the fields `sources`.
 
-    As in Megatron-LM, a named directory may have no checkpoint yet; the flags are then used.
+    Each of these fields can name a checkpoint. As in Megatron-LM, the named directory may have no checkpoint yet; the
+    run then uses the given flags.
     """
     if given.get("use_checkpoint_args") and not given.keys() & set(sources):
         raise ValueError(f"--use-checkpoint-args: requires {' or '.join(map(flag_name, sources))}")
 
 
 def checkpoint_args(folder: Path, given: Mapping[str, Any], *, omitted: Sequence[str] = ()) -> list[Found]:
-    """Returns the model's shape in a checkpoint, which replaces given flags, if `--use-checkpoint-args` is given.
+    """Returns the model's shape in a checkpoint, which replaces the given flags.
+
+    Without `--use-checkpoint-args`, returns an empty list.
 
     Args:
         folder: the checkpoint's directory.
         given: the fields given on the command line or in the YAML file, by name.
-        omitted: fields of the shape that may differ.
+        omitted: fields of the shape that are not taken from the checkpoint.
     """
     if not given.get("use_checkpoint_args"):
         return []

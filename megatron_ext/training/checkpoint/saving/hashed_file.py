@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
-"""Bytes that are hashed and written at once, few enough that a block is still in the processor's cache when it is
-written.
+"""Number of bytes in a block, which is hashed and then written. A block of this size is still in the processor's cache
+when it is written.
 """
 
 

@@ -60,7 +60,7 @@ class RunSaver:
         Args:
             path: the checkpoint's directory.
             step: number of completed steps.
-            state: content of state.json.
+            state: returns the content of state.json; see `StateOf`.
             copies: memory for copies of the tensors; None to write the tensors directly.
 
         Raises:

@@ -104,7 +104,11 @@ class TensorWriter:
         on_every_rank(write_small)
 
     def _plan(self, state: dict[str, Any]) -> tuple[Any, Any]:
-        """Distributes the tensors over the ranks' files; returns rank 0's metadata and the ranks. Collective."""
+        """Distributes the tensors over the ranks' files. Collective.
+
+        Returns:
+            Rank 0's metadata, and torch's wrapper of the process group.
+        """
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         try:
             (_, metadata, ranks), *_ = save_state_dict_async_plan(state, self._writer, planner=planner)
