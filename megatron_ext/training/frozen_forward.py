@@ -48,13 +48,14 @@ class FrozenForward:
 
 
 def ids_of_parts(ids: list[Id], device: torch.device) -> list[Id]:
-    """Returns ids for the results on this rank's parts of sequences, given ids of the parts' inputs. Collective.
+    """Returns one id per sequence that identifies the results for this rank's part of the sequence. Collective.
 
-    Under context parallelism, a rank's results also depend on the other ranks' parts of a sequence. The returned ids
-    are therefore digests of the ids of all parts, and of the rank.
+    Under context parallelism, a rank's results also depend on the other ranks' parts of a sequence. Each returned id
+    is therefore a digest of the ids of all parts and of this rank's index. Without context parallelism, the result is
+    `ids`.
 
     Args:
-        ids: one id for each sequence, of the inputs on this rank.
+        ids: one id per sequence that identifies the inputs of this rank's part.
         device: device of the tensor that the ranks exchange.
     """
     group = parallel_state.get_context_parallel_group()

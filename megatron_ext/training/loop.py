@@ -4,8 +4,8 @@ Everything the loop calls is collective, so all ranks must take the same decisio
 that are equal on all ranks: losses, norms, clocks and signals are reduced during a step.
 
 The host reads a step's values while the device computes the next step, so that the device never idles. If the values
-are needed earlier (for a progress line, an evaluation, a save, or the end of the run), the host reads them at once
-and waits.
+are needed earlier (for a progress line, an evaluation, a save, or the end of the run), the host waits for them before
+it starts the next step.
 """
 
 import gc
@@ -109,8 +109,8 @@ class Loop:
         reporter: reports the steps.
         data: the run's batches.
         sequence_length: tokens per sequence.
-        flops_per_token: called with a step's number after the step has run; returns the step's model FLOPs per token
-            (forward and backward, model families included), for throughput and MFU.
+        flops_per_token: called with a step's number when the step has been queued; returns the step's model FLOPs per
+            token (forward and backward, model families included), for throughput and MFU.
         after_last_step: called when the last step is done, before the final evaluation.
         before_step: called with the number of each step before the step begins.
         """
@@ -148,7 +148,7 @@ class Loop:
         return EXIT_OK if code is None else code, progress
 
     def _train(self, progress: TrainingProgress) -> tuple[int | None, TrainingProgress]:
-        """Runs the steps; returns the exit code, or None after the last step, and the progress."""
+        """Runs the steps; returns the exit code (None if the run is complete) and the progress."""
         self._skipped_steps = progress.skipped_steps
         collection = manual_collection() if self.training.manual_gc else nullcontext()
         with SignalWatcher() as signals, self._running_save(), collection:
@@ -351,8 +351,9 @@ class Loop:
         )
 
     def _proceed_with_save(self, *, wait: bool) -> None:
-        """Completes a save that runs while training continues, if the save has advanced far enough or if `wait` is
-        set.
+        """Advances a save that runs while training continues, and reports it once it is complete.
+
+        With `wait`, the save is complete when this method returns.
         """
         if self._saving is None:
             return

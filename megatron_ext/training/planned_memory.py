@@ -16,7 +16,7 @@ from megatron_ext.training.logging.family_costs import BASE, RunCost, run_cost
 from megatron_ext.training.logging.progress_line import binary_size
 
 _CERTAIN = 0.95
-"""Fraction of the estimate that a run certainly needs; tests compare the estimate with rehearsals within 5 %."""
+"""Fraction of the estimate that a run certainly needs; in the tests, estimate and rehearsal differ by at most 5 %."""
 
 
 def plan_memory(

@@ -2,7 +2,7 @@
 
     check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
-If possible, user errors are found before the process group starts, so that they are reported at once and no rank
+If possible, user errors are found before the process group starts, so that they are reported immediately and no rank
 waits for another.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from megatron.core import parallel_state
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.data_config import DataConfig, is_number
 from megatron_ext.config.groups.parallel_config import ParallelConfig
@@ -89,7 +90,7 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
 
 
 def resolve(config: C) -> C:
-    """Returns the configuration with the run's length in steps or samples, checked for the run's number of processes.
+    """Checks the configuration for the run's number of processes; returns it with the length in steps or samples.
 
     Raises:
         ValueError: settings contradict each other, or do not fit the number of processes.
@@ -142,15 +143,16 @@ def process_group(
 
 
 def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Tokenizer) -> None:
-    paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
-    prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
+    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    paths = {flag_name(name): getattr(data, name) or () for name in names}
+    prefixes = [(flag, prefix) for flag, path in paths.items() for prefix in path if not is_number(prefix)]
     if not prefixes and not data.mock_data:
         raise ValueError("no training data was given; pass --data-path or --train-data-path, or --mock-data")
-    for prefix in prefixes:
+    for flag, prefix in prefixes:
         try:
             check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
+            raise FileNotFoundError(f"{flag} {prefix}: {error}") from error
     if checkpoint.save is not None and process_groups.rank() == 0:
         check_writable(checkpoint.save)
 

@@ -1,7 +1,7 @@
 """Converts a run to its rehearsal: two steps and an evaluation on synthetic batches; no files are read or written.
 
-The package `rehearsal` runs this rehearsal on a simulated GPU, as a dry run: model families then need no base model
-and no directory. Schedules and curricula are those of the real run.
+The package `rehearsal` runs it on a simulated GPU. There, `dry_run` is set in the configuration, so that model families
+require neither a base model nor a directory. Schedules and curricula are those of the real run.
 """
 
 from collections.abc import Iterator

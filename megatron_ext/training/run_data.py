@@ -99,8 +99,8 @@ def _batches(
         largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
         if largest >= vocab_size:
             raise ValueError(
-                f"--data-path: the data contains token id {largest}, but the tokenizer's vocabulary has only "
-                f"{vocab_size} ids; pass the tokenizer with which the data was prepared"
+                f"the data contains token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids; pass "
+                "the tokenizer with which the data was prepared (--tokenizer-type, --tokenizer-model, --vocab-file)"
             )
         yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # torch declares no __len__
         numbers += micro_batch_size * copies

@@ -17,7 +17,7 @@ class RunOptions:
     """Deviations of a run from plain pretraining; the defaults mean plain pretraining."""
 
     base: BaseCheckpoint | None = None
-    """A checkpoint with the base model's weights. The run's own checkpoints then omit frozen parameters."""
+    """A checkpoint with the base model's weights. If it is given, the run's own checkpoints omit frozen parameters."""
 
     checkpoint_name: Callable[[int], str] = checkpoint_name
     """Returns the name of a step's checkpoint directory; `checkpoint_files.step_of` must be able to parse it."""
@@ -51,15 +51,17 @@ class RunOptions:
     """The caller's batches, used instead of --data-path."""
 
     epoch_samples: int | None = None
-    """Number of sequences per epoch; epochs then have the same sequences. If None, documents are packed anew in each
-    epoch, as megatron-core does.
+    """Number of sequences per epoch, if several epochs are to have the same sequences; see `epoch_repeats`. If None,
+    documents are packed anew in each epoch, as megatron-core does.
     """
 
     epoch_repeats: int | None = None
-    """Number of epochs of `epoch_samples` with the same sequences, before the next sequences are read; None for all."""
+    """Number of epochs in a row that have the same `epoch_samples` sequences. The epochs after them have the next
+    sequences. If None, all epochs have the same sequences.
+    """
 
     samples: int | None = None
-    """Number of sequences in a whole series of runs, which are shuffled together; None for a single run."""
+    """Number of sequences that all runs of a series consume, shuffled together; None for a single run."""
 
 
 PLAIN = RunOptions()

@@ -13,7 +13,9 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 
 
 def config_in(config: C, folder: Path, began: float) -> C:
-    """Returns the configuration of a run that saves to `folder` and resumes from a checkpoint there; collective.
+    """Returns the configuration of a run that saves to `folder` and resumes from a checkpoint there if there is one.
+
+    Collective.
 
     Args:
         config: configuration of the whole command.

@@ -4,8 +4,8 @@
 
 A handler only sets a flag. In every step all ranks combine their flags, because a signal may reach one rank a step
 earlier than another, and saving is collective. The host reads the result together with the step's values, possibly
-during the next step; the run then stops after this next step. A second Ctrl-C ends the process at once. Loader
-processes get the same signals and ignore them; see `data.datasets.loader_processes`.
+during the next step; the run then stops after this next step. A second Ctrl-C ends the process immediately, without
+saving. Loader processes get the same signals and ignore them; see `data.datasets.loader_processes`.
 """
 
 import signal
@@ -51,9 +51,9 @@ _SAME_INTERRUPT_SECONDS = 2.0
 
 @contextmanager
 def ending_at_once(text: str) -> Iterator[None]:
-    """Context manager in which a signal ends the process at once, with its exit code and after a line on rank 0.
+    """Context manager in which a signal ends the process immediately, with the signal's exit code.
 
-    The process leaves through `SystemExit`, so that locks and temporary files are removed.
+    Rank 0 prints `text` before that. The process ends by `SystemExit`, so that locks and temporary files are removed.
     """
     ended_at: list[float] = []
 

@@ -36,9 +36,11 @@ def build_scheduler(
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
+        used = ("fraction", settings.lr_warmup_fraction), ("samples", settings.lr_warmup_samples)
+        flag = f"--lr-warmup-{next((unit for unit, value in used if value), 'iters')}"
         raise ValueError(
-            f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples); "
-            "reduce it or increase --lr-decay-iters"
+            f"{flag}: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples); reduce it, "
+            "or lengthen the decay (--lr-decay-iters or --lr-decay-samples; the default is the whole run)"
         )
     start = settings.weight_decay if settings.start_weight_decay is None else settings.start_weight_decay
     end = settings.weight_decay if settings.end_weight_decay is None else settings.end_weight_decay

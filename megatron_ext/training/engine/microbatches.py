@@ -42,7 +42,7 @@ def run_microbatches(
 ) -> list[dict[str, torch.Tensor]]:
     """Runs the forward pass, and unless `forward_only` the backward pass, on every micro-batch. Collective.
 
-    With a backward pass, the gradients belong to the mean loss over the tokens of the whole global batch, unless
+    With a backward pass, the gradients are those of the mean loss over the tokens of the whole global batch, unless
     `per_token` is False.
 
     Args:
@@ -160,10 +160,9 @@ def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _divisor_of_all(batches: list[Batch]) -> Divisor:
-    """Returns a function whose result is the mean, over micro-batches and data-parallel ranks, of the micro-batches'
-    sums of loss weights.
+    """Returns a function that gives every micro-batch the same divisor: the mean sum of loss weights per micro-batch.
 
-    The result is 1 if all weights are 0.
+    The mean is over the micro-batches of all data-parallel ranks. The divisor is 1 if all weights are 0.
     """
     # megatron-core averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
     # divided by this value, the average is the mean loss over the global batch.

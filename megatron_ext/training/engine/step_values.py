@@ -5,8 +5,8 @@
 Each value is a row [weighted sum, sum of weights]: the losses of the last stage, then the values that layers have
 recorded, with weight 1 for each data-parallel rank. All rows are reduced together. For this, all ranks need the same
 list of names of the layers' values, but a rank does not know the names on other stages. Therefore the last row counts
-the ranks whose own names are all in the list. If a rank is missing, every rank sees this in the count, and all ranks
-exchange their names once.
+the ranks whose own names are all in the list. If the count is smaller than the number of ranks, every rank sees this,
+and all ranks exchange their names once.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class LayerNames:
         self.names: tuple[str, ...] = ()
 
     def exchange(self, own: Iterable[str]) -> None:
-        """Adds the names `own` of every rank, so that all ranks have the same names. Collective."""
+        """Adds every rank's names `own` to `names`, which is then the same on all ranks. Collective."""
         found = dict.fromkeys((*self.names, *own))
         for group in _groups():
             found = merge_over_ranks(found, group)

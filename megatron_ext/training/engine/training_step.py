@@ -50,7 +50,7 @@ class StepResult:
     """Results of one step, equal on every rank except `statistics`."""
 
     losses: dict[str, float]
-    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the model family that
+    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses with which a model family
     replaces it. The values that model families return from `Family.summary` are included.
     """
 
@@ -81,7 +81,7 @@ class StepResult:
     """Learning rate of this step."""
 
     shared: list[float]
-    """Result of the argument `shared` of `Stepper.start`."""
+    """The values that the function `shared`, an argument of `Stepper.start`, returned; empty if it was not given."""
 
     statistics: dict[str, float]
     """The model families' statistics of this step; empty if none are due. They are complete only on rank 0."""
@@ -124,7 +124,7 @@ class Stepper:
         clip_grad: largest global gradient norm; 0 disables clipping.
         log_params_norm: whether to compute the norm of the parameters in every step.
         log_num_zeros_in_grad: whether to count the zeros of the gradient in every step.
-        per_token_loss: whether gradients belong to the mean over tokens; see `run_microbatches`.
+        per_token_loss: whether the gradients are those of the mean loss over tokens; see `run_microbatches`.
         empty_memory_level: release unused memory before the update (1), before and after it (2), or never (0).
         """
         self.chunks = chunks

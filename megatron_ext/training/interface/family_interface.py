@@ -33,7 +33,7 @@ and fields that model families add.
 """
 
 PRECEDING_TOKENS = "preceding_tokens"
-"""Name of a batch field: the tokens [b, n] before those of a pass with a KV cache."""
+"""Name of a batch field in generation with a KV cache: the tokens [b, n] that precede those of the current pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Family:
         """
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the settings with which a checkpoint can rebuild the model family, as JSON values."""
+        """Returns the settings from which the model family is rebuilt when a checkpoint is loaded, as JSON values."""
         return {}
 
     def dataset_options(self) -> dict[str, Any]:
@@ -97,16 +97,16 @@ class Family:
 
         Args:
             model: configuration of the base model.
-            iteration: number of the step, from 1. The method is called after each step; before the run it is called
-                with the number of the last step.
+            iteration: number of the step, from 1. The method is called when the step has been queued; before the run it
+                is called with the number of the last step.
         """
         return None
 
     def activations(self, layout: ParallelLayout, iteration: int) -> FamilyActivations | None:
-        """Returns what the model family adds to the activations of a training step; None if it adds none.
+        """Returns the activation memory that the model family adds to a training step; None if it adds none.
 
         Args:
-            layout: the run's settings, with the work of all its model families.
+            layout: the run's sizes and parallel layout; its `work` is that of all model families together.
             iteration: number of the step, from 1.
         """
         return None
@@ -193,8 +193,9 @@ class Family:
         return False
 
     def backward(self, chunks: list[GPTModel], batch: Batch) -> None:
-        """Computes the losses of a micro-batch from `prepare_batches`, and adds their gradients; see
-        `trains_apart`.
+        """Computes the losses of a micro-batch from `prepare_batches`, and adds their gradients to those of the step.
+
+        Called only if `trains_apart` returned True for this step.
         """
         raise TypeError(
             f"{type(self).__name__} overrides trains_apart but not backward; it must override both"

@@ -2,8 +2,8 @@
 
     loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
 
-The weights of training tokens are the batch's `loss_mask`. A loss returns its sums over one micro-batch. They are
-divided by the weights of the global batch in `microbatches` (gradients) and `training_step` (logged means), so that
+The weights of training tokens are the batch's `loss_mask`. A loss returns its sums over one micro-batch. `microbatches`
+(for gradients) and `step_values` (for logged means) divide them by the sum of the global batch's weights. Therefore
 neither depends on how the global batch is divided into micro-batches and data-parallel ranks.
 """
 

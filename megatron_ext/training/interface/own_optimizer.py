@@ -1,4 +1,4 @@
-"""Base class for optimizers of parameters that a model family reduces and updates itself.
+"""Base class for optimizers with which a model family itself reduces the gradients of parameters and updates them.
 
 For every parameter that it trains, megatron-core stores and reduces a gradient of every element, and updates every
 element. A model family that needs less sets `requires_grad` of such a parameter to False, so that the engine's
@@ -41,7 +41,8 @@ class OwnOptimizer(MegatronOptimizer):
     def __init__(self, engine: MegatronOptimizer, group: dict[str, Any]) -> None:
         """Args:
         engine: the engine's optimizer, to which this one will be chained.
-        group: the parameter group of all parameters, without `params`; overrides of learning rate and weight decay.
+        group: entries that replace those of the optimizer's single parameter group, such as `max_lr` and `min_lr`;
+            `params` is not among them.
         """
         # Do not call the base class's `__init__`, which requires an optimizer of torch.
         first, *_ = getattr(engine, "chained_optimizers", [engine])

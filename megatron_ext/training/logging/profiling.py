@@ -22,8 +22,9 @@ BeforeStep = Callable[[int], None]
 def profiling(
     logging: LoggingConfig, message: Callable[[str], None] = lambda text: None
 ) -> Iterator[BeforeStep]:
-    """Context manager that yields a function, which starts and ends the recording. A recording that still runs at the
-    end is written, too.
+    """Context manager that yields a function to call before every step; this function starts and ends the recording.
+
+    A recording that still runs when the block ends is written, too.
 
     Args:
         logging: the flags of the profiler.

@@ -35,8 +35,8 @@ from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from megatron_ext.training.logging.wandb_run import WandbRun, check_wandb
 
 _LARGEST_EXPONENT = 20.0
-"""Losses are capped at this value before the perplexity is computed, as in Megatron-LM: early values would flatten the
-curve.
+"""Losses are capped at this value before the perplexity is computed, as in Megatron-LM. Otherwise the high values of
+the first steps would flatten the rest of the curve.
 """
 
 _WITH_BASELINE: WeakSet[TextIO] = WeakSet()

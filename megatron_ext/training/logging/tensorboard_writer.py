@@ -2,8 +2,8 @@
 
 Curves over steps are in the given directory; curves over consumed samples (Megatron's `... vs samples`) are in its
 subdirectory `by_samples`, which TensorBoard shows as a separate run. The two kinds cannot share a directory: a resumed
-run declares all earlier values from a certain step on invalid, and that step applies to every curve in a directory.
-TensorBoard's Custom Scalars page shows charts of both kinds.
+run gives TensorBoard a step, from which on all values that were written before are invalid, and this step applies to
+every curve in a directory. TensorBoard's Custom Scalars page shows charts of both kinds.
 """
 
 import time
@@ -37,7 +37,8 @@ class TensorBoard:
         Args:
             directory: the directory of the event files; created if it is missing.
             charts: the model families' charts.
-            iteration: the step from which the run continues; earlier values for later steps become invalid.
+            iteration: the step from which the run continues; values that the files already contain for later steps
+                become invalid.
             consumed_samples: number of samples consumed up to that step.
 
         Raises:
@@ -88,10 +89,11 @@ def _writer(folder: Path, last_step: int) -> SummaryWriter:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """Waits for the next second if a file in the folder began in this one.
+    """Waits until the next second if a file in the folder was created in the current one.
 
-    TensorBoard reads a folder's files in the order of their names, which begin with the second and end with a number
-    that is not padded: of two files of one second the later one may be read first, and its purge step is then lost.
+    TensorBoard reads a folder's files in the order of their names. A name contains the second of creation and ends
+    with a number without leading zeros. Of two files created in the same second, the later one may therefore be read
+    first; its purge step would then have no effect.
     """
     now = time.time()
     if any(folder.glob(f"events.out.tfevents.{int(now):010d}.*")):
