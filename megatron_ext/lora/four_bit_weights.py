@@ -10,8 +10,8 @@ both formats save memory but no time, even on hardware that supports NVFP4.
 
 Unpacking to fp32 and packing again gives the same bytes. A checkpoint therefore stores plain values under the weight's
 own name, loads into a layer of any precision in any parallel layout, and restores exactly the weights that were saved.
-Tensor parallelism must not split a block (`check_part`): the weights would differ from those of a single process by a
-tenth of their norm.
+Tensor parallelism must not split a block (`check_part`); otherwise the weights would differ from those of a single
+process by a tenth of their norm.
 """
 
 import contextlib

@@ -152,5 +152,5 @@ def _check_families(families: dict[str, Any], load: str, exported: set[str], *, 
 
 
 def _precision(training: dict[str, Any]) -> str:
-    """Returns the precision of the training run; its configuration may be older than --fp16."""
+    """Returns the precision of the training run, whose configuration may lack the newer field `fp16`."""
     return "bfloat16" if training["bf16"] else "float16" if training.get("fp16") else "float32"

@@ -57,9 +57,9 @@ def training_charts(
 def constant_values(
     curves: dict[str, Curve], wanted: Callable[[str], bool] = lambda tag: True
 ) -> dict[str, float]:
-    """Returns the wanted tags whose value is the same at all of at least two steps, with this value.
+    """Returns the wanted tags that have the same value at every step, with this value; `training_charts` omits them.
 
-    `training_charts` leaves these tags out. Values of layers are not included, because their heat map shows all layers
+    Tags with a single step are not included, nor are values of layers, because their heat map shows all layers
     together.
     """
     return {
@@ -70,7 +70,7 @@ def constant_values(
 
 
 def _draw(chart: ScalarChart, curves: dict[str, Curve], bands: Sequence[Band]) -> list[Chart]:
-    """Draws a heat map for each `name` with tags `name/layer_N`, and one chart with a line for each other tag."""
+    """Draws a heat map for each `name` of tags `name/layer_N`, and a single chart with a line for each other tag."""
     drawn = []
     for name, layers in layer_groups(curves).items():
         svg = step_heat_map(layers, title=chart.title, bands=bands)

@@ -21,7 +21,7 @@ from megatron_ext.training.interface.output_losses import NoLoss
 
 
 class FrozenForward:
-    """Base class of the two caches: makes all ranks agree on cache hits, and counts hits and misses."""
+    """Base class for the teacher's and the trunk's caches: makes all ranks agree on hits, counts hits and misses."""
 
     def __init__(self) -> None:
         self.hits = self.misses = 0

@@ -212,7 +212,7 @@ class KeyValue(Factors):
         return (attention @ self.A * self.scale) @ self.B
 
     def mlp_input(self, norm: Any, hidden: torch.Tensor, attention: torch.Tensor, eps: float) -> torch.Tensor:
-        """Returns the input of gate and up, which replaces the normed input."""
+        """Returns the vector that gate and up take as input instead of the normed input of the layer."""
         of_sum = inverse_rms(hidden.float() + attention.float(), eps)
         gain = 1 + self.scale * (of_sum / inverse_rms(hidden, eps) - 1)
         code = attention @ self.A * self.scale * of_sum.to(attention.dtype)
@@ -343,7 +343,7 @@ class ExtendedModel(nn.Module):
         )
 
     def ids_of(self, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
-        """Returns the per-layer ids of tokens [b, s]: [b, s], or [b, s, j] with hashed n-grams."""
+        """Returns the per-layer id of each of the tokens [b, s]; with hashed n-grams, the table rows [b, s, j]."""
         settings = self.config.per_layer_embedding
         if "ngrams" in settings:
             return self.ngram_rows(tokens, mask, cache)
@@ -351,10 +351,11 @@ class ExtendedModel(nn.Module):
         return ids if settings.get("marks") is None else self.marked(ids, tokens, mask, positions, cache)
 
     def ngram_rows(self, tokens: torch.Tensor, mask: Any, cache: Any = None) -> torch.Tensor:
-        """Returns the table rows [b, s, j] of tokens [b, s]: j hash functions of the n-gram that ends at each token.
+        """Returns the table rows [b, s, j] of tokens [b, s].
 
-        An n-gram contains no tokens of an earlier document and no tokens that the mask excludes. A cache also stores
-        the last tokens of each pass, with which the n-grams of the next pass begin.
+        Each of j functions hashes the n-gram that ends at a token to one row. An n-gram contains no tokens of an
+        earlier document and no tokens that the mask excludes. A cache also stores the last tokens of each pass, with
+        which the n-grams of the next pass begin.
         """
         settings = self.config.per_layer_embedding
         functions, end = settings["ngrams"]["functions"], settings["ngrams"]["end_token"]

@@ -123,8 +123,9 @@ class OptimizerState:
 def _sharded(
     shard: ShardedTensor | ShardedTensorFactory, name: str, tensor: torch.Tensor
 ) -> ShardedTensor | ShardedTensorFactory:
-    """Describes a tensor of a parameter's state, which has the parameter's shape or [rows, 1], as part of a
-    checkpoint.
+    """Describes one tensor of a parameter's state for the checkpoint.
+
+    The tensor has the parameter's shape, or the shape [rows, 1].
     """
     if isinstance(shard, ShardedTensorFactory) or tuple(tensor.shape) == tuple(shard.local_shape):
         return make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
@@ -168,9 +169,10 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields each parameter with its complete state: the optimizer's own tensors if they are complete.
+    """Yields each parameter with the tensors of its complete state.
 
-    With the distributed optimizer, the tensors are gathered copies or, for loading, empty tensors to fill.
+    These are usually the optimizer's own tensors. With the distributed optimizer, they are gathered copies or, for
+    loading, empty tensors to fill.
     """
     if isinstance(part, OwnOptimizer):
         yield from _to_fill(part) if is_loading else part.whole()

@@ -141,8 +141,9 @@ def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
 
 
 def _bounds_of(batch: Batch, device: torch.device) -> Batch:
-    """Returns the field with the documents' bounds, in host memory, for sequences that are not split over ranks yet; {}
-    if the batch does not mark where documents begin.
+    """Returns the field with the documents' bounds, in host memory; {} if the batch marks no document starts.
+
+    The batch contains whole sequences, before they are split over context-parallel ranks.
     """
     if DOCUMENT_STARTS not in batch:
         return {}

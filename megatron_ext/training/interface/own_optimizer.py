@@ -1,4 +1,4 @@
-"""Base class for optimizers with which a model family itself reduces the gradients of parameters and updates them.
+"""Base class for optimizers with which a model family reduces gradients and updates parameters itself.
 
 For every parameter that it trains, megatron-core stores and reduces a gradient of every element, and updates every
 element. A model family that needs less sets `requires_grad` of such a parameter to False, so that the engine's

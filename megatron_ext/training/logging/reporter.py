@@ -71,10 +71,10 @@ class Reporter:
             total_iterations: optimizer steps of the whole run.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
             precision: the run's precision, on which the device's peak rate depends.
-            shows_batch_size: whether the progress line names the step's batch size, because it changes.
+            shows_batch_size: whether the progress line shows the batch size; useful if it changes during the run.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
-            configuration: the config groups by name, as dataclasses or JSON values; written as text.
+            configuration: the config groups by name, as dataclasses or JSON values; written to TensorBoard and W&B.
             rank: this process's rank; None for the rank that `torchrun` sets.
             world_size: number of processes; None for the number that `torchrun` sets.
             stream: output stream for progress; None for standard output.

@@ -2,8 +2,8 @@
 
 Curves over steps are in the given directory; curves over consumed samples (Megatron's `... vs samples`) are in its
 subdirectory `by_samples`, which TensorBoard shows as a separate run. The two kinds cannot share a directory: a resumed
-run gives TensorBoard a step, from which on all values that were written before are invalid, and this step applies to
-every curve in a directory. TensorBoard's Custom Scalars page shows charts of both kinds.
+run gives TensorBoard a step, which applies to every curve in a directory, and earlier values for this and later steps
+become invalid. TensorBoard's Custom Scalars page shows charts of both kinds.
 """
 
 import time

@@ -126,7 +126,7 @@ class TensorWriter:
         return self._writer.write()
 
     def gather(self) -> None:
-        """Sends the places of every rank's tensors to rank 0. Collective."""
+        """Sends the positions of every rank's tensors within its file to rank 0. Collective."""
         self._everyone = self._ranks.gather_object(self._writer.results) or []
 
     def write_metadata(self) -> Digests:
