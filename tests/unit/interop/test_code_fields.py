@@ -108,7 +108,8 @@ def test_a_base_without_a_class_in_the_code_is_refused_by_name() -> None:
 def test_the_embedding_of_gemma_3n_is_refused_by_name() -> None:
     run_config = {"families": {"per_layer": {"settings": {"per_layer_preset": "gemma3n"}}}}
     with pytest.raises(
-        ValueError, match="--per-layer-preset gemma3n can only be exported as Gemma3nForCausalLM"
+        ValueError,
+        match="--load run: cannot be exported: --per-layer-preset gemma3n requires Gemma3nForCausalLM",
     ):
         _parts("run", None, None, run_config, CASES["PLE gemma4"].model, TOKENIZER)
 
