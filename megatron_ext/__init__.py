@@ -1,4 +1,4 @@
-"""Megatron-core, extended: per-layer embeddings, neuro-plastic layers and progressive growth on the real engine."""
+"""Megatron-core, extended by per-layer embeddings, neuro-plastic transformers and progressive growth."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""`python -m megatron_ext.rehearsal SCRIPT FLAGS`: runs a script in a process that has the simulated device.
+"""`python -m megatron_ext.rehearsal SCRIPT FLAGS`: runs a script in a process with the simulated device loaded.
 
 The flag `--rehearse` starts this program once for each rehearsed rank.
 """

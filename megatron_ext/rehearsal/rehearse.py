@@ -22,10 +22,10 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 _ROOT = Path(__file__).parents[2]
 
 REHEARSED_DEVICE = "MEGATRON_EXT_REHEARSED_DEVICE"
-"""Environment variable of a child process with the name of the simulated device."""
+"""Environment variable that tells a child process the name of the simulated device."""
 
 MEMORY = "MEGATRON_EXT_REHEARSED_MEMORY_GB"
-"""Environment variable of a child process with the memory of the simulated device, if the user gave it."""
+"""Environment variable that tells a child process the simulated device's memory in GiB; empty for the device's own."""
 
 
 def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
@@ -60,7 +60,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     if flags:
         raise ValueError(
             f"{flags[0]}: --rehearse cannot run Transformer Engine's kernels; "
-            "rehearse with --transformer-impl local and --attention-backend sdpa"
+            "rehearse with --transformer-impl local, --attention-backend sdpa and --no-gradient-accumulation-fusion"
         )
     device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     if int(os.environ.get("RANK") or 0) != 0:
@@ -78,7 +78,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
 
 
 def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:
-    """Returns the given rank, or for `all-kinds` the first ranks of the first, the second and the last stage.
+    """Returns the requested rank, or for `all-kinds` the first rank of the first, second and last pipeline stage each.
 
     Raises:
         ValueError: the run has no such rank, or the parallel layout does not fit the number of processes.

@@ -51,14 +51,14 @@ class Rehearsal:
     sequence_length: int
     device: Device
     kernels: str
-    """A line about the fused kernels."""
+    """Line of the report that lists the fused kernels."""
 
     recorder: Recorder
     seconds: float
     """Processor time of the rehearsal's process."""
 
     host_bytes: int
-    """Memory that the rehearsal's process has used."""
+    """Largest host memory that the rehearsal's process has used."""
 
     @property
     def step(self) -> str:
@@ -67,7 +67,7 @@ class Rehearsal:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in a step of one model copy."""
+        """Number of micro-batches that each copy of the model processes in a step."""
         copies = self.parallel.data_parallel_size(self.processes)
         batch = self.training.resolved_global_batch_size(copies)
         return batch // (self.training.micro_batch_size * copies)
@@ -91,20 +91,18 @@ class Rehearsal:
         return self.recorder.memory.at_peak()
 
     def peak_of_steps(self) -> Peak:
-        """The allocations at the moment of largest memory in the training steps."""
+        """Returns the allocations at the moment of largest memory within the training steps."""
         return self.recorder.memory.at_peak(
             [f"step {number + 1}" for number in range(self.recorder.activity.step)]
         )
 
     def time(self) -> StepTime:
-        """The estimated time of a step."""
+        """Returns the estimated time of a step."""
         return step_time(self.recorder, self.device, self.step, self.bubble)
 
 
 def fused_kernels(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """Returns a line that lists the kernels fused in a rehearsal, and the further ones that Transformer Engine would
-    fuse.
-    """
+    """Returns a line that lists the fused kernels of a rehearsal, and those that Transformer Engine would add."""
     by_engine = parallel.cross_entropy_loss_fusion or parallel.tensor_model_parallel_size == 1
     own = [
         *(["attention"] if model.attention_backend == "sdpa" else []),
@@ -340,7 +338,7 @@ def _time_text(rehearsal: Rehearsal) -> str:
     parts = (
         f"matrix products and attention {time.products:.3f} s at the peak rate",
         f"other operations {time.other:.3f} s at {device.bandwidth / 1e12:.2f} TB/s",
-        f"communication {time.waited:.3f} s ({time.hidden:.3f} s more in parallel with it) at "
+        f"communication {time.waited:.3f} s ({time.hidden:.3f} s more overlap with computation) at "
         f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s per GPU between hosts, of "
         f"{GPUS_PER_HOST} GPUs each",
         f"pipeline bubble {time.bubble:.1%} of the time of the micro-batches, {time.idle:.3f} s, if "
@@ -353,8 +351,8 @@ def _time_text(rehearsal: Rehearsal) -> str:
     tokens = rehearsal.training.resolved_global_batch_size(copies) * rehearsal.sequence_length
     return (
         f"Step: at least {time.total:.3f} s, if every kernel reached the device's rates; at most "
-        f"{tokens / time.total / rehearsal.processes:,.0f} tokens/s per GPU, of which products take "
-        f"{time.products / time.total:.0%} of the time:{listed}"
+        f"{tokens / time.total / rehearsal.processes:,.0f} tokens/s per GPU. Products take "
+        f"{time.products / time.total:.0%} of this time:{listed}"
     )
 
 

@@ -26,7 +26,7 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """The estimated seconds of one step, by cause."""
+    """The estimated time of one step by cause, in seconds; only `bubble` is a ratio."""
 
     products: float
     """Matrix products."""
@@ -44,7 +44,7 @@ class StepTime:
     """Memory traffic of the optimizer."""
 
     once: float
-    """Seconds of `other` and `waited` that occur once per step, whatever the number of micro-batches."""
+    """The part of `other` and `waited` that occurs once per step, whatever the number of micro-batches."""
 
     bubble: float
     """Idle time of the pipeline divided by the time of all micro-batches."""
@@ -61,7 +61,7 @@ class StepTime:
 
 
 def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> StepTime:
-    """Returns the estimated time of the step `scope`."""
+    """Returns the estimated time of the step whose operations the recorder counts under the name `scope`."""
     products = 0.0
     for (of_scope, _, dtype), flops in recorder.flops.items():
         if of_scope == scope:
@@ -91,7 +91,7 @@ def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> 
 
 
 def _in_every_micro_batch(call: Call) -> bool:
-    """Returns whether every micro-batch repeats a call; all other calls reduce gradients, gather weights or share a
+    """Returns whether every micro-batch makes this call; the other calls reduce gradients, gather weights or share a
     value.
     """
     if call.operation in ("send", "receive") or call.group == "TP":
@@ -123,7 +123,7 @@ def calls_in(activity: Activity, scope: str) -> Mapping[Call, Total]:
 
 
 def seconds(call: Call, total: Total, device: Device) -> float:
-    """Returns the time of all these calls at the rate of the slowest link between the group's ranks."""
+    """Returns the seconds that all calls of a kind take together at the rate of the slowest link between the ranks."""
     if call.device != "cuda" or call.size == 1:
         return 0.0
     ring = (call.size - 1) / call.size

@@ -36,7 +36,7 @@ class StepFigures:
 def measured_and_predicted(
     family: Family, model: ModelConfig, iteration: int, earlier_steps: int = 0
 ) -> tuple[StepFigures, StepFigures]:
-    """Runs one training step in this process; returns the figures that torch counts and the figures that we predict.
+    """Runs one training step in this process; returns its measured figures and those that `--dry-run` predicts.
 
     Args:
         family: the model family that the model is built with.

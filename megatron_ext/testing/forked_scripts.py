@@ -113,7 +113,7 @@ def _run(
 
 @contextlib.contextmanager
 def become_command(variables: Mapping[str, str], folder: str | Path) -> Iterator[None]:
-    """Gives this forked process the environment and directory of a new one, and runs its exit functions at the end."""
+    """Sets the environment and directory as for a new command, and runs the command's exit functions at the end."""
     import torch
 
     os.environ.clear()

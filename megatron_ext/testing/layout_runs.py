@@ -50,7 +50,7 @@ _MORE_LAYOUTS = {
     OVERLAPPED: (_OVERLAP, 2),
     OVERLAPPED_CONTEXT: (replace(_OVERLAP, context_parallel_size=2), 4),
     # With DP2 each rank has two micro-batches for two stages, so the same two ranks exchange two kinds of messages at
-    # once.
+    # the same time.
     OVERLAPPED_PIPELINE: (
         replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
         4,
@@ -71,13 +71,15 @@ class Variant:
     steps: int = 2
     precision: Precision = "fp32"
     micro_batch_size: int | None = None
-    """Sequences in a micro-batch; a global batch has four. None means 2, which takes half the time, or 1 in two
-    cases: if a rank needs several micro-batches for its pipeline or overlapped communication (for interleaved stages,
-    more than there are stages), and if sums are rounded.
+    """Sequences in a micro-batch; a global batch has four. None means 2, with which a step takes half the time.
+
+    None means 1 in bf16 and fp16, where the size of the micro-batches affects rounding. It also means 1 if a rank
+    would otherwise have too few micro-batches for its pipeline or for overlapped communication.
     """
+
     settings: OptimizerSettings = CONSTANT
     parallel: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of `ParallelConfig`, in every layout."""
+    """Values that replace fields of `ParallelConfig` in every layout."""
 
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too. The function

@@ -1,4 +1,4 @@
-"""Reference implementation of an NPT layer's feed-forward for tests: computes each token's weights in float64.
+"""Reference implementation of an NPT layer's MLP for tests: computes each token's weights in float64.
 
 It uses the formulas in `npt.modules.modulation`, written with one matrix per token and a loop over components, which is
 slow but easy to check. n: tokens, h: hidden size, f: FFN size, r: rank, k: components. Weights are [output, input], as
@@ -24,7 +24,7 @@ def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: T
         settings: NPT's configuration.
         factors: factors of the target by name.
         a: attention output, [n, h].
-        x: input of the target, [n, input]; key_value, and outer_product on `down`, use it.
+        x: input of the target, [n, input]; used only by key_value, and by outer_product for `down`.
         down: whether the target is `down`.
     """
     rank = int(settings.np_rank)
@@ -68,7 +68,7 @@ def reference_key_value_deltas(
     a: Tensor,
     eps: float,
 ) -> dict[str, Tensor]:
-    """Returns the deltas of fc1 in the form key_value, [n, output, h], and those of its halves if it is gated.
+    """Returns the deltas of fc1 [n, output, h] for the form key_value; if fc1 is gated, also those of its two halves.
 
     The arguments are those of `reference_feed_forward`.
     """

@@ -99,7 +99,9 @@ def _collect(processes: list[Any], results: Any, world_size: int, timeout: float
             if dead and results.empty():  # if not empty, the traceback has just arrived: read it first
                 raise RuntimeError(f"a process died with exit code {dead[0]}") from None
             if time.monotonic() > deadline:
-                raise RuntimeError(f"no result within {timeout:.0f} s") from None
+                raise RuntimeError(
+                    f"no result within {timeout:.0f} s from {world_size - len(found)} of {world_size} ranks"
+                ) from None
             continue
         if error:
             raise RuntimeError(f"rank {rank} failed:\n{error}")

@@ -20,13 +20,19 @@ _WRAPPERS = ("platform/run_phases.py", "platform/host_copy.py", "platform/engine
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of communication, by which calls are counted."""
+    """The properties of a communication call; calls that agree in all of them are counted together."""
 
     operation: str
+    """Name of the operation, such as `all-reduce` or `send`."""
+
     group: str
+    """Short name of the process group, such as `TP`."""
+
     size: int
+    """Number of ranks in the group."""
+
     device: str
-    """`cuda` or `cpu`, or `object` for Python objects."""
+    """Device of the tensors, `cuda` or `cpu`; `object` for Python objects and barriers."""
 
     asynchronous: bool
     """Whether other operations were executed between the start of the call and the wait for its end."""
@@ -35,6 +41,7 @@ class Call:
     """Number of hosts on which the group's ranks run."""
 
     place: str
+    """Line of code that makes the call."""
 
 
 @dataclass
@@ -47,25 +54,29 @@ class Total:
 
 @dataclass
 class Activity:
-    """The record of a rehearsed rank; a scope is `start`, `step N` or `evaluation`."""
+    """The record of a rehearsed rank. Entries are grouped by scope: `start`, `step N` or `evaluation`."""
 
     step: int = 0
+    """Number of the current step; 0 before the first one."""
+
     groups: int = 0
-    """Number of process groups that the rank has created, although it is a member of only a few."""
+    """Number of process groups that have been created; the rank is a member of only a few of them."""
 
     operations: int = 0
     """Number of operations that the rank has executed."""
 
     phases: list[str] = field(default_factory=list)
+    """Names of the phases that the run is in, from the outermost."""
+
     communication: dict[tuple[str, Call], Total] = field(default_factory=dict)
     waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """Counts by scope, kind of wait, and place in the code."""
+    """Number of waits by scope, kind of wait, and place in the code."""
 
     copies: dict[tuple[str, str, str], Total] = field(default_factory=dict)
     """Copies between host and device, by scope, direction and place."""
 
     oddities: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Counts of suspicious operations that work but should not occur, by scope and description."""
+    """Number of suspicious operations, which work but should not occur, by scope and description."""
 
     @property
     def phase(self) -> str:
@@ -89,13 +100,19 @@ class Activity:
         self.phases.pop()
 
     def communicates(self, call: Call, size: int) -> None:
-        """Records one call."""
+        """Records one call with tensors of `size` bytes."""
         total = self.communication.setdefault((self.scope, call), Total())
         total.calls += 1
         total.bytes += size
 
     def is_awaited_at_once(self, scope: str, call: Call, size: int) -> None:
-        """Records that the rank waits immediately for a call, which was counted as asynchronous in `scope`."""
+        """Counts a call as synchronous after all, because the rank waited for it immediately.
+
+        Args:
+            scope: scope in which the call was counted as asynchronous.
+            call: the call, as it was counted.
+            size: bytes of its tensors.
+        """
         total = self.communication[scope, call]
         total.calls -= 1
         total.bytes -= size
@@ -121,7 +138,9 @@ class Activity:
 
 
 def place() -> str:
-    """Returns the current line of code of this package; inside the engine, also the engine's line."""
+    """Returns the line of this package (not of the rehearsal) that is running; if it calls the engine, also the engine's
+    line.
+    """
     frame: FrameType | None = sys._getframe(1)
     engine = ""
     while frame is not None:

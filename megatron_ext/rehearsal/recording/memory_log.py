@@ -42,7 +42,11 @@ class Peak:
     """The largest memory of a phase, and the allocations that are live then."""
 
     size: int
+    """Bytes of all live allocations together."""
+
     kinds: Counter[str]
+    """Bytes by kind."""
+
     places: Counter[tuple[str, str]]
     """Bytes by kind and place."""
 
@@ -90,7 +94,7 @@ class MemoryLog:
         self.peak = self.live
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: str, place: str | None = None) -> None:
-        """Sets the kind of memory of the given tensors."""
+        """Sets the kind of the given tensors' memory, and its place if one is given."""
         for tensor in tensors:
             number = self._known.get(tensor.untyped_storage()._cdata)
             if number is not None:

@@ -116,8 +116,8 @@ class Recorder(TorchDispatchMode):
         return constant.item() if constant is not None else value_on_host(value.dtype)
 
     def _dynamic(self, func: Any, value: torch.Tensor) -> torch.Tensor:
-        """Replaces an operation whose result has a size that depends on values; the result has the largest possible
-        size.
+        """Replaces an operation whose result has a size that depends on values; returns a result of the largest
+        possible size.
         """
         self.activity.waits_for_device(f"size of the result of {func}")
         if func is aten.nonzero.default:

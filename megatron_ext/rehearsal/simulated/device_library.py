@@ -23,12 +23,12 @@ _loaded = False
 
 
 def is_loaded() -> bool:
-    """Returns whether this process has the simulated device."""
+    """Returns whether this process has loaded the simulated device."""
     return _loaded
 
 
 def load() -> None:
-    """Gives this process the simulated device; torch must not be imported yet.
+    """Loads the simulated device into this process; call this before torch is imported.
 
     Raises:
         ValueError: this machine, its compiler or its torch is not supported; the message is one line.
@@ -80,7 +80,7 @@ def _check(version: str) -> None:
         raise ValueError(f"--rehearse: requires torch {' or '.join(TESTED)} (got {version})")
     if (_torch() / "lib" / "libtorch_cuda.so").is_file():
         raise ValueError(
-            f"--rehearse: requires the CPU build of torch (got {version}, which has its own CUDA device)"
+            f"--rehearse: requires the CPU build of torch (got {version}, a CUDA build); install the CPU build"
         )
 
 

@@ -59,7 +59,7 @@ _DEVICES = {
 
 
 def device_named(name: str, memory_gib: float | None) -> Device:
-    """Returns the GPU with a short name; `memory_gib`, if given, overrides its memory size.
+    """Returns the GPU of a short name such as `H100`; `memory_gib`, if given, overrides its memory size.
 
     Raises:
         ValueError: the name is unknown.

@@ -1,6 +1,7 @@
 """Replaces torch.distributed: the process group has one process, which acts as one rank of many.
 
-Every collective is counted, checks its tensors like NCCL (sizes, types, devices), and does not change them.
+Every collective is counted. It checks the sizes, types and devices of its tensors as NCCL does, and does not change
+the tensors.
 """
 
 import contextlib
@@ -108,7 +109,10 @@ class Collectives:
         of_whole = whole.numel() if isinstance(whole, torch.Tensor) else sum(each.numel() for each in whole)
         first = whole if isinstance(whole, torch.Tensor) else whole[0]
         if of_whole != part.numel() * ranks:
-            raise RuntimeError(f"{operation}: {of_whole} values for {ranks} ranks with {part.numel()} each")
+            raise RuntimeError(
+                f"{operation}: the whole tensor must have {part.numel()} values for each of {ranks} ranks "
+                f"(got {of_whole} values)"
+            )
         if first.dtype != part.dtype or first.device != part.device:
             raise RuntimeError(
                 f"{operation}: tensors must have the same dtype and device (got {first.dtype} on "
@@ -270,7 +274,7 @@ class Collectives:
 
 
 def _at_wait(activity: Activity, call: Call, size: int) -> Callable[[], None]:
-    """Returns the function to call when the host waits for a call that has just started."""
+    """Returns the function to call when the host waits for a collective that has just started."""
     scope, started, is_awaited = activity.scope, activity.operations, False
 
     def awaited() -> None:

@@ -1,4 +1,4 @@
-"""Makes `torch.cuda` and transfers between host and device work on fake CUDA tensors, and counts their waits.
+"""Makes `torch.cuda` and copies between host and device work with fake CUDA tensors; counts the copies and the waits.
 
 No values are computed. Errors that a GPU would raise are raised here too, for example for `numpy()` of a CUDA tensor,
 or for a random state on the wrong device.
@@ -191,7 +191,7 @@ def _patch_transfers(activity: Activity) -> None:
 
 
 def _patch_from_numpy() -> None:
-    """Makes a tensor readable if it was made from an array in host memory, because its values may decide which
+    """Lets `tolist` return the true values of a tensor that was made from an array, because they may decide which
     kernels run.
     """
     make: Any = torch.from_numpy
@@ -205,7 +205,7 @@ def _patch_from_numpy() -> None:
 
 
 def _patch_sizes() -> None:
-    """Replaces sizes that depend on values by the expected ones."""
+    """Makes `read_sizes` return the expected sizes, because the true ones depend on values."""
 
     def read_sizes(sizes: torch.Tensor, expected: list[int]) -> list[int]:
         sizes.tolist()  # the host waits
@@ -234,7 +234,7 @@ def _patch_tensor(activity: Activity) -> None:
 
 
 def _patch_modules() -> None:
-    """Makes a module's parameters convertible; torch's own method swaps their storage, which fake tensors do not
+    """Replaces the method of `Module` that converts parameters; torch's own swaps storages, which fake tensors do not
     support.
     """
     module_class: Any = torch.nn.Module

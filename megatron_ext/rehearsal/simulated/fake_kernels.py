@@ -1,4 +1,4 @@
-"""Replaces operations whose CUDA kernels save other tensors than torch's formulas, which the fake device would use.
+"""Replaces operations for which the fake device would save other tensors for the backward pass than CUDA's kernels do.
 
     attention    flash, memory-efficient or unfused, as torch chooses on a GPU; saves the same tensors as that kernel
     rms_norm     one kernel, which saves its input and 1 / rms
@@ -65,7 +65,7 @@ def _at_the_last_key(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Replaces attention with torch's `causal_lower_right`."""
+    """Computes attention with the mask `causal_lower_right` of torch."""
     is_fused = query.dtype in _HALF or not enable_gqa
     mask = None if is_fused else bias._materialize(query.device)
     return torch.nn.functional.scaled_dot_product_attention(

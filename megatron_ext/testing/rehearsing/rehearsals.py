@@ -1,6 +1,7 @@
 """Rehearses scripts in forks of a process that has already imported everything; each rehearsal takes about a second.
 
-`--rehearse` itself starts a new process for each rank, which takes some seconds; tests of this must run the script.
+`--rehearse` itself starts a new process for each rank, which takes some seconds. A test of `--rehearse` must run the
+script.
 """
 
 import atexit
@@ -27,7 +28,7 @@ class Rehearsed:
     """The record of a rehearsed rank, or the error that ended it."""
 
     error: str | None = None
-    """Name and message of the exception; None if the rehearsal ended well."""
+    """Name and message of the exception; None if the rehearsal succeeded."""
 
     activity: Activity = field(default_factory=Activity)
     peak: Peak = field(default_factory=lambda: Peak(0, Counter(), Counter(), ("", "")))
@@ -35,7 +36,7 @@ class Rehearsed:
     flops: int = 0
     bubble: float = 0.0
     notes: list[str] = field(default_factory=list)
-    """What the report would note: CPU tensors in collectives, groups that no step uses."""
+    """Notes of the report, for example about CPU tensors in collectives or groups that no step uses."""
 
     @property
     def step(self) -> str:

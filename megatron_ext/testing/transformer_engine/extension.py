@@ -97,9 +97,9 @@ class Extension(ModuleType):
     ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         """Returns the product op(b) op(a) of row-major matrices (for cuBLAS: op(a) op(b) of column-major matrices).
 
-        With `layout` TN the result is the output, computed from input and weight; with NN it is the input's gradient,
-        and with NT the weight's gradient. With NT, `bias` requests the bias's gradient too: the sum of the rows of
-        the output's gradient.
+        A linear layer calls it three times. If only `a` is transposed (TN), the result is the layer's output; if
+        neither is (NN), the input's gradient; if only `b` is (NT), the weight's gradient. For NT, a `bias` requests
+        the bias's gradient too: the sum of the rows of the output's gradient.
         """
         assert quantizer is None and not gelu, "the reference computes no FP8 and no fused GELU"
         first = b.t() if transposes_b else b.flatten(0, -2)
@@ -133,7 +133,7 @@ class Extension(ModuleType):
 
     @staticmethod
     def fused_rope_forward(x: torch.Tensor, angles: torch.Tensor, *details: Any) -> torch.Tensor:
-        """Rotates [s, b, n, d] by angles [s, 1, 1, r], whose halves are equal."""
+        """Rotates the first r features of x [s, b, n, d] by angles [s, 1, 1, r], whose two halves along r are equal."""
         starts, _, interleaved, lengths, ranks, _ = details
         assert starts is None and lengths is None and not interleaved and ranks == 1
         return _turned(x, angles, 1.0)
@@ -246,7 +246,7 @@ class Extension(ModuleType):
 
 
 def _factor(weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
-    """Returns the factor of a norm; the stored weight may be the factor minus 1."""
+    """Returns the factor of a norm from its stored weight, which is the factor minus 1 if `zero_centered`."""
     return weight.float() + float(zero_centered)
 
 

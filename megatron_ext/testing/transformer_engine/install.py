@@ -1,5 +1,5 @@
-"""Lets this process import Transformer Engine without CUDA: its own Python code, with the reference of its
-extension.
+"""Lets this process import Transformer Engine without CUDA: its own Python code, with our reference in place of its
+compiled extension.
 """
 
 import importlib.util
@@ -14,7 +14,9 @@ from typing import Any
 from megatron_ext.platform import engine_imports
 
 FOLDER = Path(sys.prefix, "transformer_engine_python")
-"""Where `make install` puts the package: apart from the others, since elsewhere its import would fail without CUDA."""
+"""Folder into which `make install` puts the package. It is not on Python's path, because the package's import fails
+without CUDA.
+"""
 
 _EXTENSION = "transformer_engine_torch"
 _OPTIONAL = (
@@ -47,7 +49,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Imports the reference of the extension, and replaces packages that are absent."""
+    """Imports an `Extension` under each of the given names: the compiled extension's, and those of absent packages."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -82,7 +84,7 @@ def _pretend_device() -> None:
 
 
 def _import_common() -> ModuleType:
-    """Imports `transformer_engine.common`, which would load the extension's shared library."""
+    """Imports `transformer_engine.common`, and replaces its function that loads the extension's shared library."""
     name = "transformer_engine.common"
     spec = importlib.util.spec_from_file_location(
         name, FOLDER / "transformer_engine" / "common" / "__init__.py"

@@ -17,9 +17,10 @@ from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.transformer_engine.install import FOLDER, install
 
 needs_te = pytest.mark.skipif(
-    not FOLDER.exists(), reason="Transformer Engine's Python is not there; `make install` brings it (1 MB)"
+    not FOLDER.exists(),
+    reason="Transformer Engine's Python code is missing; `make install` installs it (1 MB)",
 )
-"""Mark of tests that call `run_with_te`."""
+"""Mark for tests that call `run_with_te`: skips them if Transformer Engine's Python code is missing."""
 
 
 def run_with_te(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Python commands, shell scripts' commands, and `torchrun` with its ranks as forks that have imported the engine."""
+"""Runs Python commands, shell scripts and `torchrun` with their processes forked from one that imported the engine."""

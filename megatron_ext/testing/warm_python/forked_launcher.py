@@ -56,7 +56,7 @@ class ForkedCommand:
         self._process.kill()
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """Returns the rest of the output after the command, and all processes that write to its output, have ended.
+        """Waits until the command and all processes that write to its output have ended; returns the unread output.
 
         Raises:
             TimeoutExpired: not all of them have ended within `timeout` seconds.

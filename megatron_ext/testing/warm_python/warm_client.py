@@ -2,7 +2,7 @@
 
 `python -I -S warm_client.py SOCKET ARGUMENTS` does the same as `python ARGUMENTS`: it passes signals on, and ends
 with the same exit code or signal. Options other than -u and -m need a new interpreter, which then replaces this
-process. This file imports only the standard library, so that it starts at once.
+process. This file imports only the standard library, so that it starts quickly.
 """
 
 import json

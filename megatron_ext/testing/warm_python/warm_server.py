@@ -27,7 +27,7 @@ from megatron_ext.testing.warm_python.forked_launcher import run_python
 
 @functools.cache
 def warm_python() -> str:
-    """Returns the path of an executable that runs Python commands like `sys.executable`, but starts at once."""
+    """Returns the path of an executable that runs Python commands like `sys.executable`, but starts in milliseconds."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     listener = socket.socket(socket.AF_UNIX)

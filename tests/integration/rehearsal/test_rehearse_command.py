@@ -85,7 +85,7 @@ def test_a_run_that_names_a_checkpoint_directory_communicates_as_without_it(tmp_
             ["--rehearse", "--transformer-impl", "transformer_engine"],
             {},
             "error: --transformer-impl transformer_engine: --rehearse cannot run Transformer Engine's kernels; "
-            "rehearse with --transformer-impl local and --attention-backend sdpa",
+            "rehearse with --transformer-impl local, --attention-backend sdpa and --no-gradient-accumulation-fusion",
         ),
         (
             ["--rehearse", "--skip-train"],
