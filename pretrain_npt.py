@@ -59,8 +59,8 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
         found.append(weights_defaults(given))
     if not given.keys() & {"base_checkpoint", "load", "num_layers"}:
         raise ValueError(
-            "--load is missing: give the checkpoint of the base model (or --base-checkpoint); to train from scratch, "
-            "give --no-freeze-base and the model's shape (--num-layers, --hidden-size, ...)"
+            "--load is missing: give the checkpoint of the base model (--load or --base-checkpoint); to train from "
+            "scratch, give --no-freeze-base and the model's shape (--num-layers, --hidden-size, ...)"
         )
     if given.keys() & {"base_checkpoint", "load", "use_checkpoint_args"}:
         from megatron_ext.npt.runs.npt_run import checkpoint_defaults

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures what a checkpoint costs training: a save that training waits for, and one beside it (`--async-save`).
+"""Measures how much a save slows training: a save that training waits for, and one beside training (`--async-save`).
 
     python benchmarks/checkpoints.py                                    one process, all cores
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/checkpoints.py        two, tensor parallel
 
-Every round times, in turn, steps without a save, a save that training waits for, and a save beside steps, so that
-changes in the machine's speed affect all of them. A ratio is computed for each round; the table shows medians over the
-rounds. The first round is not counted: it allocates the copy.
+Every round times, in turn, steps without a save, a save that training waits for, and a save during further steps, so
+that changes in the machine's speed affect all of them. A ratio is computed for each round; the table shows medians over
+the rounds. The first round is not counted, because it allocates the memory for the copied tensors.
 """
 
 import statistics
@@ -59,7 +59,9 @@ class BenchmarkConfig:
     """Number of counted rounds."""
 
     folder: str | None = None
-    """Directory on the file system to measure, for files that are removed at the end. Default: a temporary one."""
+    """Directory for the checkpoints, on the file system to measure; the files are removed at the end. Default: the
+    system's directory for temporary files.
+    """
 
 
 @dataclass
@@ -67,11 +69,17 @@ class Round:
     """Seconds of one round."""
 
     plain_step: float
+    """Median of the steps without a save."""
+
     sync_save: float
+    """Duration of the save that training waits for."""
+
     copy: float
-    """Seconds that training waits while the tensors are copied, at the beginning of a save beside it."""
+    """Seconds that training waits while the tensors are copied, at the beginning of a save beside training."""
+
     steps: list[float]
-    """The steps beside the save, each with what the save does on the main thread after it."""
+    """Duration of each step during the save, plus the save's own work on the main thread after the step."""
+
     async_save: float
     """Seconds from the beginning of a save beside training to the complete checkpoint."""
 
@@ -81,7 +89,7 @@ def main() -> None:
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/checkpoints.py",
-        description="Measure what a checkpoint costs training, with and without --async-save.",
+        description="Measure how much a save slows training, with and without --async-save.",
     )
     from megatron_ext.platform import process_groups
     from megatron_ext.platform.collectives import is_first_rank, on_first_rank
@@ -216,12 +224,12 @@ def _print(config: BenchmarkConfig, rounds: list[Round], size: float) -> None:
     row("    step during the save, median", [statistics.median(r.steps) for r in rounds])
     row("    step during the save, mean", [statistics.mean(r.steps) for r in rounds])
     row("    slowest step during the save", [max(r.steps) for r in rounds])
-    row("    training's loss: copy and slower steps", [r.copy + _loss(r) for r in rounds])
+    row("    time lost by training: copy and slower steps", [r.copy + _lost(r) for r in rounds])
     row("    from its beginning to the complete checkpoint", [r.async_save for r in rounds])
     Console(width=120).print(table)
 
 
-def _loss(one: Round) -> float:
+def _lost(one: Round) -> float:
     return sum(one.steps) - len(one.steps) * one.plain_step
 
 

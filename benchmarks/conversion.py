@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Measures time and memory of `tools/convert_checkpoint.py`: the import of a sharded directory, and the export of it.
+"""Measures the time and memory that `tools/convert_checkpoint.py` takes to import a sharded model and export it again.
 
     python benchmarks/conversion.py --gigabytes 5
 
-The model is a Llama of that size in bf16, with random weights. Each command runs in a process of its own. Memory is the
-largest resident set of that process, less the one for a model of a few kilobytes, which is Python's and the libraries'.
+The model is a Llama of that size in bf16, with random weights. Each command runs in a process of its own, whose largest
+resident set is measured. Python and the libraries need what the same command needs for a tiny model; the rest of the
+memory is for the model.
 """
 
 import functools
@@ -33,15 +34,17 @@ class BenchmarkConfig:
     """Flags for the size of the model."""
 
     gigabytes: float = 1.0
-    """Size of the model's weights; the file system needs three times as much."""
+    """Size of the model's weights in GB; the benchmark needs three times as much disk space."""
 
     folder: str | None = None
-    """Directory on the file system to measure, for files that are removed at the end. Default: a temporary one."""
+    """Directory for the models, on the file system to measure; the files are removed at the end. Default: the system's
+    directory for temporary files.
+    """
 
 
 @dataclass
 class Measured:
-    """One command."""
+    """Time and memory of one command."""
 
     seconds: float
     peak: float

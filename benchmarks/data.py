@@ -8,9 +8,9 @@ Every round runs each variant once, in turn, so that changes in the machine's sp
 medians over the rounds. Our tool is timed as a user runs it: the whole command, from the start of Python to the
 manifest with its checksums. The loop follows Megatron-LM's public description (read a line, `json.loads`, tokenize,
 `builder.add_item`, `builder.end_document`) and is timed without its imports. It uses mcore's builder and the tokenizer
-of our tool, a byte-level BPE of 32k tokens. The tool is `peers/pool_tool.py`: Megatron-LM's documented algorithm with
-megatron-core's tokenizer and builder and a pool of workers, timed like ours as a whole command. The outputs are
-compared byte for byte.
+of our tool, a byte-level BPE of 32k tokens. `peers/pool_tool.py` stands for Megatron-LM's tool: it follows the
+documented algorithm with megatron-core's tokenizer and builder and a pool of workers, and is timed like ours as a whole
+command. The outputs are compared byte for byte.
 """
 
 import json
@@ -54,7 +54,7 @@ class BenchmarkConfig:
     """Also measure peak memory, on a generated input of this many GB without repetition."""
 
     pair_only: bool = False
-    """Measure only the tool with a pool and ours with gigatoken, on all cores: the two whole commands."""
+    """Measure only two commands, on all cores: the tool with a pool of workers, and our tool with gigatoken."""
 
     skip_speed: bool = False
     """Measure only memory."""
@@ -163,7 +163,7 @@ def _children_cpu() -> float:
 
 
 def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
-    """Prints the table of speeds; ratios are to the first variant."""
+    """Prints the table of speeds; the ratios compare each variant with the first one."""
     cores = len(os.sched_getaffinity(0))
     pool, fastest = f"{_POOL}, workers {cores}", f"ours, gigatoken, workers {cores}"
     variants: dict[str, Callable[[], Timing]] = {pool: pool_tool(files, cores)}

@@ -8,10 +8,10 @@ h: hidden size, s: tokens per sequence, b: sequences per step, V: vocabulary siz
 
 Each variant of the model has its own process, which works while the others wait. Every round times each variant once,
 in turn, so that changes in the machine's speed affect all of them. The table shows medians over the rounds; a ratio is
-computed for each round, and the median of these is shown. Both sides run a whole training step: forward, backward,
-gradient clipping, fused AdamW. Our step does more: it has a gradient buffer for data parallelism, checks for non-finite
-gradients, and in bf16 keeps fp32 main weights (Hugging Face's updates bf16 weights). `mcore` is megatron-core's own
-GPTModel without Transformer Engine, with our data parallelism and optimizer.
+computed for each round, and the median of these is shown. Every variant runs a whole training step: forward, backward,
+gradient clipping, fused AdamW. Our step does more than Hugging Face's: it has a gradient buffer for data parallelism,
+checks for non-finite gradients, and in bf16 keeps fp32 main weights (Hugging Face's updates bf16 weights). `mcore` is
+megatron-core's own GPTModel without Transformer Engine, with our data parallelism and optimizer.
 """
 
 import json
@@ -66,7 +66,7 @@ class BenchmarkConfig:
     """Number of timed rounds; each times every variant once."""
 
     variants: tuple[str, ...] = ("ours", "hugging face", "ours + PLE")
-    """Models to time: ours, hugging face, mcore, ours + PLE, ours + PLE by rows, ours + NPT. `ours` must be one."""
+    """Models to time: ours, hugging face, mcore, ours + PLE, ours + PLE by rows, ours + NPT. `ours` is required."""
 
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Precisions to time them in."""
@@ -80,7 +80,10 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown or "ours" not in self.variants:
-            raise ValueError(f"--variants: must contain ours, and otherwise only {', '.join(VARIANTS)}")
+            raise ValueError(
+                f"--variants {' '.join(self.variants)}: must contain ours, and only names from this list: "
+                f"{', '.join(VARIANTS)}"
+            )
 
 
 SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_size")
@@ -110,7 +113,11 @@ class Worker:
         )
 
     def ask(self, part: str) -> float:
-        """Returns seconds for `fb` (forward+backward) or `step`, FLOP/s for `gemm`, bytes for `peak` or `steps`.
+        """Returns the measured value of a part.
+
+        Args:
+            part: `fb` (seconds of forward+backward), `step` (seconds of a step), `gemm` (FLOP/s), `peak` (largest
+                memory of the process in bytes) or `steps` (the bytes of it that the steps need).
 
         Raises:
             WorkerEnded: the process has ended.
@@ -136,13 +143,13 @@ class Measured:
     """The measured values of one precision."""
 
     times: dict[str, list[float]]
-    """Seconds by `VARIANT PART`, and of one FLOP of a large matrix product as `gemm`; one value for each round."""
+    """Seconds of each round by variant and part, such as `ours step`; `gemm`: seconds per FLOP of a large product."""
 
     memory: dict[str, tuple[float, float]]
-    """Peak bytes of each variant's process, and the part of it that the steps need."""
+    """Peak bytes of each variant's process, and how many of these bytes the steps need."""
 
     failed: dict[str, str]
-    """Why the variants without results have none."""
+    """Reason of the failure, for each variant that failed."""
 
 
 def main() -> int:

@@ -10,10 +10,10 @@ f: FFN size, s: tokens per sequence, b: sequences per step. The columns of the t
     wall time    time of the NPT layer / time of the base layer - 1, as the median of the ratios within a round
     over         (wall time - share) in percentage points
 
-The claim that `over` is at most 3 points is for the mode `trained`, in which both layers train all their weights. In
-the mode `frozen` the base weights of both layers are frozen; its last column compares the NPT layer with a base layer
-that trains all its weights, because converting a layer replaces such training. Every round times each layer once, in
-turn. CPU time includes the time that threads wait; on a busy machine, CPU time with `--threads 1` is the better
+In the mode `trained`, both layers train all their weights; here `over` should be at most 3 points. In the mode
+`frozen`, the base weights of both layers are frozen. The last column of this mode compares the NPT layer with a base
+layer that trains all its weights, because converting a layer replaces such training. Every round times each layer once,
+in turn. CPU time includes the time that threads wait; on a busy machine, CPU time with `--threads 1` is the better
 measure.
 
 Peak memory is that of a training step with AdamW: weights, gradients, optimizer state and activations.

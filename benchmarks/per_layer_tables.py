@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures a training step against the size of the per-layer tables: trained whole, and by rows (--per-layer-sparse).
+"""Measures a training step for per-layer tables of several sizes, trained whole and by rows (--per-layer-sparse).
 
     python benchmarks/per_layer_tables.py                  h=512, 4 layers, s=512, b=2, p=64, Vp=8k to 1M, fp32
     python benchmarks/per_layer_tables.py --rows 8192 65536 --optimizers adam lazy_adam --bf16
@@ -9,16 +9,16 @@ Vp: rows of a table, p: its columns; h: hidden size, s: tokens per sequence, b: 
 Each variant has its own process, which works while the others wait. For every Vp a round times each variant once, in
 turn, and with them the reference: tables of the first Vp, trained whole. A ratio is computed for each round; the table
 shows the median, and the smallest and largest. The ids of a step are drawn uniformly from all rows, so nearly all are
-distinct. Before the measurement the optimizer's state is filled as after 1,000 steps in which each row was last used:
-with `adam` every row then has 1,000 steps to catch up, which is the most work that there is.
+distinct. Before the measurement, the optimizer's state is set as if every row had last been used 1,000 steps ago. With
+`adam`, each used row must then catch up on 1,000 steps, which is the most expensive case.
 
-The host of a virtual machine may take pages away that have not been used for some seconds; the guest does not see it,
-but waits microseconds for each such page. Processes here wait for each other, so before a timed step a process touches
-every page of tables and state, and runs a step that is not timed.
+The host of a virtual machine may take away pages that have not been used for some seconds. The guest does not see this,
+but waits microseconds for each such page. Here a process is idle while the others are timed. Before its own timed step,
+it therefore touches every page of the tables and their state, and runs a step that is not timed.
 
-Memory is the peak of the process; `tables` is the part of it that weights, gradients and optimizer state of the tables
-take by their size, `rest` is the difference. Tables in files are in the system's cache, of which the process counts the
-pages that it has touched since it last let go of them.
+Memory is the peak of the process. `tables` is the computed size of the tables' weights, gradients and optimizer state;
+`rest` is the difference. Tables in files (`:disk`) are in the system's file cache: `tables` is 0, and the peak includes
+only those of their pages that the process has touched since it last released its pages.
 """
 
 import statistics
@@ -60,11 +60,11 @@ class BenchmarkConfig:
     """Values of Vp; the first one, trained whole, is the reference."""
 
     optimizers: tuple[str, ...] = ("adam", "lazy_adam", "adam:disk")
-    """Optimizers of rows to time, next to tables that are trained whole; `:cpu` or `:disk` after a name for tables off
-    the device (--per-layer-offload)."""
+    """Optimizers to time for tables that are trained by rows; tables trained whole are timed in any case. `:cpu` or
+    `:disk` after a name keeps the tables in host memory or in files (--per-layer-offload)."""
 
     offload_dir: str = tempfile.gettempdir()
-    """Directory of the files of `:disk`."""
+    """Directory for the files of tables with `:disk`."""
 
     per_layer_hidden_size: int = 64
     """Columns of a table (p)."""
@@ -110,7 +110,7 @@ class Worker:
         if not answer:
             self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(f"a process has ended: {self._errors.read()[-2000:]}")
+            raise RuntimeError(f"the process of a variant has ended: {self._errors.read()[-2000:]}")
         return float(answer)
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ def main() -> int:
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/per_layer_tables.py",
-        description="Measure a training step against the size of the per-layer tables.",
+        description="Measure a training step for per-layer tables of several sizes.",
     )
     if config.worker is not None:
         name, rows = config.worker.split("/")

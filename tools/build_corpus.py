@@ -17,8 +17,8 @@ class CorpusConfig:
     """Held-out file to write; its modules and topics do not occur in the training file."""
 
     max_bytes: int | None = None
-    """Largest number of bytes of text in both files together; documentation is taken first, then docstrings, then
-    sources. Default: take all text.
+    """Write at most this many bytes of text to both files together; documentation is taken first, then docstrings,
+    then sources. Default: take all text.
     """
 
     held_out_fraction: float = 0.05

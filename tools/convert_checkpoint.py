@@ -84,10 +84,10 @@ class ImportConfig:
     """
 
     tokenizer_type: TokenizerType | None = None
-    """With --format megatron: tokenizer of the model. Default: the one in the checkpoint's arguments."""
+    """With --format megatron: type of the model's tokenizer. Default: the type that the checkpoint records."""
 
     tokenizer_model: str | None = None
-    """With --format megatron: path of the tokenizer's file or directory, if it differs from the checkpoint's."""
+    """With --format megatron: path of the tokenizer's file or directory, if the path in the checkpoint is not valid."""
 
     vocab_file: str | None = None
     """With --format megatron: path of vocab.json, for GPT2BPETokenizer."""
@@ -167,8 +167,8 @@ class ExportConfig:
     """Export the model without a tokenizer."""
 
     per_layer_vocab_file: str | None = None
-    """For a model with per-layer embedding that was trained on aligned per-layer data: the data's per-layer
-    vocabulary, whose directory contains the table of per-layer ids.
+    """For a model with per-layer embedding that was trained on aligned per-layer data: the file of the data's per-layer
+    vocabulary. The table of per-layer ids must be in the same directory.
     """
 
     npt_weights: str | None = None
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Convert a Hugging Face model or a checkpoint of Megatron-LM to a checkpoint; write its flags to model.yaml."""
+    """Convert a Hugging Face or Megatron-LM model to a checkpoint; write the model's flags to model.yaml."""
     if config.format == "megatron":
         _import_megatron(config)
         return

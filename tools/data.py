@@ -35,7 +35,7 @@ class OptionalTokenizerConfig(TokenizerConfig):
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Returns no missing flags, as the tokenizer is optional; `__post_init__` checks the flags that are given."""
+        """Returns an empty list, as the tokenizer is optional; `__post_init__` checks the flags that are given."""
         return []
 
     def __post_init__(self) -> None:

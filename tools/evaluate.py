@@ -95,7 +95,7 @@ def main() -> None:
 def _evaluate(
     config: EvaluateConfig, loaded: "LoadedModel", prefix: str, length: int, guess: int | None
 ) -> tuple[dict[str, float], str]:
-    """Returns a dataset's entry in the JSON file, and its printed line; collective."""
+    """Evaluates a dataset; returns its entry in the JSON file and its printed line. Every rank must call this."""
     from megatron_ext.data.corpora.unigram import unigram_cross_entropy
     from megatron_ext.data.files.console import token_progress
     from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_tokens

@@ -196,10 +196,10 @@ def _regularization_weight(config: EvaluateNPTConfig, stored: dict[str, Any]) ->
 def _measure(
     config: EvaluateNPTConfig, loaded: Any, families: list[Any], settings: Any, length: int, seed: int
 ) -> dict[str, Any] | None:
-    """Compares the model with its base model, with itself without single layers, and with its untrained self.
+    """Compares the model with its base model, with itself without one NPT layer at a time, and with untrained layers.
 
-    Collective. The NP components may hold their initial values afterwards. Returns the figures on rank 0, None on the
-    other ranks.
+    Every rank must call this. The NP components may hold their initial values afterwards. Returns the figures on
+    rank 0, None on the other ranks.
     """
     from megatron_ext.data.files.console import token_progress
     from megatron_ext.inference.perplexity import held_out_tokens
@@ -235,7 +235,7 @@ def _measure(
 def _ablation(
     model: list[Any], families: list[Any], layers: tuple[int, ...], prefix: str, on: dict[str, Any]
 ) -> dict[str, Any]:
-    """Runs the model without each of its NPT layers; see `layer_ablation`."""
+    """Runs the model once for each NPT layer, which is replaced by its base layer; see `layer_ablation`."""
     from megatron_ext.inference.perplexity import held_out_steps
     from megatron_ext.npt.evaluation.layer_ablation import ablate_layers
 
@@ -284,8 +284,8 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
         tensors, settings = read_np_weight_file(config.npt_weights)
         if settings is None:
             raise ValueError(
-                f"--npt-weights {config.npt_weights}: config.json, which is required because "
-                "--checkpoint is a base model, is missing in this file's directory"
+                f"--npt-weights {config.npt_weights}: the directory of this file must also contain config.json, "
+                "because --checkpoint is a base model"
             )
     if settings is None:
         raise ValueError(

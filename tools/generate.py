@@ -126,7 +126,8 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         for name in ("top_k", "top_p"):
             if getattr(config, name):
                 raise ValueError(
-                    f"{flag_name(name)} {getattr(config, name)}: cannot be used with --sampler diffusion"
+                    f"{flag_name(name)} {getattr(config, name)}: cannot be used with --sampler diffusion, the default "
+                    "for a model that was trained on masked tokens; omit the flag"
                 )
         unmasking = DiffusionSampling(
             max_new_tokens=config.max_new_tokens,
@@ -153,7 +154,9 @@ def _prompts(config: GenerateConfig) -> list[str]:
     texts = [argument_text("--prompt", text) for text in config.prompt]
     if config.prompt_file is not None:
         texts += read_lines("--prompt-file", config.prompt_file)
-    if not all(texts) or not texts:
+        if not texts:
+            raise ValueError(f"--prompt-file {config.prompt_file}: has no prompt; write one per line")
+    if not all(texts):
         raise ValueError(f"--prompt {list(config.prompt)}: a prompt must not be empty")
     return texts
 

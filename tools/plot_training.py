@@ -16,7 +16,7 @@ from megatron_ext.reports.charts import require_matplotlib
 from megatron_ext.reports.events import Curve, read_curves
 
 MINIMIZED = ("npt loss", "fidelity_loss")
-"""Tags of the loss that an NPT run minimizes, and of the part of it that compares the outputs."""
+"""Tags of the loss that an NPT run minimizes, and of its part that compares the outputs with the base model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ def main() -> None:
     curves = read_curves(config.tensorboard_dir)
     if MINIMIZED[0] not in curves and "lm loss" not in curves:
         raise ValueError(
-            f"--tensorboard-dir {config.tensorboard_dir}: the TensorBoard files do not contain the tag 'lm loss'"
+            f"--tensorboard-dir {config.tensorboard_dir}: the TensorBoard files do not contain the tag 'lm loss' "
+            f"or '{MINIMIZED[0]}'"
         )
     draw(config, curves)
     print(config.output)

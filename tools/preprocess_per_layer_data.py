@@ -100,7 +100,7 @@ class VocabularyConfig(TokenizerConfig):
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Returns no missing flags: `__post_init__` may still find merges.txt, and checks the other flags."""
+        """Returns an empty list: `__post_init__` may still find merges.txt, and checks the other flags."""
         return []
 
     def __post_init__(self) -> None:

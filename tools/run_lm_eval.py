@@ -35,7 +35,9 @@ def main() -> None:
     several = process_groups.world_size() > 1
     if several and getattr(arguments, "use_cache", None):
         # All processes of one model must compute the same requests, but each process would read a separate cache.
-        raise ValueError(f"--use_cache {arguments.use_cache}: requires a single process")
+        raise ValueError(
+            f"--use_cache {arguments.use_cache}: requires a single process; omit the flag, or start without torchrun"
+        )
     with contextlib.ExitStack() as stack:
         if process_groups.rank() > 0:
             for name in ("output_path", "wandb_args", "trackio_args", "hf_hub_log_args"):
@@ -48,7 +50,10 @@ def main() -> None:
 
 
 def _check_path(word: str) -> None:
-    """Checks the checkpoint that `load=...` in a word of the command line names, before the slow import of lm_eval."""
+    """Checks that the checkpoint exists if this word of the command line contains `load=...`.
+
+    This happens before the slow import of lm_eval.
+    """
     given = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))
     if "load" in given:
         from megatron_ext.registry.loaded_path import check_holds_checkpoint

@@ -23,8 +23,8 @@ class SummaryConfig:
     """JSON file written by tools/evaluate.py, to print its losses too."""
 
     rows: int = 10
-    """Largest number of rows in the table: the first, last and evaluated steps, and further steps at equal, round
-    distances.
+    """Largest number of rows in the table. They are the first, the last and the evaluated steps, and further steps at
+    equal intervals.
     """
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@
 
     python benchmarks/engines/compare.py --engines .venv/bin/python .venv-newest/bin/python
 
-An engine is an interpreter whose environment has this package's dependencies, with a folder after a colon if
-megatron-core is to come from there (`pip install --no-deps --target FOLDER megatron-core==0.17.1`). For each family:
+An engine is a Python interpreter whose environment has this package's dependencies. PYTHON:FOLDER takes megatron-core
+from FOLDER instead (`pip install --no-deps --target FOLDER megatron-core==0.17.1`). For each family:
 
     train       every engine trains the same model for STEPS steps and saves a checkpoint
     hand over   every engine trains STEPS more from the first engine's checkpoint, and the first from every engine's
@@ -64,10 +64,10 @@ class CompareConfig:
     """Interpreters to compare, as PYTHON or PYTHON:FOLDER; the first exchanges checkpoints with each of the others."""
 
     processes: int = 1
-    """Processes of a run. With several, tensors are parallel over two of them, and the optimizer is distributed."""
+    """Processes of a run. With several, the run uses tensor parallelism of size 2 and the distributed optimizer."""
 
     steps: int = 4
-    """Steps before the checkpoint, and after it."""
+    """Number of steps before the checkpoint; the same number follows after it."""
 
     def __post_init__(self) -> None:
         check_positive(self, "processes", "steps")
@@ -87,7 +87,7 @@ class Engine:
         """Runs Python with these arguments; returns what it prints.
 
         Raises:
-            ValueError: it failed; the message ends with its last line.
+            ValueError: the command failed; the message contains the end of its output.
         """
         python, _, folder = self.given.partition(":")
         paths = [str(Path(folder).resolve())] if folder else []
@@ -122,7 +122,7 @@ class Comparison:
             self.command += ["--use-distributed-optimizer", "--overlap-grad-reduce"]
 
     def train(self, engine: Engine, name: str, *, start: str | None = None) -> list[float]:
-        """Trains from scratch, or on from the run `start`; returns the losses of the steps that this call trained."""
+        """Trains from scratch, or continues the run `start`; returns the losses of the steps that this call trained."""
         save = self.folder / name
         if start is not None:
             shutil.copytree(self.folder / start, save)
@@ -143,7 +143,7 @@ class Comparison:
 
 
 def compare(comparison: Comparison, engines: list[Engine]) -> list[tuple[str, str, str, bool]]:
-    """Trains a family with all engines; returns rows of the table: family, what, losses, and whether they are equal."""
+    """Trains a family with all engines; returns rows (family, description, losses, whether they are as expected)."""
     first, rows = engines[0], []
     trained = [comparison.train(engine, f"engine{number}") for number, engine in enumerate(engines)]
     for engine, found in zip(engines, trained, strict=True):

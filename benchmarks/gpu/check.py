@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs what only a GPU can show, within eight minutes, and prints one table; docs/gpu.md explains its rows.
+"""Runs the checks that need a GPU, within eight minutes, and prints one table; docs/gpu.md explains its rows.
 
     make gpu PYTHON=python3                                      on the machine with the GPU
     python benchmarks/gpu/check.py --device cpu --size tiny      the same code on a CPU, in a minute or two
 
-A row that fails gives its reason in one line, and the others go on; the exit code is then 1.
+A row that fails shows the reason in one line. The other rows are measured all the same, and the exit code is 1.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class CheckConfig:
     """Size of the models: full for a GPU of 141 GB, tiny for a CPU."""
 
     rehearsed: str | None = None
-    """JSON file of benchmarks/gpu/rehearsed.py, with the figures that the device is compared with."""
+    """JSON file written by benchmarks/gpu/rehearsed.py; the figures of the device are compared with those in it."""
 
     output: str | None = None
     """File to write the rows to, as JSON."""
@@ -46,7 +46,7 @@ class CheckConfig:
     """Run only the jobs that have a row whose name contains one of these words."""
 
     minutes: float = 8.0
-    """Time for everything; what is not finished then is ended and fails."""
+    """Time limit for all jobs together, in minutes; jobs that have not finished by then are ended and fail."""
 
     jobs: int = 4
     """Number of jobs at a time; jobs that measure times run alone on a GPU."""
@@ -60,7 +60,7 @@ def main() -> int:
     config: CheckConfig = parse(
         CheckConfig,
         prog="benchmarks/gpu/check.py",
-        description="Run what only a GPU can show, and print one table.",
+        description="Run the checks that need a GPU, and print one table.",
     )
     end = time.monotonic() + 60 * config.minutes
     with tempfile.TemporaryDirectory() as folder:

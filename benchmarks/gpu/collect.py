@@ -31,7 +31,7 @@ _PLATFORMS = [
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Flags of the folder."""
+    """Flags for the folder to fill."""
 
     output: str
     """Folder to write; an existing one is emptied first."""
@@ -63,7 +63,12 @@ def main() -> None:
 
 
 def requirements(wheel: Path, python_version: str) -> list[str]:
-    """Returns what our wheel and its extra `hf` require without torch, as `name==version`, for a Python version."""
+    """Returns the packages, except torch, that our wheel and its extra `hf` require, as `name==version`.
+
+    Args:
+        wheel: path of our wheel.
+        python_version: version of the Python for which the requirements are chosen.
+    """
     environment = default_environment() | {
         "python_version": python_version,
         "python_full_version": python_version,

@@ -48,17 +48,21 @@ class Machine:
 
     gpus: int
     size: str
+    """full or tiny."""
+
     folder: Path
     data: str
+    """Prefix of the training data."""
+
     rehearsed: Mapping[str, Any]
-    """The figures of `rehearsed.py` for this size; empty without."""
+    """The figures of `rehearsed.py` for this size; empty if no file was given."""
 
     datasheet: float | None
     """FLOP/s of dense bf16 products by the device's data sheet; None if unknown."""
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the commands must not see a GPU."""
+        """Whether the checks run on the CPU, so that the commands must not see a GPU."""
         return self.device == "cpu"
 
 
@@ -67,16 +71,16 @@ class Job:
     """Rows that are measured together."""
 
     rows: tuple[str, ...]
-    """Names of the rows, for the case that the job fails."""
+    """Names of the job's rows; if the job fails, each of them gives the reason."""
 
     seconds: float
     """Time limit of the job on a GPU, in seconds; on a CPU it is three times as long."""
 
     work: Callable[[Machine, float], Sequence[Row]]
-    """Called with the machine and the time at which it must end."""
+    """Function that measures the rows; its arguments are the machine, and the monotonic time at which it must end."""
 
     alone: bool = False
-    """Whether nothing else may run, because times are measured."""
+    """Whether no other job may run at the same time, because this job measures times."""
 
 
 def all_jobs(machine: Machine) -> list[Job]:
@@ -98,7 +102,7 @@ def all_jobs(machine: Machine) -> list[Job]:
 
 
 def run_job(job: Job, machine: Machine, end: float) -> list[Row]:
-    """Runs a job until `end` at most; a failure becomes the reason in its rows."""
+    """Runs a job, at most until `end`, and returns its rows; if the job fails, each row gives the reason."""
     try:
         seconds = job.seconds * (3 if machine.is_cpu else 1)
         return list(job.work(machine, min(end, time.monotonic() + seconds)))
@@ -128,7 +132,7 @@ class Training:
         """Trains, and returns what the run has logged.
 
         Args:
-            place: name of the folder in which the run saves; it continues the run that it finds there.
+            place: name of the folder in which the run saves; a run that is already there is continued.
             flags: further flags.
             processes: number of processes under torchrun; 0 starts one without it.
             on_cpu: whether to hide the GPUs; None for the machine's device.
@@ -160,13 +164,13 @@ def _train(family: str, machine: Machine, until: float) -> list[Row]:
 
 
 def _parity(family: str, machine: Machine, until: float) -> list[Row]:
-    """Two steps on the CPU, one on the device, one on the CPU, against all steps on the CPU."""
+    """Compares two steps on the CPU, one on the device and one on the CPU with the same four steps on the CPU."""
     training = Training(family, machine, "parity", until, fp32=True)
     whole = training.run("whole", on_cpu=True)
     training.run("parts", "--exit-interval", "2", on_cpu=True)
     there = training.run("parts", "--exit-interval", "3")
     back = training.run("parts", on_cpu=True)
-    text = f"fp32, step 3 on {machine.device} from the CPU's checkpoint, step 4 on the CPU from that one's: "
+    text = f"fp32, step 3 on {machine.device} from the CPU's checkpoint, step 4 on the CPU from step 3's: "
     tolerance = 0.0 if machine.is_cpu else 1e-3
     return [_agreement(f"{family}: CPU and {machine.device}", whole, {3: there, 4: back}, tolerance, text)]
 

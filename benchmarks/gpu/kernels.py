@@ -39,7 +39,7 @@ _LOGITS = {"cross-entropy, bf16": torch.bfloat16, "cross-entropy, fp32": torch.f
 
 
 def measure_kernels(size: str, *, profiled: bool) -> dict[str, dict[str, Any]]:
-    """Measures every case; one that fails gives its `error`.
+    """Measures every case; the result of a case that fails contains only its `error`.
 
     Args:
         size: a key of `_SHAPES`.

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Runs what a rehearsal of a training script would run, but on this machine's device, and measures what it predicts.
+"""Runs what a rehearsal would run, but on this machine's device, and measures the figures that rehearsals predict.
 
     python benchmarks/gpu/measured_run.py pretrain_npt.py FLAGS --rehearse
 
 The last line of the output is `measured` and a JSON object:
 
-    peak        largest number of bytes that torch's tensors had at once; on a CPU without the temporaries of kernels
-    reserved    bytes that torch's CUDA allocator has reserved at most
+    peak        largest number of bytes in torch's tensors; on a CPU without the temporary tensors of kernels
+    reserved    largest number of bytes that torch's CUDA allocator has reserved; absent on a CPU
     waits       calls of CUDA in the second step in which the host waits for the device, by name; null on a CPU
     copies      copies from the device to the host in the second step; null on a CPU
 """
@@ -53,7 +53,7 @@ class SecondStep:
             self._range.__enter__()
 
     def end(self, phase: str, result: Any) -> None:
-        """Counts at the end of the second step."""
+        """Counts the waits and copies when the second step ends."""
         if phase != run_phases.STEP or self.steps != 2:
             return
         self._range.__exit__(None, None, None)
@@ -68,7 +68,7 @@ class SecondStep:
 
 
 def run_measured(config: Any, run: Callable[[Any], int]) -> int:
-    """Stands for `run_or_rehearse`: trains as a rehearsal does, and prints what it has measured."""
+    """Replaces `run_or_rehearse`: trains as in a rehearsal, and prints the measured figures."""
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, dry_run=True))
     found: dict[str, Any] = {"waits": None, "copies": None}
     run_phases.observer = step = SecondStep()

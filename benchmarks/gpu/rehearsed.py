@@ -17,7 +17,7 @@ from megatron_ext.config.command_line.parse import parse, run_main
 
 @dataclass(frozen=True, kw_only=True)
 class RehearsedConfig:
-    """Flags of the file."""
+    """Flags for the file to write and the figures in it."""
 
     output: str
     """File to write."""
@@ -27,7 +27,7 @@ class RehearsedConfig:
 
 
 def main() -> None:
-    """Rehearses the kernels in this process, and the runs in others."""
+    """Rehearses the kernels in this process and the training runs in other processes; writes the figures."""
     config: RehearsedConfig = parse(
         RehearsedConfig,
         prog="benchmarks/gpu/rehearsed.py",

@@ -1,4 +1,4 @@
-"""The runs of `make gpu`: their flags at both sizes, and how a command is started, limited in time, and read."""
+"""Flags of the runs of `make gpu` at both sizes; runs a command within a time limit, and reads its figures."""
 
 import json
 import os
@@ -22,12 +22,12 @@ SCRIPTS = {
     "progressive": "pretrain_progressive.py",
 }
 STEPS = 4
-"""Steps of a training run; the growing model has two stacks of two."""
+"""Steps of a training run; the progressive model trains each of its two stacks for half of them."""
 
 CLUSTER = "--bf16 --use-distributed-optimizer --recompute-granularity full --recompute-method uniform " + (
     "--recompute-num-layers 1"
 )
-"""What a run on a cluster sets, and what one process can exercise."""
+"""Flags that a run on a cluster would set, and that a run in one process can test."""
 
 _VOCABULARY = 256
 # The model that trains, on the CPU too; the model whose memory is measured; the shape of benchmarks/gpt.py.
@@ -69,14 +69,14 @@ _REMOVED = (
 
 
 def training_flags(family: str, size: str, data: str) -> list[str]:
-    """Returns the flags of a small training run of `STEPS` steps (of one for `base`)."""
+    """Returns the flags of a small training run of `STEPS` steps; the family `base` trains one step."""
     steps = {"base": "--train-iters 1", "progressive": f"--stack-steps {STEPS // 2}"}
     model = f"{_SMALL[size]} {_COMMON} --vocab-size {_VOCABULARY} {_FAMILIES[family]}"
     return f"{model} {steps.get(family, f'--train-iters {STEPS}')} {_TRAINING} --data-path {data}".split()
 
 
 def memory_flags(family: str, size: str) -> list[str]:
-    """Returns the flags of the run that is rehearsed, and measured."""
+    """Returns the flags of the run whose memory and waits are both rehearsed and measured."""
     steps = "--stack-steps 100" if family == "progressive" else "--train-iters 100"
     vocabulary = 32000 if size == "full" else 1000
     batch = "--micro-batch-size 4 --global-batch-size 8 --no-log-throughput"
@@ -102,13 +102,13 @@ def run(command: Sequence[str], *, until: float, on_cpu: bool, fp32: bool = Fals
     """Runs a command and returns its output.
 
     Args:
-        command: what follows the interpreter's name.
+        command: arguments of the Python interpreter.
         until: the time of `time.monotonic` at which all its processes are ended.
         on_cpu: hide the GPUs from it.
         fp32: compute fp32 products in fp32 on a GPU, whatever the machine's libraries prefer.
 
     Raises:
-        CommandFailed: its exit code is not 0, or the time is over.
+        CommandFailed: its exit code is not 0, or it did not end in time.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _REMOVED}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
@@ -129,7 +129,7 @@ def run(command: Sequence[str], *, until: float, on_cpu: bool, fp32: bool = Fals
     try:
         output, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:
-        raise CommandFailed(f"{name} was ended: its time is over") from None
+        raise CommandFailed(f"{name} was ended at its time limit") from None
     finally:
         _end(process)
     if process.returncode:

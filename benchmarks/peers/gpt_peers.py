@@ -20,7 +20,7 @@ Batches = Iterator[dict[str, torch.Tensor]]
 def hugging_face(
     shape: ModelConfig, vocab_size: int, bf16: bool, device: torch.device, batches: Batches
 ) -> Passes:
-    """Llama with SDPA and torch's fused AdamW, which in bf16 updates bf16 weights."""
+    """Builds Hugging Face's Llama with SDPA and torch's fused AdamW, which in bf16 updates bf16 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = LlamaConfig(
@@ -52,7 +52,7 @@ def hugging_face(
 
 
 def mcore(shape: ModelConfig, vocab_size: int, bf16: bool, device: torch.device, batches: Batches) -> Passes:
-    """megatron-core's model without Transformer Engine, and its schedule; our data parallelism and optimizer."""
+    """Builds megatron-core's model without Transformer Engine; its schedule, our data parallelism and optimizer."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -1,10 +1,10 @@
-"""A data tool as Megatron-LM documents its own, for benchmarks/data.py: none of Megatron-LM's code is here.
+"""A preprocessing tool like Megatron-LM's, written for benchmarks/data.py from its documentation, without its code.
 
     python benchmarks/peers/pool_tool.py INPUT OUTPUT_PREFIX TOKENIZER_DIR WORKERS
 
 A `multiprocessing.Pool` parses and encodes lines, 32 at a time; this process adds the documents to megatron-core's
-`IndexedDatasetBuilder`. Tokenizer and builder are megatron-core's own, so what takes the time is what Megatron-LM's
-tool spends it on; the rest of that tool (flags, partitions, progress lines) is missing.
+`IndexedDatasetBuilder`. Tokenizer and builder, which take most of the time, are megatron-core's own, as in
+Megatron-LM's tool. The rest of that tool (flags, partitions, progress lines) is missing.
 """
 
 import json

@@ -138,9 +138,7 @@ class Activity:
 
 
 def place() -> str:
-    """Returns the line of this package (not of the rehearsal) that is running; if it calls the engine, also the engine's
-    line.
-    """
+    """Returns the line of this package (not of the rehearsal) that is running; in the engine, also the engine's line."""
     frame: FrameType | None = sys._getframe(1)
     engine = ""
     while frame is not None:

@@ -95,7 +95,7 @@ def test_a_row_that_is_over_its_time_is_ended_and_fails(tmp_path: Path) -> None:
     code, rows, _ = check(tmp_path, *CPU, "--only", "torchrun", "kernels", "--minutes", "0.001")
     assert code == 1
     assert {row["verdict"] for row in rows.values()} == {"FAILED"}
-    assert all(row["result"].endswith("was ended: its time is over") for row in rows.values())
+    assert all(row["result"].endswith("was ended at its time limit") for row in rows.values())
     assert len(rows) == len(FAMILIES) + 1
 
 
