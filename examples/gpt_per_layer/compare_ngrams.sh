@@ -13,7 +13,7 @@ data=${1:-runs/quickstart}
 export OUT=${OUT:-runs/compare_ngrams_$(basename "$data")}
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export TRAIN_ITERS=${TRAIN_ITERS:-300}
-# A table of 262,144 rows has 4.2M parameters of a layer; the base model has 0.5M in all.
+# A layer's table of 262,144 rows has 4.2M parameters; the base model has 0.5M in all.
 export MODEL="--num-layers 4 --hidden-size 64 --num-attention-heads 4 --per-layer-hidden-size 16"
 mkdir -p "$OUT"
 

@@ -17,9 +17,9 @@ export OMP_NUM_THREADS=1
 [ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }
 mkdir -p "$out"
 
-# 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4. The others are base models. The
-# plain one has an MLP of 320. 32 more are the FLOPs that both PLE models add; 374 more are the parameters that gemma4 adds.
-# An output layer of its own leaves the embedding to be a mere table: 524k more parameters, no FLOPs.
+# 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4. The others are base models. The MLP of
+# the plain one is 320 wide. A width of 352 adds as many FLOPs as both PLE models, and 694 as many parameters as gemma4.
+# A separate output layer (untied) makes the embedding a mere table: 524k more parameters, no more FLOPs.
 # compare_ngrams.sh gives other names and another model: NAME@STEPS trains the variant NAME for another number of steps.
 model=${MODEL:---num-layers 4 --hidden-size 128 --num-attention-heads 4 --per-layer-hidden-size 32}
 hashed="--use-per-layer-embedding --per-layer-vocab-size 262144 --per-layer-sparse"

@@ -13,9 +13,9 @@
 #   RDZV_WAIT          seconds to wait until the endpoint answers (default: 30)
 #   RDZV_JOIN_TIMEOUT  seconds to wait until all hosts have joined (default: 600)
 #
-# torchrun's PET_NNODES, PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT, PET_RDZV_ID ... count where ours are not set; in a step of
-# Slurm (srun --ntasks-per-node=1) so do the step's hosts. The launcher finds the interface that leads to the endpoint and
-# sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to it, unless they are set.
+# A variable that is not set is taken from torchrun's (PET_NNODES, PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT, PET_RDZV_ID, ...) or,
+# in a step of Slurm (srun --ntasks-per-node=1), from the step's hosts. The launcher finds the interface that leads to the
+# endpoint and sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to it, unless they are set.
 #
 # --save, --load and the data must be on a file system that all hosts share. On SIGUSR1, SIGTERM and Ctrl-C the training
 # processes finish the step, save and exit. The exit code is 0, 1 (as torchrun's), or 2 for an error in these variables.

