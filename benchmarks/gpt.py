@@ -117,7 +117,7 @@ class Worker:
 
         Args:
             part: `fb` (seconds of forward+backward), `step` (seconds of a step), `gemm` (FLOP/s), `peak` (largest
-                memory of the process in bytes) or `steps` (the bytes of it that the steps need).
+                memory of the process in bytes) or `steps` (how many of these bytes the steps need).
 
         Raises:
             WorkerEnded: the process has ended.

@@ -103,7 +103,7 @@ class Worker:
         )
 
     def ask(self, part: str) -> float:
-        """Returns seconds for `step`, bytes for `peak` and `tables`."""
+        """Returns the measured value of a part: seconds for `step`, bytes for `peak` and `tables`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(part, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
@@ -204,7 +204,7 @@ def _serve(config: BenchmarkConfig, name: str, rows: int) -> None:
 
 
 def _timed_warm(step: Callable[[], None], tables: "list[torch.Tensor]") -> float:
-    """Returns the seconds of a step whose memory has just been used."""
+    """Returns the seconds of a step; before it, touches all memory that the step uses and runs an untimed step."""
     from megatron_ext.platform.memory.mapped_tensors import release_pages
 
     for block in (block for tensor in tables for block in tensor.split(1 << 16)):

@@ -46,7 +46,7 @@ _ONLY_HUGGING_FACE = (
 
 
 def _refuse(config: Any, names: tuple[str, ...], reason: str) -> None:
-    """Raises `ValueError` if a field differs from its default."""
+    """Raises `ValueError` with this reason if one of the named fields differs from its default."""
     for name in names:
         if getattr(config, name) != type(config).__dataclass_fields__[name].default:
             raise ValueError(f"{flag_name(name)}: {reason}")
@@ -68,7 +68,7 @@ class ImportConfig:
     """Directory to write the checkpoint to; must not exist yet, or be empty."""
 
     seq_length: int | None = None
-    """Tokens per training sequence. Default: the model's maximum position, but at most 4096."""
+    """Tokens per training sequence. Default: the longest sequence that the model allows, but at most 4096."""
 
     make_vocab_size_divisible_by: int | None = None
     """Pad the vocabulary size to a multiple of this number. Default: the largest power of two up to 128 that needs no
@@ -117,7 +117,7 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Flags for the checkpoint to export and the Hugging Face directory to write."""
+    """Flags for the checkpoint to export and the directory to write."""
 
     load: str
     """Directory of checkpoints, or the directory of one checkpoint."""

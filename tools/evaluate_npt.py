@@ -28,7 +28,7 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """Flags for the checkpoint and data to evaluate, and for the report to write."""
 
     checkpoint: Annotated[str, flag(aliases=("--load",))]
-    """Directory of checkpoints, or of one checkpoint; either from an NPT run, or a base model's with --npt-weights."""
+    """Directory of checkpoints, or of one checkpoint, of an NPT run or, with --npt-weights, of a base model."""
 
     data_path: str
     """Prefix of a held-out indexed dataset."""
@@ -235,7 +235,7 @@ def _measure(
 def _ablation(
     model: list[Any], families: list[Any], layers: tuple[int, ...], prefix: str, on: dict[str, Any]
 ) -> dict[str, Any]:
-    """Runs the model once for each NPT layer, which is replaced by its base layer; see `layer_ablation`."""
+    """Runs the model once for each NPT layer, with this layer replaced by its base layer; see `layer_ablation`."""
     from megatron_ext.inference.perplexity import held_out_steps
     from megatron_ext.npt.evaluation.layer_ablation import ablate_layers
 

@@ -109,7 +109,7 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
     """Returns the new tokens of each prompt.
 
     Raises:
-        ValueError: the model was not trained for the requested sampler.
+        ValueError: the model was not trained for the requested sampler, or the sampler cannot use a given flag.
     """
     from megatron_ext.inference.generation import Sampling, generate
     from megatron_ext.inference.stopping import ends_with_any

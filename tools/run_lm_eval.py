@@ -50,10 +50,7 @@ def main() -> None:
 
 
 def _check_path(word: str) -> None:
-    """Checks that the checkpoint exists if this word of the command line contains `load=...`.
-
-    This happens before the slow import of lm_eval.
-    """
+    """Checks that the checkpoint after `load=` in this command-line word, if any, exists; lm_eval is slow to import."""
     given = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))
     if "load" in given:
         from megatron_ext.registry.loaded_path import check_holds_checkpoint

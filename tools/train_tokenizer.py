@@ -52,7 +52,7 @@ class TrainTokenizerConfig:
 
 
 def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
-    """Yields the texts of all documents and keys, up to `max_characters` in all.
+    """Yields the text of every key of every document, up to `max_characters` in total.
 
     Raises:
         ValueError: a line is not a document, or the input has no text.

@@ -82,6 +82,7 @@ class Engine:
     """An interpreter, and the folder that its megatron-core comes from."""
 
     given: str
+    """PYTHON or PYTHON:FOLDER, as in `--engines`."""
 
     def run(self, *arguments: str, processes: int = 1) -> str:
         """Runs Python with these arguments; returns what it prints.
@@ -110,7 +111,7 @@ class Engine:
 
 
 class Comparison:
-    """Runs of one family: its command, and where its files are."""
+    """The runs of one family, which share a command and a folder."""
 
     def __init__(self, config: CompareConfig, family: str, command: str, folder: Path) -> None:
         self.config = config

@@ -190,7 +190,7 @@ def _agreement(name: str, expected: Steps, found: Mapping[int, Steps], tolerance
 
     Args:
         name: name of the row.
-        expected: values of the run that is compared with.
+        expected: values of the reference run.
         found: for each step that is compared, the values of the run that made it.
         tolerance: largest difference.
         text: beginning of the row's result.
@@ -296,7 +296,7 @@ def _utilization(found: Mapping[str, Any], times: Mapping[str, Sequence[float]],
 
 def _compared(name: str, found: Mapping[str, Any], times: Mapping[str, Sequence[float]]) -> Row:
     if "ours step" not in times:
-        raise CommandFailed("ours has no times to compare with")
+        raise CommandFailed("the variant `ours` failed, so that there are no times to compare with")
     ratios = [
         statistics.median(x / y for x, y in zip(times[f"{name} {part}"], times[f"ours {part}"], strict=True))
         for part in ("fb", "step")

@@ -7,7 +7,7 @@ The last line of the output is `measured` and a JSON object:
 
     peak        largest number of bytes in torch's tensors; on a CPU without the temporary tensors of kernels
     reserved    largest number of bytes that torch's CUDA allocator has reserved; absent on a CPU
-    waits       calls of CUDA in the second step in which the host waits for the device, by name; null on a CPU
+    waits       CUDA calls, by name, with which the host waits for the device in the second step; null on a CPU
     copies      copies from the device to the host in the second step; null on a CPU
 """
 

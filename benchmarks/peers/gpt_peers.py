@@ -52,7 +52,7 @@ def hugging_face(
 
 
 def mcore(shape: ModelConfig, vocab_size: int, bf16: bool, device: torch.device, batches: Batches) -> Passes:
-    """Builds megatron-core's model without Transformer Engine; its schedule, our data parallelism and optimizer."""
+    """Builds megatron-core's model without Transformer Engine, run by its own schedule and trained by our optimizer."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.pipeline_parallel import get_forward_backward_func

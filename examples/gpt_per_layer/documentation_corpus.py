@@ -3,7 +3,7 @@
     apt-get install $(python examples/gpt_per_layer/documentation_corpus.py --packages)
     python examples/gpt_per_layer/documentation_corpus.py --output train.jsonl --held-out held_out.jsonl
 
-A document is one page of a manual; pages with equal text count once. The held-out file covers other pages.
+A document is one page of a manual; pages with equal text count once. No page is in both files.
 """
 
 import argparse

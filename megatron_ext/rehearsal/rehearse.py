@@ -78,7 +78,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
 
 
 def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:
-    """Returns the requested rank, or for `all-kinds` the first rank of the first, second and last pipeline stage each.
+    """Returns the requested rank; for `all-kinds`, the first rank of the first, of the second and of the last stage.
 
     Raises:
         ValueError: the run has no such rank, or the parallel layout does not fit the number of processes.

@@ -39,7 +39,7 @@ def simulate(device: Device) -> Recorder:
 
 
 def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
-    """Executes the run of rank `RANK` (an environment variable) on the simulated device; returns the exit code.
+    """Calls `run(config)` on the simulated device, as the rank in the environment variable RANK; returns the exit code.
 
     The exit code is the run's own code if that is not 0, otherwise `DOES_NOT_FIT` or 0.
     """

@@ -62,7 +62,7 @@ class Rehearsal:
 
     @property
     def step(self) -> str:
-        """The name under which the recorder counts the last step, such as `step 3`."""
+        """The name under which the recorder counts the last step, such as `step 2`."""
         return f"step {self.recorder.activity.step}"
 
     @property

@@ -96,6 +96,7 @@ class Run:
     """The tensors that this rank saves."""
 
     examined: Any = None
+    """Result of the variant's `examine`."""
 
 
 class LayoutRuns:

@@ -46,7 +46,7 @@ class Call:
 
 @dataclass
 class Total:
-    """Number of occurrences, and the sum of their bytes."""
+    """Number of calls or copies, and the sum of their bytes."""
 
     calls: int = 0
     bytes: int = 0
@@ -138,7 +138,7 @@ class Activity:
 
 
 def place() -> str:
-    """Returns the line of this package (not of the rehearsal) that is running; in the engine, also the engine's line."""
+    """Returns the running line of this package, outside the rehearsal; in the engine, also the engine's line."""
     frame: FrameType | None = sys._getframe(1)
     engine = ""
     while frame is not None:

@@ -61,11 +61,11 @@ class Recorder(TorchDispatchMode):
     # Phases
 
     def begin(self, phase: str) -> None:
-        """Called before a phase of the run."""
+        """Records that a phase of the run begins."""
         self.activity.begin(phase)
 
     def end(self, phase: str, result: Any) -> None:
-        """Called after a phase; marks tensors as weights, gradients or optimizer state."""
+        """Records that a phase has ended; marks the memory that it made as weights, gradients or optimizer state."""
         self.activity.end()
         if phase == MODEL and result is not None:
             self.chunks = len(result)

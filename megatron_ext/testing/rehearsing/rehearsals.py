@@ -40,7 +40,7 @@ class Rehearsed:
 
     @property
     def step(self) -> str:
-        """The name under which the recorder counts the last step, such as `step 3`."""
+        """The name under which the recorder counts the last step, such as `step 2`."""
         return f"step {self.activity.step}"
 
     def waits(self) -> dict[str, int]:
