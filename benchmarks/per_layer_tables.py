@@ -204,7 +204,7 @@ def _serve(config: BenchmarkConfig, name: str, rows: int) -> None:
 
 
 def _timed_warm(step: Callable[[], None], tables: "list[torch.Tensor]") -> float:
-    """Returns the seconds of a step; before it, touches all memory that the step uses and runs an untimed step."""
+    """Returns the seconds of a step; before it, touches the memory of the tables and runs a step that is not timed."""
     from megatron_ext.platform.memory.mapped_tensors import release_pages
 
     for block in (block for tensor in tables for block in tensor.split(1 << 16)):

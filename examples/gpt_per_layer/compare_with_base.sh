@@ -18,7 +18,7 @@ export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
 # 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4. The others are base models. The MLP of
-# the plain one is 320 wide. A width of 352 adds as many FLOPs as both PLE models, and 694 as many parameters as gemma4.
+# the plain one is 320 wide. A width of 352 adds the FLOPs that each PLE model adds, and 694 the parameters that gemma4 adds.
 # A separate output layer (untied) makes the embedding a mere table: 524k more parameters, no more FLOPs.
 # compare_ngrams.sh gives other names and another model: NAME@STEPS trains the variant NAME for another number of steps.
 model=${MODEL:---num-layers 4 --hidden-size 128 --num-attention-heads 4 --per-layer-hidden-size 32}

@@ -338,7 +338,7 @@ def _time_text(rehearsal: Rehearsal) -> str:
     parts = (
         f"matrix products and attention {time.products:.3f} s at the peak rate",
         f"other operations {time.other:.3f} s at {device.bandwidth / 1e12:.2f} TB/s",
-        f"communication {time.waited:.3f} s ({time.hidden:.3f} s more overlap with computation) at "
+        f"communication {time.waited:.3f} s (another {time.hidden:.3f} s overlap with computation) at "
         f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s per GPU between hosts, of "
         f"{GPUS_PER_HOST} GPUs each",
         f"pipeline bubble {time.bubble:.1%} of the time of the micro-batches, {time.idle:.3f} s, if "
