@@ -103,10 +103,12 @@ def main() -> None:
         )
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:
-        print(
-            f"this is fewer than --vocab-size {config.vocab_size}, because no further pair in the text occurs at least "
-            f"{config.min_frequency} times (--min-frequency)"
-        )
+        reason = "the text has no further pieces"
+        if config.tokenizer_type == "GPT2BPETokenizer":
+            reason = (
+                f"no further pair in the text occurs at least {config.min_frequency} times (--min-frequency)"
+            )
+        print(f"this is fewer than --vocab-size {config.vocab_size}, because {reason}")
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
         if value:
             flag = flag_name(f"lr_{kind}")
             raise ValueError(
-                f"{flag}-{other} {value}: the run's length is given by --train-{unit}; use {flag}-{unit} instead"
+                f"{flag}-{other} {value}: the run's length is given in {unit}; use {flag}-{unit} instead"
             )
     length = training.train_samples if counts_samples else training.train_iters
     decay = getattr(optimizer, f"lr_decay_{unit}") or length

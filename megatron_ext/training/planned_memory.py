@@ -65,8 +65,10 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
     # The stages that run on this machine are unknown here. For shared memory, assume the mean over all stages; for
     # one device per rank, assume the smallest stage. Then a run that fits is never refused.
-    totals = [_CERTAIN * stage.kept_bytes for stage in stages]
-    needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
+    counted = stages if is_shared else [min(stages, key=lambda stage: stage.kept_bytes)]
+    share = _CERTAIN * ranks / len(counted)
+    needed = share * sum(stage.kept_bytes for stage in counted)
+    held = share * sum(stage.activation_bytes for stage in counted)
     copied = (
         ranks / copies * _saved_bytes(config, stages) if is_shared and config.checkpoint.async_save else 0.0
     )
@@ -78,10 +80,8 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
             f"({binary_size(copied)} of this for the copy), but this machine has only "
             f"{binary_size(limit)}; omit the flag"
         )
-    largest = max(stages, key=lambda stage: stage.kept_bytes)
-    held = largest.activation_bytes
     model = layout.model
-    if held > largest.kept_bytes - held:
+    if held > needed / 2:
         flags = f"--seq-length {model.seq_length}, --micro-batch-size {layout.micro_batch_size}"
     else:
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
@@ -90,7 +90,7 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
                 flags = family.size_flags() or flags
     raise ValueError(
         f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
-        f"({binary_size(ranks * held)} of this for activations), but "
+        f"({binary_size(held)} of this for activations), but "
         f"{'this machine' if is_shared else 'the device'} has only {binary_size(limit)}; reduce these sizes "
         "(--dry-run lists the memory by kind)"
     )

@@ -332,7 +332,8 @@ def find_base(
             f"--load {checkpoint.load}: contains a base model, but --base-checkpoint also names one; "
             "omit one of the flags"
         )
-    return base, replace(checkpoint, load=None, ckpt_step=None)
+    # Training from a base model always begins at step 0, with or without --finetune.
+    return base, replace(checkpoint, load=None, ckpt_step=None, finetune=False)
 
 
 def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:

@@ -88,8 +88,10 @@ def read_state(folder: Path) -> SequentialState | None:
             },
             current=(current["layer"], Path(current["checkpoint"]).name) if current else None,
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error} is missing or wrong") from None
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: {error} is missing") from None
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: a value has the wrong type ({error})") from None
 
 
 def write_state(folder: Path, state: SequentialState) -> None:

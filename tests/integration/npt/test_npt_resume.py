@@ -219,3 +219,15 @@ def test_the_resume_script_needs_a_checkpoint_only_and_flags_win(tmp_path: Path)
         "checkpoint-5",
         "final",
     ]
+
+
+def _from_base(folder: str, data: str) -> list[list[str]]:
+    flags = [*MULTI_LAYER, "--data-path", data, "--train-iters", "2", "--log-interval", "1"]
+    flags += ["--load", make_base(folder, data)]
+    outputs = [train(*flags, *more)[1] for more in ([], ["--finetune"])]
+    return [re.findall(r"step +\d+/2 \| lm loss [\d.]+", output) for output in outputs]
+
+
+def test_training_from_a_base_model_is_the_same_with_and_without_finetune(tmp_path: Path) -> None:
+    plain, finetuned = run_single(_from_base, str(tmp_path), write_data(tmp_path))
+    assert len(plain) == 2 and plain == finetuned

@@ -108,7 +108,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         "--lr-warmup-iters 10: must be less than the length of the schedule, 10 iters; "
         "pass a smaller value, for example --lr-warmup-iters 1",
     ),
-    (1, {"lr_decay_samples": 10}, "--lr-decay-samples 10: the run's length is given by --train-iters"),
+    (1, {"lr_decay_samples": 10}, "--lr-decay-samples 10: the run's length is given in iters"),
     (
         1,
         {"train_iters": None, "train_samples": 9, "lr_warmup_iters": 2},
