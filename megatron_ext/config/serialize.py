@@ -46,7 +46,9 @@ def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -
 
 
 def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
-    """Builds one config group from a stored configuration (all groups), as `group_from_dict` does.
+    """Builds the config group `name` from a stored configuration, which contains all groups.
+
+    The values are checked as by `group_from_dict`.
 
     Raises:
         ValueError: the configuration lacks the group, or the group has an unknown key or an invalid value.

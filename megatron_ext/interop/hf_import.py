@@ -42,7 +42,7 @@ ReadFamilies = Callable[[dict[str, Any], SafetensorsFiles, ModelConfig, Tokenize
 
 @dataclass(frozen=True, kw_only=True)
 class Families:
-    """The model families of an extended model; see `added_parts`."""
+    """The parts of an import that belong to model families; empty for a plain base model (see `added_parts.py`)."""
 
     configurations: dict[str, Any] = field(default_factory=dict)
     """Section `families` of run_config.json."""
@@ -86,7 +86,7 @@ class HuggingFaceModel:
     """Configuration and small files of the directory; a later export restores them."""
 
     families: Families
-    """The model families of an extended model; none for all other models."""
+    """The parts that belong to model families; empty for a plain base model."""
 
     messages: tuple[str, ...]
     """Messages for the user about everything that could not be imported unchanged, one line each."""

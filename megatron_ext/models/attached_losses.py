@@ -29,8 +29,8 @@ class _Attach(torch.autograd.Function):
 class LayerLosses:
     """Attaches losses to layer outputs and records the losses' values.
 
-    All state is in class attributes, so there is one per process, and layers deep in the model can record values
-    without a reference to the training step. The engine's own trackers work in the same way.
+    All state is in class attributes, once per process, so that layers deep in the model can record values without a
+    reference to the training step. The engine's own trackers work in the same way.
     """
 
     scale: float = 1.0

@@ -38,7 +38,8 @@ class ShardedWeight(torch.nn.Module):
         dim: the dimension that is split.
         std: standard deviation of the initial values; 0 keeps `value`.
         value: constant with which the tensor is filled before initialization.
-        held: memory off the device in which the local part then stays; None to allocate the part on the device.
+        held: tensor outside the device's memory, which becomes the local part as it is; None to allocate the part on
+            the device.
         """
         super().__init__()
         self.dim = dim

@@ -20,7 +20,7 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress, read_run_config
 
 TRAINING_SAMPLES = "training_samples"
-"""Key in the run configuration. Its value is the number of sequences for which the training set was built."""
+"""Key in the run configuration. Its value is the number of sequences in the training set."""
 
 _DECIDING = (
     ("model", "seq_length"),

@@ -19,7 +19,9 @@ from megatron_ext.training.run_options import RunOptions
 
 
 def training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
-    """Returns the number of sequences for which the training set is built."""
+    """Returns the number of sequences in the training set: those that the run trains on, each counted once if epochs
+    are repeated.
+    """
     taken = options.samples or training.resolved_train_samples(global_batch_size)
     if options.epoch_samples is None:
         return taken

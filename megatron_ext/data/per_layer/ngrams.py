@@ -41,7 +41,7 @@ _BITS = 21
 
 
 def check_vocabulary(strategy: Strategy, vocab_size: int) -> None:
-    """Raises `ValueError` if a vocabulary is too large for the numbers of n-grams."""
+    """Raises `ValueError` if a vocabulary has more token ids than fit into the bits of an n-gram's number."""
     if vocab_size > LARGEST_VOCABULARY:
         raise ValueError(
             f"--per-layer-strategy {strategy}: supports at most {LARGEST_VOCABULARY:,} token ids, but the tokenizer "

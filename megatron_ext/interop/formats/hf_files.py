@@ -221,7 +221,7 @@ class SafetensorsFiles:
 def _indexed_files(index: Path) -> list[str]:
     weight_map = read_object(index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map")
+        raise ValueError(f"{index}: has no weight_map from tensors to files")
     files = sorted({str(file) for file in weight_map.values()})
     for file in files:
         if Path(file).name != file:

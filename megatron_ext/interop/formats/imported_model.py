@@ -201,6 +201,6 @@ def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
 
 
 def left_behind(names: Iterable[str]) -> list[str]:
-    """Returns a message that lists the files that an import does not keep; an empty list if there are none."""
+    """Returns a list with one message that names the files that are not imported; an empty list without such files."""
     listed = ", ".join(names)
     return [f"files not imported: {listed}"] if listed else []

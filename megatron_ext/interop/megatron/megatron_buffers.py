@@ -49,8 +49,8 @@ class BufferedOptimizer:
     """The optimizer's tensors in buffers, by the names of the model's tensors.
 
     Args:
-        files: the checkpoint's tensors.
-        tensors: the model's tensors, from `find_tensors`.
+        files: the opened checkpoint.
+        tensors: name, shape and Megatron-LM name of the model's tensors, from `find_tensors`.
         model: the model's tensors by name.
         arguments: the checkpoint's arguments by name.
 

@@ -22,11 +22,12 @@ _MAIN = ("fp32_param", "param")  # the name in plain optimizers and an old forma
 
 
 class MegatronState(Mapping[str, torch.Tensor]):
-    """Maps names to a model's tensors and, if asked for, its optimizer's.
+    """Maps this package's names to the tensors of a Megatron-LM checkpoint: the model's and, if asked for, its
+    optimizer's.
 
     Args:
-        files: the checkpoint's tensors.
-        tensors: the model's tensors, from `find_tensors`.
+        files: the opened checkpoint.
+        tensors: name, shape and Megatron-LM name of the model's tensors, from `find_tensors`.
         arguments: the checkpoint's arguments by name.
         with_optimizer: whether to add Adam's moments and, for a model that is not in fp32, the main weights.
 

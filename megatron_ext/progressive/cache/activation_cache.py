@@ -11,7 +11,7 @@ separate forward pass of the trunk. The losses are equal to the bit in both case
 The pipeline stage that holds the first layer above the trunk stores that layer's input; each of its tensor-parallel and
 context-parallel ranks stores its own copy or part. A micro-batch is a hit if all ranks of a model copy have all its
 samples. A cache in memory contains only what its own process has stored; a cache on disk also contains what other
-processes and earlier runs have stored. A cache on disk has these files:
+processes, and the same run before it was resumed, have stored. A cache on disk has these files:
 
     cache_dir/cache.json                      identifies the run to which the cache belongs
     cache_dir/{fingerprint}/tp{rank}/*        the entries, see `activation_store`; entries of other trunks are removed

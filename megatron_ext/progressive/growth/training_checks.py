@@ -136,8 +136,7 @@ def check_history(save: Path, phases: list[Phase]) -> History:
         told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
         raise ValueError(
             "--n-blocks, --building-mode and --new-stack-precision must describe the stacks already "
-            f"in {save}, which "
-            f"are (from the embedding, as index:layers:precision) {told}"
+            f"in {save}; as index:layers:precision, beginning at the embedding, these are {told}"
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):

@@ -30,7 +30,9 @@ class BaseCheckpoint:
 
     @classmethod
     def find(cls, path: str, ckpt_step: int | None = None) -> "BaseCheckpoint":
-        """Returns the checkpoint at `path`, which is a directory of checkpoints or the directory of one checkpoint.
+        """Returns the checkpoint at `path`, which is its directory or a directory of checkpoints.
+
+        Of several checkpoints, it is the one of step `ckpt_step`, or the newest if `ckpt_step` is None.
 
         Raises:
             OSError: there is no checkpoint.

@@ -274,8 +274,8 @@ class Family:
             ValueError: the model family does not support this export.
         """
         raise ValueError(
-            f"a model built with the model family '{self.name}' cannot be exported: its layers cannot be written as "
-            "Llama layers or as adapters"
+            f"the model family '{self.name}' cannot be exported with --merge-adapters or --adapter-dir, because its "
+            "layers can become neither plain layers nor adapters"
         )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:

@@ -90,7 +90,8 @@ def read_windows(config: Mapping[str, Any], kind: str, source: str = "config.jso
         types = suffix if types is None else types
     if _SLIDING in types and window is None:
         raise ValueError(
-            f"{source}: layer_types has sliding_attention, so use_sliding_window and sliding_window must be set"
+            f"{source}: layer_types contains sliding_attention, which requires use_sliding_window true and a number "
+            f"for sliding_window (got {config.get('use_sliding_window')} and {config.get('sliding_window')})"
         )
     if _SLIDING in types:
         _at_least_one(window, source)
@@ -134,7 +135,10 @@ def _of_llama(config: Mapping[str, Any], kind: str, source: str) -> Windows:
     if config.get("sliding_window") is not None:
         # transformers' Llama ignores the window when it reads a prompt, but drops older tokens from the KV cache when
         # it generates; no model here can do both.
-        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: {kind} requires null")
+        raise ValueError(
+            f"{source}: sliding_window {config['sliding_window']}: must be null for model_type {kind}, whose "
+            "sliding windows cannot be imported"
+        )
     if _SLIDING in (_layer_types(config, source) or ()):
         raise ValueError(f"{source}: layer_types: {kind} requires full_attention in every layer")
     return (None,) * int(config["num_hidden_layers"])
@@ -155,12 +159,15 @@ def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
     if types is None:
         return None
     layers, known = config["num_hidden_layers"], (_FULL, "attention", _SLIDING)
-    if len(types) != layers or any(name not in known for name in types):
-        text = str(types) if len(str(types)) <= 60 else f"{str(types)[:57]}..."
+    if len(types) != layers:
         raise ValueError(
-            f"{source}: layer_types {text}: must be full_attention or sliding_attention for each of {layers} layers "
-            "(num_hidden_layers)"
+            f"{source}: layer_types has {len(types)} entries, but num_hidden_layers is {layers}; they must be equal"
         )
+    for name in types:
+        if name not in known:
+            raise ValueError(
+                f"{source}: layer_types contains {name!r}; each entry must be full_attention or sliding_attention"
+            )
     return types
 
 
