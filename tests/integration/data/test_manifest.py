@@ -133,7 +133,7 @@ with write_atomically({str(tmp_path / "d.bin")!r}) as temporary:
     ) as writer:
         assert writer.stdout is not None
         living = Path(writer.stdout.readline().strip())
-        assert not list(tmp_path.glob("d.bin.17*"))
+        assert not list(tmp_path.glob("d.bin.17.*"))
         with write_atomically(tmp_path / "d.bin") as temporary:
             temporary.write_text("second")
         assert living.read_text() == "living"
