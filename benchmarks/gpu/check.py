@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from check_runs import make_data
 from jobs import FAILED, Job, Machine, Row, all_jobs, run_job
 from rich.console import Console
 from rich.table import Table
-from runs import make_data
 
 from megatron_ext.config.command_line.field_checks import check_positive
 from megatron_ext.config.command_line.parse import parse, run_main

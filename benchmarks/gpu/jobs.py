@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs import (
+from check_runs import (
     CLUSTER,
     SCRIPTS,
     SPEED,

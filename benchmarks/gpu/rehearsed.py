@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import SCRIPTS, memory_flags
+from check_runs import SCRIPTS, memory_flags
 
 from megatron_ext.config.command_line.parse import parse, run_main
 
