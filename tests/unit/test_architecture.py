@@ -147,6 +147,17 @@ def test_scripts_and_tools_do_not_import_the_tools_of_the_tests() -> None:
         assert "testing" not in imported_folders(path), relative(path)
 
 
+def test_no_imported_module_has_the_name_of_a_directory_that_users_make() -> None:
+    made = {
+        "checkpoints",
+        "data",
+        "models",
+        "runs",
+        "site",
+    }  # ruff takes such a directory for the module, and fails
+    assert not {module for path in SCRIPTS for module in imported_modules(path)} & made
+
+
 def test_every_file_has_a_module_docstring() -> None:
     missing = [
         relative(path)
