@@ -8,10 +8,10 @@ import pytest
 import transformers
 
 from megatron_ext.interop.formats.configs.hf_config import ARCHITECTURES
-from tests.unit.interop import field_cases, gemma3n_fields
-from tests.unit.interop.field_cases import DYNAMIC, FULL, LONGROPE, MIXED
+from tests.integration.interop import field_cases, gemma3n_fields
+from tests.integration.interop.field_cases import DYNAMIC, FULL, LONGROPE, MIXED
+from tests.integration.interop.judging import Verdict, judge
 from tests.unit.interop.hf_models import LLAMA3_SCALING, YARN, Kind, alone
-from tests.unit.interop.judging import Verdict, judge
 
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
 ALL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3", "Gemma4", "Gemma3n", *field_cases.BASES)
