@@ -362,7 +362,7 @@ def inherited(found: Found, given: Mapping[str, Any]) -> Found:
     if given.get("per_layer_sparse") is False:
         omitted.add("per_layer_optimizer")
     sections = {
-        group: {name: value for name, value in values.items() if group != "per_layer" or name not in omitted}
+        group: {name: value for name, value in values.items() if name not in omitted}
         for group, values in found.sections.items()
     }
     return replace(found, sections=sections)

@@ -110,7 +110,7 @@ def _rows_bytes(settings: PerLayerConfig, layout: ParallelLayout, rows: int) -> 
     # rank's share of the rows.
     has_inputs = layout.is_half or shards > 1
     in_step = (4 + layout.element_bytes * has_inputs) * columns + (4 * columns + of_row) / shards
-    kept = of_row + (4 * columns if layout.is_half else 0)
+    kept = _kept_bytes(settings, columns, layout.is_half)
     return is_on_device * rows * kept / shards, touched * in_step
 
 
@@ -120,8 +120,13 @@ def off_device_bytes(
     """Returns the bytes of a rank's tables [layers, rows, columns] and their optimizer state."""
     of_row = float(element_bytes * columns)
     if settings.trains_rows:
-        of_row += _state_bytes(settings, columns) + 4 * columns * (element_bytes < 4)
+        of_row += _kept_bytes(settings, columns, element_bytes < 4)
     return layers * rows * of_row
+
+
+def _kept_bytes(settings: PerLayerConfig, columns: float, is_half: bool) -> float:
+    """Returns the bytes of optimizer state and, in half precision, main weights for a row of a table."""
+    return _state_bytes(settings, columns) + (4 * columns if is_half else 0)
 
 
 def _state_bytes(settings: PerLayerConfig, columns: float) -> float:

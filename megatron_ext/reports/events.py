@@ -17,7 +17,9 @@ STAGE_TAG = "curriculum/stage"
 """Tag that holds the index of the current curriculum stage."""
 
 _LAYER_TAG = re.compile(r"(?P<name>.+)/layer_(?P<number>\d+)")
-_FILES = "events.out.tfevents.*"
+EVENT_FILES = "events.out.tfevents."
+"""Beginning of the names of event files; the second in which a file began follows."""
+
 _FOLDERS_LEFT_OUT = {"by_samples"}
 """Folders that are not read, because they repeat another folder's curves over samples instead of steps."""
 
@@ -38,7 +40,7 @@ def read_curves(
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not list(Path(directory).glob(_FILES)):
+    if not list(Path(directory).glob(f"{EVENT_FILES}*")):
         raise FileNotFoundError(f"{flag} {directory}: no TensorBoard files there")
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
@@ -54,7 +56,7 @@ def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict
         FileNotFoundError: there are no event files below the directory.
     """
     root = Path(directory)
-    folders = sorted({path.parent for path in root.glob(f"**/{_FILES}")})
+    folders = sorted({path.parent for path in root.glob(f"**/{EVENT_FILES}*")})
     runs = {
         "" if folder == root else str(folder.relative_to(root)): folder
         for folder in folders

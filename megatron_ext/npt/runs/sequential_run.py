@@ -276,7 +276,7 @@ def _check(config: NPTRunConfig) -> None:
             f"--load-npt-weights {npt.load_npt_weights}: not supported by --mode sequential, which "
             "reads trained layers from --checkpoint-dir; omit the flag"
         )
-    if checkpoint.load is not None or checkpoint.finetune:
+    if checkpoint.load is not None:
         raise ValueError(
             f"--load {checkpoint.load}: must be a base model in --mode sequential; to resume a run, pass its directory "
             "as --checkpoint-dir"

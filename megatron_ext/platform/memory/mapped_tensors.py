@@ -157,9 +157,9 @@ def _new_file(directory: str | None, size: int, what: str, need: str) -> IO[byte
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
-        free = shutil.disk_usage(directory).free
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
+        free = shutil.disk_usage(directory).free
         raise OSError(
             f"{what} {directory}: no room for {_mib(size)} ({error.strerror}), {_mib(free)} are free; {need}"
         ) from None

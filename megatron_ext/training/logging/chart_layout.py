@@ -14,6 +14,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, create_summary_metadata
 
+from megatron_ext.reports.events import EVENT_FILES
 from megatron_ext.reports.scalar_charts import OTHER_VALUES, ScalarChart, chart_of
 from megatron_ext.training.logging.run_charts import COUNTS
 
@@ -100,7 +101,7 @@ def _earlier_entries(folder: Path) -> set[_Entry]:
     """Returns the charts of every chart layout that earlier runs wrote to the event files in a directory."""
     marker = CONFIG_SUMMARY_TAG.encode()
     found = set[_Entry]()
-    for file in folder.glob("events.out.tfevents.*"):
+    for file in folder.glob(f"{EVENT_FILES}*"):
         for record in _records(file):
             if marker in record:
                 found |= _entries_in(record)

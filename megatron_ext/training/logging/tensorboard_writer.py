@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_ext.reports.events import EVENT_FILES
 from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.logging.chart_layout import SAMPLES_ENDING, ChartLayout
 from megatron_ext.training.logging.run_charts import RUN_CHARTS
@@ -96,5 +97,5 @@ def _wait_for_a_later_name(folder: Path) -> None:
     first; its purge step would then have no effect.
     """
     now = time.time()
-    if any(folder.glob(f"events.out.tfevents.{int(now):010d}.*")):
+    if any(folder.glob(f"{EVENT_FILES}{int(now):010d}.*")):
         time.sleep(int(now) + 1 - now)
